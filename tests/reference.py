@@ -171,7 +171,7 @@ def randomise_(model: nn.Module, seed: int) -> nn.Module:
             elif name.startswith("token_emb"):
                 value = 0.12 * noise
             elif parameter.ndim > 1 and not name.endswith("null_kv"):
-                value = noise / parameter.shape[-1] ** 0.5
+                value = 2.2 * noise / parameter.shape[-1] ** 0.5
             else:
                 value = 0.5 * noise
             parameter.copy_(value.to(parameter.dtype))
@@ -202,3 +202,20 @@ def random_ids(rows: int, length: int, vocabulary: int, *, seed: int = 0, lowest
 def pad_rows(ids: Tensor, lengths: list[int], pad_id: int) -> Tensor:
     """`ids` with everything past each row's length replaced by `pad_id`."""
     return ids.masked_fill(torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None], pad_id)
+
+
+def assert_as_exact(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: float = 2.0, floor: float = 1e-6) -> None:
+    """Ours may err from `truth` (the reference in float64) at most `factor` times as far as the reference itself, plus `floor` of its size."""
+    assert ours.shape == theirs.shape == truth.shape, f"shapes {tuple(ours.shape)}, {tuple(theirs.shape)}, {tuple(truth.shape)}"
+    assert torch.isfinite(ours).all(), "ours is not finite"
+    if truth.numel() == 0:
+        return
+    error, allowed = ((value.double() - truth.double()).abs().max().item() for value in (ours, theirs))
+    limit = factor * allowed + floor * max(1.0, truth.abs().max().item())
+    assert error <= limit, f"error {error:.3e} is above {limit:.3e}; the reference's own is {allowed:.3e}"
+
+
+def cut_after_eos(tokens: Tensor, eos_id: int, pad_id: int) -> Tensor:
+    """`tokens [b, t]` with everything past the first EOS of each row replaced by `pad_id`."""
+    ended = (tokens == eos_id).cumsum(dim=-1) - (tokens == eos_id).long() > 0
+    return tokens.masked_fill(ended, pad_id)
