@@ -1,0 +1,91 @@
+"""Token ids on their way into a model: masks, end-of-sequence, range checks.
+
+Padding stands at the end of a row. A pad id inside a row is an ordinary token when the vocabulary has it
+(text id 0, say), and a hole otherwise (speech id -1); the reference cut rows at the first one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+def as_ids(ids: Tensor, name: str) -> Tensor:
+    """Returns `ids` as int64 `[batch, length]`; a one-dimensional tensor is one row.
+
+    Raises ValueError when the tensor is not of an integer type or not one- or two-dimensional.
+    """
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must hold token ids of an integer type, got {ids.dtype}; pass int64 ids.")
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2:
+        raise ValueError(f"{name} must have shape [batch, length], got {list(ids.shape)}; pad the rows to one length.")
+    return ids.long()
+
+
+def validity_mask(ids: Tensor, pad_id: int, vocab_size: int) -> Tensor:
+    """Returns bool `[batch, length]`: True where a position holds a token rather than padding.
+
+    ids: `[batch, length]`, int64. vocab_size: how many ids the embedding has.
+    """
+    is_token = ids != pad_id
+    if not 0 <= pad_id < vocab_size:
+        return is_token
+    # true from the last token backwards: only trailing pads are padding
+    return is_token.flip(-1).cumsum(dim=-1).flip(-1) > 0
+
+
+def checked_mask(mask: Tensor, ids: Tensor, name: str) -> Tensor:
+    """Returns `mask` as bool on the device of `ids`; raises ValueError unless it is `[batch, length]` like `ids`."""
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"{name} must have the shape of its ids {list(ids.shape)}, got {list(mask.shape)}; "
+            "give one flag per id, without end-of-sequence or start."
+        )
+    return mask.to(device=ids.device, dtype=torch.bool)
+
+
+def append_eos(ids: Tensor, mask: Tensor, eos_id: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and mask one position longer, with `eos_id` behind each row's last token.
+
+    ids: `[batch, length]`, int64. mask: `[batch, length]`, bool.
+    """
+    batch, length = ids.shape
+    positions = torch.arange(1, length + 1, device=ids.device)
+    # the index behind the last token; 0 in a row without any
+    ends = (positions * mask).amax(dim=-1, keepdim=True) if length else ids.new_zeros(batch, 1)
+    ids = torch.cat((ids, ids.new_full((batch, 1), pad_id)), dim=-1)
+    mask = torch.cat((mask, mask.new_zeros(batch, 1)), dim=-1)
+    return ids.scatter(-1, ends, eos_id), mask.scatter(-1, ends, True)
+
+
+def check_range(ids: Tensor, mask: Tensor, vocab_size: int, name: str) -> None:
+    """Raises ValueError when a token lies outside `0..vocab_size - 1`.
+
+    Ids on an accelerator are not looked at: that would stop the host at every call. Check them before they move.
+    """
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    wrong = mask & ((ids < 0) | (ids >= vocab_size))
+    if not wrong.any():
+        return
+    row, position = wrong.nonzero()[0].tolist()
+    raise ValueError(
+        f"{name} must hold ids from 0 to {vocab_size - 1}, got {int(ids[row, position])} at row {row}, position "
+        f"{position}; check that the tokenizer is the model's own."
+    )
+
+
+def embeddable(ids: Tensor, pad_id: int, vocab_size: int) -> Tensor:
+    """Returns `ids` with pads that the embedding does not have replaced by 0: their rows are masked, never read."""
+    if 0 <= pad_id < vocab_size:
+        return ids
+    return ids.masked_fill(ids == pad_id, 0)
+
+
+def labels_of(ids: Tensor, mask: Tensor) -> Tensor:
+    """Returns `ids` with everything outside `mask` set to the label that cross-entropy ignores."""
+    return ids.masked_fill(~mask, IGNORED_LABEL)

@@ -1,0 +1,219 @@
+"""The reference's transformer: same classes, parameter names and numerics, without its caches.
+
+Decoding does not go through these modules: `spear_fast.decoding` packs their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spear_fast.attend import attend
+
+
+class RMSNorm(nn.Module):
+    """`x / max(||x||, 1e-12) * sqrt(dim) * gamma`, over the last dimension (reference line 147)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * self.scale * self.gamma
+
+
+class GEGLU(nn.Module):
+    """First half times the exact GELU of the second half of the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return F.gelu(gate) * x
+
+
+def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:
+    """Returns norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features."""
+    dim_inner = int(dim * mult * 2 / 3)
+    return nn.Sequential(
+        RMSNorm(dim), nn.Linear(dim, dim_inner * 2), GEGLU(), nn.Dropout(dropout), nn.Linear(dim_inner, dim)
+    )
+
+
+class Residual(nn.Module):
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x) + x
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions over interleaved pairs, from frequencies that the state dict carries.
+
+    The frequencies stay in float32 at least when the model moves to a half type: rounded ones turn positions past a
+    few hundred to a wrong angle.
+    """
+
+    def __init__(self, dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        # computed as rotary_embedding_torch does, so that fresh models agree to the bit
+        freqs = 1.0 / (theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))
+        self.freqs = nn.Parameter(freqs, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        kept = self.freqs.data
+        super()._apply(fn, recurse)
+        if self.freqs.dtype in (torch.float16, torch.bfloat16):
+            self.freqs.data = kept.to(self.freqs.device)
+        return self
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """Returns cosine and sine, each `[length, dim // 2]`, in the dtype of the frequencies."""
+        freqs = self.freqs.detach()
+        angles = torch.outer(torch.arange(length, device=freqs.device, dtype=freqs.dtype), freqs)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns `x` `[..., length, dim]` with its interleaved pairs turned by `rotation`, in the dtype of `x`."""
+    cos, sin = rotation
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, or cross-attention with a learned null key and value in front.
+
+    The norm is of the query side only: a context comes in as it is (reference line 225).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+        rotary_emb: RotaryEmbedding | None = None,
+        add_null_kv: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        if self.kv_heads < 1 or heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {self.kv_heads}.")
+        self.dim_head = dim_head
+        self.causal = causal
+        self.dropout = dropout
+        self.rotary_emb = rotary_emb
+        self.add_null_kv = add_null_kv
+        self.norm = RMSNorm(dim)
+        # in a Sequential because the reference's state dict names them to_q.0 and to_kv.0
+        self.to_q = nn.Sequential(nn.Linear(dim, heads * dim_head, bias=False))
+        self.to_kv = nn.Sequential(nn.Linear(dim, self.kv_heads * dim_head * 2, bias=False))
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        if add_null_kv:
+            self.null_kv = nn.Parameter(torch.randn(2, self.kv_heads, 1, dim_head))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Returns `[batch, length, dim]`.
+
+        x: `[batch, length, dim]`. context: `[batch, context_length, dim]`, or None for self-attention.
+        mask: `[batch, key length]`, bool, False where a key must not be read; the null key always is.
+        rotation: what `RotaryEmbedding` gives for this length.
+        """
+        x = self.norm(x)
+        query = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key_value = self.to_kv(x if context is None else context).unflatten(-1, (2, self.kv_heads, -1))
+        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.add_null_kv:
+            null_key, null_value = self.null_kv[:, None].expand(-1, x.shape[0], -1, -1, -1).unbind(0)
+            key, value = torch.cat((null_key, key), dim=-2), torch.cat((null_value, value), dim=-2)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        dropout = self.dropout if self.training else 0.0
+        out = attend(query, key, value, key_mask=mask, causal=self.causal, dropout=dropout)
+        return self.to_out(out.transpose(1, 2).flatten(-2))
+
+
+class Transformer(nn.Module):
+    """`depth` layers of self-attention, optional cross-attention and feed-forward, each with its residual."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        attn_dropout: float = 0.0,
+        ff_mult: float = 4,
+        ff_dropout: float = 0.0,
+        cross_attend: bool = False,
+        attn_flash: bool = False,
+    ) -> None:
+        super().__init__()
+        # attn_flash is the reference's; torch picks the fastest exact attention by itself
+        del attn_flash
+        rotary_emb = RotaryEmbedding(dim_head)
+        shared: dict[str, Any] = {"dim": dim, "dim_head": dim_head, "heads": heads, "dropout": attn_dropout}
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    Attention(**shared, kv_heads=kv_heads, causal=causal, rotary_emb=rotary_emb),
+                    Attention(**shared, add_null_kv=True) if cross_attend else None,  # type: ignore[list-item]
+                    FeedForward(dim=dim, mult=ff_mult, dropout=ff_dropout),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.final_norm = RMSNorm(dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        return_hiddens: bool = False,
+        early_exit_at_layer: int | None = None,
+    ) -> Any:
+        """Returns `[batch, length, dim]` after the final norm.
+
+        x: `[batch, length, dim]`. mask: `[batch, length]`, bool. context: `[batch, context_length, dim]`.
+        context_mask: `[batch, context_length]`, bool.
+        return_hiddens: also return `[depth, batch, length, dim]`, each layer's output before the norm.
+        early_exit_at_layer: return that layer's output, counted from 1, without the norm.
+        """
+        hiddens = []
+        layers: Any = self.layers
+        rotation = layers[0][0].rotary_emb(x.shape[-2])
+        for number, (self_attention, cross_attention, feed_forward) in enumerate(layers, start=1):
+            x = self_attention(x, mask=mask, rotation=rotation) + x
+            if cross_attention is not None:
+                x = cross_attention(x, context=context, mask=context_mask) + x
+            x = feed_forward(x) + x
+            if number == early_exit_at_layer:
+                return x
+            if return_hiddens:
+                hiddens.append(x)
+        out = self.final_norm(x)
+        return (out, torch.stack(hiddens)) if return_hiddens else out
