@@ -1,0 +1,76 @@
+# the commands of this project; `make help` lists them
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+
+.PHONY: help demo test tests lint format recipe bench wheel clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## label the committed recordings and print label, truth and error rate
+	$(BIN)/python examples/demo.py
+
+test: lint tests ## lint, then the fast test suite
+
+tests: $(VENV)/.dev ## the fast test suite alone; ARGS are passed to pytest
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy and the import-direction rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+recipe: $(VENV)/.recipe ## speak sentences, train and measure the demo's model from scratch
+	@command -v espeak-ng >/dev/null || { echo "make recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng (or brew install espeak-ng)" >&2; exit 1; }
+	$(BIN)/python -m examples.recipe
+
+bench: $(VENV)/.bench ## the benchmarks, on this machine
+	$(BIN)/python -m benchmarks.run
+
+wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -f spear_fast/_C*.so spear_fast/_build.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch: constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "spear_fast needs Python 3.11 or newer and found no $(PYTHON): name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "spear_fast needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1): name another with make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch: some minutes, once"
+	$(PIP) install -c constraints.txt torch numpy "setuptools>=77" ninja
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) -e ".[label]" jiwer
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES) tests/requirements-reference.txt
+	SPEAR_FAST_BUILD=require $(INSTALL) -e ".[dev]"
+	$(PIP) install --no-deps -r tests/requirements-reference.txt
+	touch $@
+
+$(VENV)/.recipe: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) -e ".[recipe]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) -e ".[label,bench]" pytest
+	touch $@

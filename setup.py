@@ -1,0 +1,176 @@
+"""What pyproject.toml cannot say: the package list (`kernels/` is `spear_fast.kernels`) and the optional extension.
+
+SPEAR_FAST_BUILD  auto (default): build the extension if possible, say so if not; require: fail if not; off: leave it out
+SPEAR_FAST_MARCH  what the compiler's -march gets: native (default), x86-64-v3, …; empty for the compiler's own default
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).parent
+MODE = os.environ.get("SPEAR_FAST_BUILD", "auto")
+MARCH = os.environ.get("SPEAR_FAST_MARCH", "native")
+
+# compiler macro → the name that /proc/cpuinfo has for the same feature
+FEATURES = {
+    "__SSE4_2__": "sse4_2",
+    "__POPCNT__": "popcnt",
+    "__AVX__": "avx",
+    "__AVX2__": "avx2",
+    "__FMA__": "fma",
+    "__F16C__": "f16c",
+    "__BMI__": "bmi1",
+    "__BMI2__": "bmi2",
+    "__LZCNT__": "abm",
+    "__MOVBE__": "movbe",
+    "__AVX512F__": "avx512f",
+    "__AVX512BW__": "avx512bw",
+    "__AVX512DQ__": "avx512dq",
+    "__AVX512VL__": "avx512vl",
+    "__AVX512CD__": "avx512cd",
+    "__AVX512VNNI__": "avx512_vnni",
+    "__AVX512VBMI__": "avx512vbmi",
+    "__AVX512BF16__": "avx512_bf16",
+    "__AVX512FP16__": "avx512_fp16",
+    "__AVXVNNI__": "avx_vnni",
+    "__ARM_FEATURE_SVE": "sve",
+    "__ARM_FEATURE_SVE2": "sve2",
+    "__ARM_FEATURE_BF16": "bf16",
+}
+
+
+def say(text: str) -> None:
+    print(f"spear_fast: {text}", file=sys.stderr, flush=True)
+
+
+def give_up(reason: str) -> None:
+    """Goes on without the extension, or stops where it is required."""
+    if MODE == "require":
+        raise SystemExit(f"spear_fast: the C++ extension cannot be built: {reason}")
+    say(f"installing without the C++ extension ({reason}); the plain-torch ops are used")
+
+
+def compiler() -> str | None:
+    name = os.environ.get("CXX", "c++").split()[0]
+    return shutil.which(name) or shutil.which("g++") or shutil.which("clang++")
+
+
+def macros(path: str, flags: list[str]) -> set[str]:
+    """Returns the macros that the compiler defines under these flags."""
+    command = [path, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[1] for line in listing.splitlines() if line.startswith("#define ")}
+
+
+def capability(defined: set[str]) -> str:
+    """Returns the name under which at::vec knows the instruction set."""
+    if {"__AVX512F__", "__AVX512BW__", "__AVX512DQ__", "__AVX512VL__", "__FMA__"} <= defined:
+        return "AVX512"
+    if {"__AVX2__", "__FMA__", "__F16C__"} <= defined:
+        return "AVX2"
+    return "DEFAULT"
+
+
+def openmp(torch_lib: Path) -> tuple[list[str], list[str]]:
+    """Returns compile and link flags for the OpenMP that torch itself uses: with a second one threads fight for the cores."""
+    if sys.platform != "linux":
+        return [], []
+    renamed = sorted(torch_lib.glob("libgomp-*.so*")) + sorted(torch_lib.parent.parent.glob("torch.libs/libgomp-*.so*"))
+    if renamed:
+        return ["-fopenmp"], [f"-L{renamed[0].parent}", f"-l:{renamed[0].name}"]
+    return ["-fopenmp"], ["-fopenmp"]
+
+
+def extension_settings() -> dict:
+    """Returns arguments for setup() that build the extension, or nothing where it cannot be built."""
+    if MODE == "off":
+        say("leaving out the C++ extension, as SPEAR_FAST_BUILD=off asks")
+        return {}
+    if MODE not in ("auto", "require"):
+        raise SystemExit(f"spear_fast: SPEAR_FAST_BUILD is one of auto, require, off; got {MODE!r}")
+    cxx = compiler()
+    if cxx is None:
+        give_up("no C++ compiler found; install g++ or set CXX")
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        give_up(f"torch is not there at build time: {error}; install torch first and use --no-build-isolation")
+        return {}
+    march = [f"-march={MARCH}"] if MARCH else []
+    try:
+        defined = macros(cxx, march)
+    except subprocess.CalledProcessError as error:
+        give_up(f"{cxx} does not take {' '.join(march)}: {error.stderr.strip().splitlines()[-1]}")
+        return {}
+    level = capability(defined)
+    omp_compile, omp_link = openmp(Path(torch.__file__).parent / "lib")
+    flags = ["-O3", *march, "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", *omp_compile]
+    flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
+
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    with_cuda = bool(kernels) and torch.version.cuda is not None and shutil.which("nvcc") is not None
+    arguments = {
+        "name": "spear_fast._C",
+        "sources": [str(path.relative_to(ROOT)) for path in sorted(sources) + (kernels if with_cuda else [])],
+        "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        "include_dirs": [str(ROOT / "csrc")],
+        "extra_compile_args": {"cxx": flags, "nvcc": ["-O3", "-std=c++20"]} if with_cuda else {"cxx": flags},
+        "extra_link_args": omp_link,
+    }
+    extension = (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**arguments)
+    facts = {
+        "torch": torch.__version__,
+        "compiler": cxx,
+        "march": MARCH,
+        "capability": level,
+        "machine": platform.machine(),
+        "features": sorted(name for macro, name in FEATURES.items() if macro in defined),
+        "cuda": torch.version.cuda if with_cuda else None,
+    }
+
+    class BuildOptional(cpp_extension.BuildExtension):
+        """Builds the extension, notes beside it what it was built for, and lets an install pass without it."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                give_up(str(error).splitlines()[-1] if str(error) else type(error).__name__)
+                self.extensions = []
+                return
+            # an inplace build writes to build_lib first; setuptools copies from there
+            for folder in {Path(self.get_ext_fullpath("spear_fast._C")).parent, Path(self.build_lib) / "spear_fast"}:
+                if folder.is_dir():
+                    (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOptional}}
+
+
+def packages() -> list[str]:
+    found = find_packages(str(ROOT), include=["spear_fast", "spear_fast.*"])
+    below = find_packages(str(ROOT / "kernels"))
+    return [*found, "spear_fast.kernels", *(f"spear_fast.kernels.{name}" for name in below)]
+
+
+assert Extension  # setuptools must be imported before torch's build helpers
+setup(
+    packages=packages(),
+    package_dir={"spear_fast": "spear_fast", "spear_fast.kernels": "kernels"},
+    package_data={"spear_fast": ["py.typed"]},
+    **extension_settings(),
+)
