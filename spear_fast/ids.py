@@ -48,6 +48,14 @@ def checked_mask(mask: Tensor, ids: Tensor, name: str) -> Tensor:
     return mask.to(device=ids.device, dtype=torch.bool)
 
 
+def is_wide_mask(mask: Tensor | None, ids: Tensor, extra: int) -> bool:
+    """Returns whether `mask` also covers the `extra` positions that the model adds to `ids` `[batch, length]`.
+
+    That is the only form of an explicit mask that the reference takes.
+    """
+    return mask is not None and extra > 0 and mask.shape == (ids.shape[0], ids.shape[1] + extra)
+
+
 def append_eos(ids: Tensor, mask: Tensor, eos_id: int, pad_id: int) -> tuple[Tensor, Tensor]:
     """Returns ids and mask one position longer, with `eos_id` behind each row's last token.
 

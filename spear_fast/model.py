@@ -243,6 +243,8 @@ class TextToSemantic(HubModel):
     ) -> tuple[Tensor, Tensor]:
         vocab_size = self.token_emb[modality].num_embeddings
         pad_id = self.pad_id[modality]
+        if token_ids.is_wide_mask(mask, ids, int(add_eos)):
+            return self._with_eos(ids, None, modality, name, add_eos)[0], mask.to(ids.device, torch.bool)  # type: ignore[union-attr]
         if mask is None:
             mask = token_ids.validity_mask(ids, pad_id, vocab_size)  # type: ignore[arg-type]
         else:
@@ -269,7 +271,7 @@ class TextToSemantic(HubModel):
 
         source: ids `[batch, n]` of any integer type, a list of strings, or raw audio `[batch, samples]`.
         source_mask: `[batch, n]`, bool; by default every id but the trailing pads. `length` is n plus the
-        end-of-sequence where that is set automatically.
+        end-of-sequence where that is set automatically; a mask of that length is used as it is, as the reference does.
         """
         ids = self.to_ids(source, source_type, "source", input_sample_hz)
         ids, mask = self._with_eos(ids, source_mask, source_type, "source", self.autoset_eos_id[source_type])
@@ -295,7 +297,9 @@ class TextToSemantic(HubModel):
         """Returns logits `[batch, target length + 1, vocabulary]`, or with `return_loss` the loss.
 
         source, target: ids, strings, or for the source raw audio; see `encode`.
-        source_mask, target_mask: `[batch, length]`, bool, over the ids as given.
+        source_mask, target_mask: `[batch, length]`, bool, over the ids as given. The reference's form is taken too: over
+            source and its end-of-sequence; over start vector, target and, with `return_loss`, its end-of-sequence.
+            That one restricts attention only: the loss still counts every id but the pads.
         return_loss: mean cross-entropy in nats per token, end-of-sequence included.
         return_logits: with the loss also the logits it was taken of, `[batch, vocabulary, labels]` as in the reference.
         cond_drop_prob: overrides the model's; drawn for each row.
@@ -311,7 +315,8 @@ class TextToSemantic(HubModel):
         if return_loss and self.training and not target.numel():
             raise ValueError("target must hold at least one id in training, got an empty one.")
         add_eos = self.autoset_eos_id[target_type] and return_loss
-        target, target_mask = self._with_eos(target, target_mask, target_type, "target", add_eos)
+        wide_mask = target_mask if token_ids.is_wide_mask(target_mask, target, 1 + int(add_eos)) else None
+        target, target_mask = self._with_eos(target, None if wide_mask is not None else target_mask, target_type, "target", add_eos)
 
         drop_prob = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
         dropped = torch.rand(memory.shape[0], device=memory.device) < drop_prob if drop_prob > 0 else None
@@ -319,7 +324,7 @@ class TextToSemantic(HubModel):
 
         start = self.start_token[target_type].expand(memory.shape[0], 1, -1)
         embedded = torch.cat((start, self._embed(target, target_mask, target_type)), dim=1)
-        decoder_mask = F.pad(target_mask, (1, 0), value=True)
+        decoder_mask = F.pad(target_mask, (1, 0), value=True) if wide_mask is None else wide_mask.to(self.device, torch.bool)
         hidden, hiddens = self.target_transformer(
             embedded, mask=decoder_mask, context=memory, context_mask=context_mask, return_hiddens=True
         )
