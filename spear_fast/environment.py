@@ -1,0 +1,119 @@
+"""What this installation is and can do: versions, devices, and which provider runs each operation."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = (
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "huggingface-hub",
+    "pyarrow",
+    "soundfile",
+    "soxr",
+    "kaldi-native-fbank",
+    "accelerate",
+    "triton",
+)
+
+
+def describe() -> dict[str, Any]:
+    """Returns versions, devices and the providers of each operation, as plain JSON values."""
+    import torch
+
+    from spear_fast import __version__
+
+    return {
+        "spear-fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "ops": _ops(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"sm_{properties.major}{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def _ops() -> list[dict[str, Any]]:
+    """Returns a row per operation and provider: op, provider, available, reason."""
+    if importlib.util.find_spec("spear_fast.ops") is None:
+        return []
+    from spear_fast import ops
+
+    return [dict(row) for row in ops.available()]
+
+
+def describe_text(facts: dict[str, Any]) -> str:
+    """Returns the facts as tables for people."""
+    lines = [
+        f"spear-fast {facts['spear-fast']}, torch {facts['torch']}, Python {facts['python']}",
+        facts["platform"],
+        "",
+    ]
+    packages = [(name, found or "not installed") for name, found in facts["packages"].items()]
+    lines += _table(("package", "version"), packages)
+    lines.append("")
+    devices = []
+    for device in facts["devices"]:
+        details = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
+        devices.append((device["device"], device["name"], details))
+    lines += _table(("device", "name", "details"), devices)
+    if facts["ops"]:
+        header = tuple(facts["ops"][0])
+        lines.append("")
+        lines += _table(header, [tuple(_cell(row[column]) for column in header) for row in facts["ops"]])
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]

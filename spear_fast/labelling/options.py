@@ -1,0 +1,50 @@
+"""What a labelling job may be told, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from spear_fast.labelling.errors import LabellingError
+
+# source tokens of a batch, padding included; measured best on 2 cores, roomy for one large GPU
+DEFAULT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """The options that may change a label: all of them are part of a job's fingerprint.
+
+    beam_size, length_penalty, early_stopping: of the standard beam search; see `DecodingOptions`.
+    max_length: tokens of a label, its end included; a label that hits it is flagged "truncated".
+    max_source_tokens: a longer source is a failed row.
+    batch_tokens: source tokens of a batch, padding included. Batches are composed from a shard's rows alone.
+    num_shards: files to write; by default one for every `rows_per_shard` rows.
+    """
+
+    beam_size: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    max_length: int = 512
+    max_source_tokens: int = 4096
+    batch_tokens: int = 8192
+    num_shards: int | None = None
+    rows_per_shard: int = 512
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("beam_size", "max_length", "max_source_tokens", "batch_tokens", "rows_per_shard", "num_shards"):
+            value = getattr(self, name)
+            if name == "num_shards" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise LabellingError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.early_stopping not in (True, False, "never"):
+            raise LabellingError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}.")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise LabellingError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}.")
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the options as they go into the fingerprint: of the device its kind only."""
+        return {**asdict(self), "device": self.device.partition(":")[0]}

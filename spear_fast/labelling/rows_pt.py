@@ -1,0 +1,219 @@
+"""The reference's folder of `.pt` rows, `<speech ids> <-1> <text ids>` in one tensor a file: read and written.
+
+Rows that the reference generated end both halves with the end-of-sequence id, which its training then adds once more;
+may hold several delimiters, since the delimiter is also the pad of speech; and may go on behind the end of the text.
+Reading mends all of that. Writing leaves ends of sequence out: whoever trains on the rows adds them.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear_fast.labelling.errors import LabellingError, reason_of
+from spear_fast.labelling.files import FolderLock, make_folder, sync_folder, write_error
+from spear_fast.labelling.identity import FORMAT, versions
+from spear_fast.labelling.plan import Shard, plan_shards
+from spear_fast.labelling.store import LabelStore, Row, Totals, label_schema, read_labels
+
+DELIMITER = -1
+INDEX_NAME = "ids.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """Sizes of the model that the rows belong to. An end-of-sequence id, where there is one, is the number of ids."""
+
+    num_speech_ids: int
+    num_text_ids: int
+    speech_eos: bool = True
+    text_eos: bool = True
+    text_pad_id: int = 0
+    delimiter_id: int = DELIMITER
+
+    def __post_init__(self) -> None:
+        for name in ("num_speech_ids", "num_text_ids"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise LabellingError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.delimiter_id >= 0:
+            raise LabellingError(f"delimiter_id must be negative, so that no token equals it, got {self.delimiter_id}.")
+
+    @classmethod
+    def of_model(cls, model: Any) -> RowFormat:
+        """Returns the format of the rows that a model generates."""
+        return cls(
+            num_speech_ids=model.num_semantic_token_ids,
+            num_text_ids=model.num_text_token_ids,
+            speech_eos=bool(model.autoset_eos_id["speech"]),
+            text_eos=bool(model.autoset_eos_id["text"]),
+            text_pad_id=model.pad_id["text"],
+        )
+
+    def split(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Returns source, target and whether the target had its end. row: `[n]`, int64. Raises LabellingError."""
+        delimiters = np.flatnonzero(row == self.delimiter_id)
+        if not len(delimiters):
+            raise LabellingError(f"the row has no delimiter {self.delimiter_id}; wanted speech ids, it, text ids.")
+        # between the first and the last delimiter stand pads of speech: the text has no negative ids
+        source, _ = _until(row[: delimiters[0]], self.num_speech_ids if self.speech_eos else None)
+        target, ended = _until(row[delimiters[-1] + 1 :], self.num_text_ids if self.text_eos else None)
+        target = target[target != self.text_pad_id]
+        if not len(source):
+            raise LabellingError("the row has no speech ids in front of the delimiter.")
+        _check("speech", source, self.num_speech_ids)
+        _check("text", target, self.num_text_ids)
+        return source, target, ended
+
+    def join(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Returns the row of a pair, `[n]`, int64."""
+        return np.concatenate((source, [self.delimiter_id], target)).astype(np.int64)
+
+
+def _until(ids: np.ndarray, eos_id: int | None) -> tuple[np.ndarray, bool]:
+    ends = np.flatnonzero(ids == eos_id) if eos_id is not None else np.zeros(0, np.int64)
+    return (ids[: ends[0]], True) if len(ends) else (ids, False)
+
+
+def _check(kind: str, ids: np.ndarray, vocabulary: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise LabellingError(f"{kind} ids must be from 0 to {vocabulary - 1}, got {wrong[0]}; check the model's sizes.")
+
+
+def import_rows(
+    folder: str | Path,
+    out: str | Path,
+    row_format: RowFormat,
+    *,
+    rows_per_shard: int = 4096,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Totals:
+    """Writes the rows of the reference's folder as a folder of labels, in natural order of their names.
+
+    The id of a row is its file's name; text, score and mean_logprob are null. Unreadable rows go to failed.jsonl.
+    Raises LabellingError. Started again after a kill, it goes on.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.is_dir():
+        raise LabellingError(f"{folder} is not a folder; wanted the folder of .pt rows that the reference wrote.")
+    paths = sorted((path for path in folder.glob("*.pt")), key=lambda path: natural_order(path.stem))
+    if not paths:
+        raise LabellingError(f"there is no .pt row in {folder}; wanted the folder that the reference wrote.")
+    make_folder(out)
+    with FolderLock(out):
+        shards = plan_shards(len(paths), None, rows_per_shard)
+        schema = label_schema(row_format.num_speech_ids, row_format.num_text_ids)
+        store = LabelStore(out, _identity(row_format, paths, rows_per_shard), shards, schema)
+        store.open({"versions": versions(), **(about or {})})
+        for shard in shards:
+            if shard.index not in store.committed:
+                _import_shard(store, shard, paths[shard.start : shard.stop], row_format)
+            progress(len(shard))
+        store.finish()
+        return store.totals()
+
+
+def _identity(row_format: RowFormat, paths: Sequence[Path], rows_per_shard: int) -> dict[str, Any]:
+    import hashlib
+
+    names = hashlib.sha256("\n".join(path.name for path in paths).encode("utf-8", "surrogateescape")).hexdigest()
+    source = {"kind": "rows", "rows": len(paths), "ids": names}
+    return {
+        "format": FORMAT,
+        "rows": vars(row_format),
+        "options": {"rows_per_shard": rows_per_shard},
+        "sources": [source],
+    }
+
+
+def _import_shard(store: LabelStore, shard: Shard, paths: Sequence[Path], row_format: RowFormat) -> None:
+    rows, failures = [], []
+    totals = Totals()
+    for path in paths:
+        try:
+            source, target, ended = row_format.split(read_row(path))
+        except (LabellingError, OSError) as error:
+            failures.append({"id": path.stem, "source": str(path), "reason": reason_of(error)})
+            continue
+        finished = ended if row_format.text_eos else None
+        flags = [name for name, holds in (("truncated", finished is False), ("empty", not len(target))) if holds]
+        rows.append(Row(path.stem, source, target, None, None, None, finished, flags))
+        totals.rows += 1
+        totals.source_tokens += len(source)
+        totals.target_tokens += len(target)
+        totals.unfinished += finished is False
+    totals.failed = len(failures)
+    store.commit(shard, rows, failures, totals)
+
+
+def read_row(path: Path) -> np.ndarray:
+    """Returns the integers of one `.pt` row, `[n]`, int64. Raises LabellingError, also when the file could run code."""
+    try:
+        row = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise LabellingError("the file holds more than a tensor and could run code, or is damaged.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise LabellingError("the file is truncated or of another format.") from error
+    if not isinstance(row, torch.Tensor) or row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
+        got = f"{row.dtype} {list(row.shape)}" if isinstance(row, torch.Tensor) else type(row).__name__
+        raise LabellingError(f"the file must hold one row of integers, got {got}.")
+    return row.long().numpy()
+
+
+def natural_order(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Returns a key that puts 2 before 10."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts if part)
+
+
+def export_rows(folder: str | Path, out: str | Path, *, progress: Callable[[int], object] = lambda _: None) -> int:
+    """Writes a folder of labels as `0.pt`, `1.pt`, … for the reference's `GeneratedAudioTextDataset`; returns how many.
+
+    `ids.csv` beside them gives the id of each. The folder appears once it is complete. Raises LabellingError.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LabellingError(f"{out} exists already; give a new folder with --out.")
+    partial = out.with_name(f".{out.name}.tmp")
+    rows = read_labels(folder)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        count = _export(rows, partial, progress)
+        os.replace(partial, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise write_error(out, error) from error
+    except RuntimeError as error:
+        # torch.save tells of a full disk in its own way
+        shutil.rmtree(partial, ignore_errors=True)
+        raise LabellingError(f"cannot write {out}: {reason_of(error)}; free the disk and run it again.") from error
+    return count
+
+
+def _export(rows: Iterator[Row], folder: Path, progress: Callable[[int], object]) -> int:
+    row_format = RowFormat(num_speech_ids=1, num_text_ids=1)
+    count = 0
+    with open(folder / INDEX_NAME, "w", encoding="utf-8", newline="") as index:
+        writer = csv.writer(index)
+        writer.writerow(["file", "id"])
+        for row in rows:
+            torch.save(torch.from_numpy(row_format.join(row.source, row.target)), folder / f"{count}.pt")
+            writer.writerow([f"{count}.pt", row.id])
+            count += 1
+            progress(1)
+    return count

@@ -1,0 +1,228 @@
+"""The labelling job: for each shard that is not yet committed, prepare, batch, label, journal, commit."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spear_fast.labelling.errors import Interrupted, LabellingError
+from spear_fast.labelling.files import FolderLock, make_folder
+from spear_fast.labelling.identity import job_identity, versions
+from spear_fast.labelling.journal import Journal, journal_path
+from spear_fast.labelling.labeller import Label, Labeller
+from spear_fast.labelling.options import LabelOptions
+from spear_fast.labelling.plan import Shard, compose_batches, plan_shards
+from spear_fast.labelling.prepare import Preparer, Utterance, Window
+from spear_fast.labelling.progress import Meter, Reporter, Silent
+from spear_fast.labelling.sources import open_sources
+from spear_fast.labelling.store import LabelStore, Row, Totals, label_schema
+from spear_fast.labelling.summary import Summary
+
+MANIFEST_SECONDS = 5.0
+
+
+def label(
+    sources: Sequence[str | Path],
+    model: Any,
+    out: str | Path,
+    options: LabelOptions | None = None,
+    *,
+    report: Reporter | None = None,
+    stop: threading.Event | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    about: dict[str, Any] | None = None,
+) -> Summary:
+    """Labels every utterance of `sources` into Parquet shards in `out`, going on where an earlier run stopped.
+
+    sources: audio files or folders, manifests, token files. model: a `TextToSemantic`; it is moved to the options'
+    device and dtype. stop: when set, the job ends after the batch in progress. workers: threads that read and tokenize.
+    retry_failed: labels shards with failed rows again. about: facts that the manifest records with this run.
+
+    Raises LabellingError for what the user can mend, Interrupted when `stop` was set.
+    """
+    options = options or LabelOptions()
+    out = Path(out)
+    listing = open_sources(sources)
+    needs_audio = any(source.kind != "tokens" for source in listing.sources)
+    if needs_audio and getattr(model, "wav2vec", None) is None:
+        raise LabellingError("the model has no speech tokenizer to read audio with; give token files or another model.")
+    make_folder(out)
+    with FolderLock(out):
+        identity = job_identity(model, options, listing)
+        shards = plan_shards(len(listing), options.num_shards, options.rows_per_shard)
+        schema = label_schema(model.num_semantic_token_ids, model.num_text_token_ids)
+        store = LabelStore(out, identity, shards, schema)
+        store.open(_run_record(about))
+        model = model.to(device=options.device, dtype=getattr(torch, options.dtype)).eval()
+        workers = workers or min(8, os.cpu_count() or 1)
+        preparer = Preparer(model, max_source_tokens=options.max_source_tokens, workers=workers)
+        windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
+        job = _Job(store, Labeller(model, options), options.batch_tokens, report or Silent(), stop or threading.Event())
+        return job.run(windows, retry_failed)
+
+
+def _run_record(about: dict[str, Any] | None) -> dict[str, Any]:
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"started": started, "versions": versions(), "threads": torch.get_num_threads(), **(about or {})}
+
+
+class _Job:
+    """One run over the pending shards of a store."""
+
+    def __init__(
+        self, store: LabelStore, labeller: Labeller, batch_tokens: int, report: Reporter, stop: threading.Event
+    ) -> None:
+        self._store = store
+        self._labeller = labeller
+        self._batch_tokens = batch_tokens
+        self._stop = stop
+        self._meter = Meter()
+        self._report = report
+        self._kept = 0
+        self._manifest_written = time.monotonic()
+
+    def _say(self, event: str, **fields: Any) -> None:
+        self._meter.take(event, fields)
+        self._report(event, **fields)
+
+    def run(self, windows: Callable[[Iterator[tuple[int, int]]], Iterator[Window]], retry_failed: bool) -> Summary:
+        began = time.perf_counter()
+        pending = [shard for shard in self._store.shards if self._is_pending(shard, retry_failed)]
+        rows = sum(map(len, self._store.shards))
+        done = rows - sum(map(len, pending))
+        self._say(
+            "start",
+            rows=rows,
+            done=done,
+            shards=len(self._store.shards),
+            shards_done=len(self._store.shards) - len(pending),
+            fingerprint=self._store.fingerprint,
+        )
+        for name in self._store.damaged:
+            self._say("warning", message=f"{name} is damaged or of another job and is labelled again.")
+        bounds = (window for shard in pending for window in shard.windows())
+        try:
+            with closing(windows(bounds)) as prepared:  # type: ignore[type-var]
+                for shard in pending:
+                    self._label_shard(shard, prepared)
+        except Interrupted as interrupted:
+            self._store.finish()
+            raise Interrupted(self._progress(rows)) from interrupted
+        self._store.finish()
+        summary = self._summary(time.perf_counter() - began)
+        self._say("summary", **asdict(summary))
+        return summary
+
+    def _is_pending(self, shard: Shard, retry_failed: bool) -> bool:
+        committed = self._store.committed.get(shard.index)
+        return committed is None or (retry_failed and bool(committed.failures))
+
+    def _label_shard(self, shard: Shard, prepared: Iterator[Window]) -> None:
+        totals = Totals()
+        rows: list[tuple[int, Row]] = []
+        failures: list[dict[str, str]] = []
+        self._kept = 0
+        with Journal(journal_path(self._store.out, shard), self._store.fingerprint) as journal:
+            for _ in shard.windows():
+                self._check_stop()
+                window = next(prepared)
+                self._say(
+                    "prepared",
+                    rows=len(window.utterances),
+                    failed=len(window.failures),
+                    audio_seconds=window.audio_seconds,
+                    seconds=window.elapsed,
+                )
+                failures.extend(failure.as_record() for failure in window.failures)
+                for utterance, label in self._label_window(window.utterances, journal):
+                    rows.append((utterance.index, _row(utterance, label)))
+                    _count(totals, utterance, label)
+            totals.failed = len(failures)
+            rows.sort(key=lambda numbered: numbered[0])
+            self._store.commit(shard, [row for _, row in rows], failures, totals)
+        self._kept = 0
+        self._say("shard", name=shard.name, rows=len(rows), failed=len(failures))
+        if time.monotonic() - self._manifest_written >= MANIFEST_SECONDS:
+            self._store.write_manifest()
+            self._manifest_written = time.monotonic()
+
+    def _label_window(self, utterances: list[Utterance], journal: Journal) -> Iterator[tuple[Utterance, Label]]:
+        for positions in compose_batches([len(utterance.tokens) for utterance in utterances], self._batch_tokens):
+            self._check_stop()
+            batch = [utterances[position] for position in positions]
+            key = journal.key(batch)
+            labels, seconds = journal.find(key), 0.0
+            restored = labels is not None
+            if labels is None:
+                labels, seconds = self._labeller(batch)
+                journal.append(key, labels)
+            self._kept += len(batch)
+            self._say(
+                "batch",
+                rows=len(batch),
+                tokens=sum(label.generated for label in labels),
+                source_tokens=sum(len(utterance.tokens) for utterance in batch),
+                audio_seconds=sum(utterance.seconds or 0.0 for utterance in batch),
+                seconds=seconds,
+                restored=restored,
+            )
+            yield from zip(batch, labels, strict=True)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted("")
+
+    def _progress(self, rows: int) -> str:
+        done = self._store.totals()
+        committed = f"{len(self._store.committed)} of {len(self._store.shards)} shards are written"
+        kept = f", {self._kept} utterances of the next one are kept" if self._kept else ""
+        return f"{done.rows + done.failed + self._kept} of {rows} utterances are done: {committed}{kept}"
+
+    def _summary(self, seconds: float) -> Summary:
+        totals = self._store.totals()
+        return Summary(
+            rows=totals.rows,
+            failed=totals.failed,
+            shards=len(self._store.shards),
+            hours=totals.audio_seconds / 3600 if totals.audio_seconds else None,
+            mean_confidence=totals.confidence / totals.rows if totals.rows else None,
+            unfinished_share=totals.unfinished / totals.rows if totals.rows else None,
+            tokens_per_second=self._meter.tokens_per_second,
+            tokenizing_speed=self._meter.tokenizing_speed,
+            labelling_speed=self._meter.labelling_speed,
+            rows_this_run=self._meter.rows,
+            seconds=seconds,
+        )
+
+
+def _row(utterance: Utterance, label: Label) -> Row:
+    return Row(
+        id=utterance.id,
+        source=utterance.tokens,
+        target=label.target,
+        text=label.text,
+        score=label.score,
+        mean_logprob=label.mean_logprob,
+        finished=label.finished,
+        flags=label.flags,
+    )
+
+
+def _count(totals: Totals, utterance: Utterance, label: Label) -> None:
+    totals.rows += 1
+    totals.source_tokens += len(utterance.tokens)
+    totals.target_tokens += len(label.target)
+    totals.unfinished += not label.finished
+    totals.audio_seconds += utterance.seconds or 0.0
+    totals.confidence += float(np.exp(label.mean_logprob))
