@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +97,14 @@ class MelKMeansTokenizer(nn.Module):
         normal = (pooled - pooled.mean(axis=0)) / np.maximum(pooled.std(axis=0), 1e-3)
         return np.asarray(normal, dtype=np.float32)
 
+    def quantise(self, features: Features) -> npt.NDArray[np.int64]:
+        """Returns the index of the centre nearest to each row of `features` `[n, 2 * num_ceps]`."""
+        rows = torch.from_numpy(features).to(self.centres.device)
+        return torch.cdist(rows[None], self.centres[None])[0].argmin(dim=-1).cpu().numpy()
+
     def encode(self, samples: Samples) -> npt.NDArray[np.int64]:
         """Returns the tokens `[n]` of a mono sound at `sample_rate`."""
-        features = torch.from_numpy(self.features_of(samples)).to(self.centres.device)
-        return torch.cdist(features[None], self.centres[None])[0].argmin(dim=-1).cpu().numpy()
-
-    def encode_all(self, sounds: Iterable[Samples]) -> list[npt.NDArray[np.int64]]:
-        return [self.encode(sound) for sound in sounds]
+        return self.quantise(self.features_of(samples))
 
     @torch.no_grad()
     def forward(self, wave: Tensor, flatten: bool = True, input_sample_hz: int | None = None) -> Tensor:
