@@ -11,11 +11,8 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,10 +139,10 @@ def _add_label(commands: Any) -> None:
     )
     size = parser.add_argument_group("sizes")
     size.add_argument("--max-source-tokens", type=_positive, default=4096, metavar="N", help="longer ones fail (4096)")
-    size.add_argument("--batch-tokens", type=_positive, metavar="N", help="source tokens of a batch, with padding")
+    size.add_argument("--batch-tokens", type=_positive, metavar="N", help="source tokens of a batch (8192; GPU 65536)")
     shards = size.add_mutually_exclusive_group()
     shards.add_argument("--num-shards", type=_positive, metavar="N", help="files to write")
-    shards.add_argument("--rows-per-shard", type=_positive, default=512, metavar="N", help="rows of a file (512)")
+    shards.add_argument("--rows-per-shard", type=_positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -162,8 +159,9 @@ def run_label(arguments: argparse.Namespace) -> int:
 
     from spear_fast.checkpoint import load_model
     from spear_fast.labelling import Interrupted, LabelOptions, label
-    from spear_fast.labelling.options import DEFAULT_BATCH_TOKENS
+    from spear_fast.labelling.options import DEFAULT_BATCH_TOKENS, DEFAULT_ROWS_PER_SHARD
     from spear_fast.labelling.progress import make_reporter
+    from spear_fast.labelling.stopping import StopSignal
 
     device = _device(arguments.device)
     if arguments.threads is not None:
@@ -174,14 +172,14 @@ def run_label(arguments: argparse.Namespace) -> int:
         early_stopping="never" if arguments.early_stopping == "never" else arguments.early_stopping == "true",
         max_length=arguments.max_length,
         max_source_tokens=arguments.max_source_tokens,
-        batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS["cpu"]),
+        batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS.get(device.type, LabelOptions.batch_tokens),
         num_shards=arguments.num_shards,
-        rows_per_shard=arguments.rows_per_shard,
+        rows_per_shard=arguments.rows_per_shard or DEFAULT_ROWS_PER_SHARD.get(device.type, LabelOptions.rows_per_shard),
         device=str(device),
         dtype=arguments.dtype,
     )
     model = load_model(arguments.model)
-    stop = _Stop()
+    stop = StopSignal()
     report = make_reporter(quiet=arguments.quiet, as_json=arguments.json)
     try:
         with stop.listening():
@@ -204,30 +202,6 @@ def run_label(arguments: argparse.Namespace) -> int:
     if not arguments.quiet and not arguments.json:
         print(summary.text(Path(arguments.out)))
     return EXIT_SOME_FAILED if summary.failed else EXIT_DONE
-
-
-class _Stop(threading.Event):
-    """Set by the first Ctrl-C or SIGTERM, so that the batch in progress is kept; the second one stops at once."""
-
-    signal = signal.SIGINT
-
-    @contextmanager
-    def listening(self) -> Any:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._take) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-    def _take(self, number: int, _: Any) -> None:
-        if self.is_set():
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        self.set()
-        text = "\nspear-fast: stopping after the batch in progress; press Ctrl-C again to stop at once\n"
-        os.write(sys.stderr.fileno(), text.encode())
 
 
 def _device(name: str) -> Any:

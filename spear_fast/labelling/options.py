@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from spear_fast.labelling.errors import LabellingError
 
-# source tokens of a batch, padding included; measured best on 2 cores, roomy for one large GPU
+# by kind of device: source tokens of a batch, padding included, and rows of a shard, a few batches of them
 DEFAULT_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+DEFAULT_ROWS_PER_SHARD = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True, kw_only=True)

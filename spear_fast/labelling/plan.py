@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # rows whose audio is tokenized, sorted and batched together; bounds memory when shards are large
-WINDOW_ROWS = 1024
+WINDOW_ROWS = 4096
 # decoding a row costs memory for its label too, so a very short source is not free
 LEAST_ROW_TOKENS = 64
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear_fast.labelling.errors import LabellingError, reason_of
+from spear_fast.labelling.errors import Interrupted, LabellingError, reason_of
 from spear_fast.labelling.items import Item
 from spear_fast.labelling.sources import Listing
 
@@ -73,12 +73,15 @@ class SpeechTokens:
 class Preparer:
     """Tokenizes windows of rows with a few threads, one window ahead of whoever takes them."""
 
-    def __init__(self, model: Any, *, max_source_tokens: int, workers: int) -> None:
+    def __init__(
+        self, model: Any, *, max_source_tokens: int, workers: int, stop: threading.Event | None = None
+    ) -> None:
         self.vocabulary = int(model.num_semantic_token_ids)
         self.max_source_tokens = max_source_tokens
         tokenizer = getattr(model, "wav2vec", None)
         self.tokenizer = None if tokenizer is None else SpeechTokens(tokenizer)
         self._workers = workers
+        self._stop = stop or threading.Event()
 
     def windows(self, listing: Listing, bounds: Iterable[tuple[int, int]]) -> Iterator[Window]:
         """Yields the rows `start` to `stop - 1` for each of `bounds`; the next window is prepared meanwhile."""
@@ -111,7 +114,9 @@ class Preparer:
         return window
 
     def row(self, index: int, item: Item) -> Utterance | Failure:
-        """Returns the row ready to be labelled, or why it cannot be."""
+        """Returns the row ready to be labelled, or why it cannot be. Raises Interrupted when the job is to stop."""
+        if self._stop.is_set():
+            raise Interrupted("")
         try:
             return self._utterance(index, item)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -119,6 +119,7 @@ class Lines:
             self._total, self._done = fields["rows"], fields["done"]
             self._done_before = self._done
             self._say(f"{self._done}/{self._total} utterances are done, {fields['shards']} shards in all")
+            self._last = time.monotonic()
         if event == "prepared":
             self._done += fields["failed"]
         if event == "batch":

@@ -64,12 +64,20 @@ def label(
         schema = label_schema(model.num_semantic_token_ids, model.num_text_token_ids)
         store = LabelStore(out, identity, shards, schema)
         store.open(_run_record(about))
-        model = model.to(device=options.device, dtype=getattr(torch, options.dtype)).eval()
+        _move(model, options)
         workers = workers or min(8, os.cpu_count() or 1)
-        preparer = Preparer(model, max_source_tokens=options.max_source_tokens, workers=workers)
+        stop = stop or threading.Event()
+        preparer = Preparer(model, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
         windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
-        job = _Job(store, Labeller(model, options), options.batch_tokens, report or Silent(), stop or threading.Event())
+        job = _Job(store, Labeller(model, options), options.batch_tokens, report or Silent(), stop)
         return job.run(windows, retry_failed)
+
+
+def _move(model: Any, options: LabelOptions) -> None:
+    for name, child in model.named_children():
+        # the speech tokenizer keeps its precision: rounded centres would give other tokens
+        child.to(device=options.device, dtype=None if name == "wav2vec" else getattr(torch, options.dtype))
+    model.eval()
 
 
 def _run_record(about: dict[str, Any] | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import os
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class Listing:
         self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in self.sources]).tolist()
         self.digests: list[str] = []
-        hashes = np.fromiter(chain.from_iterable(map(self._hashed_ids, self.sources)), np.int64, len(self))
+        hashes = np.concatenate([np.zeros(0, np.int64), *map(self._hash_ids, self.sources)])
         hashes.sort()
         twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
         if twice:
@@ -98,12 +97,14 @@ class Listing:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def _hashed_ids(self, source: Source) -> Iterator[int]:
+    def _hash_ids(self, source: Source) -> np.ndarray:
         digest = hashlib.sha256()
-        for identifier in source.ids():
-            digest.update(identifier.encode("utf-8", "surrogatepass") + b"\n")
-            yield hash(identifier)
+        hashes = np.zeros(len(source), np.int64)
+        for index, identifier in enumerate(source.ids()):
+            digest.update(identifier.encode() + b"\n")
+            hashes[index] = hash(identifier)
         self.digests.append(digest.hexdigest())
+        return hashes
 
     def _refuse_duplicates(self, twice: set[int]) -> None:
         places: dict[str, list[str]] = defaultdict(list)

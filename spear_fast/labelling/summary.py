@@ -10,8 +10,8 @@ from pathlib import Path
 class Summary:
     """Totals over the whole folder, rates of this run; None where not known.
 
-    hours: of audio. mean_confidence: mean over rows of exp(mean_logprob). tokens_per_second: generated text tokens. The two
-    speeds: seconds of audio per second.
+    hours: of audio. mean_confidence: mean over rows of exp(mean_logprob). tokens_per_second: generated text tokens.
+    tokenizing_speed, labelling_speed: seconds of audio per second.
     """
 
     rows: int

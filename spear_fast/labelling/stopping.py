@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM as a wish to stop soon, with everything finished on disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+NOTICE = "\nspear-fast: stopping after the batch in progress; press Ctrl-C again to stop at once\n"
+
+
+class StopSignal(threading.Event):
+    """Set by the first signal, so that the batch in progress is kept; the second one stops at once.
+
+    signal: the signal that set it.
+    """
+
+    signal = signal.SIGINT
+
+    @contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        """Takes SIGINT and SIGTERM inside the block; the main thread's to call."""
+        before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, _: FrameType | None) -> None:
+        if self.is_set():
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        self.set()
+        # print is not safe in the middle of another print
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.encode())
