@@ -32,7 +32,7 @@ def load_model(path: str | Path, **overrides: Any) -> TextToSemantic:
     state = read_state(path) if path.suffix == ".safetensors" else read_package(path)["model"]
     beside = path.parent / "config.json"
     config = read_config(beside) if beside.is_file() else infer_config(state, path)
-    model = TextToSemantic(**{**config, **overrides})
+    model = TextToSemantic.from_config({**config, **overrides}, beside if beside.is_file() else path)
     load_into(model, state, path)
     return model.eval()
 

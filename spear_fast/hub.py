@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
@@ -47,6 +47,14 @@ class HubModel(nn.Module, ModelHubMixin):
     tokenizer_encode: Callable[[list[str]], Tensor] | None
     tokenizer: Tokenizer | None
     wav2vec: nn.Module | None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], origin: Path) -> Self:
+        """Returns a fresh model; raises ValueError naming `origin` when arguments are missing or unknown."""
+        try:
+            return cls(**config)
+        except TypeError as error:
+            raise ValueError(f"{origin} must hold the model's constructor arguments: {error}.") from error
 
     def attach_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Makes `tokenizer` the model's text tokenizer: strings become sources, `save_pretrained` saves it.
@@ -102,7 +110,7 @@ class HubModel(nn.Module, ModelHubMixin):
             from spear_fast.speech import MelKMeansTokenizer
 
             model_kwargs["wav2vec"] = MelKMeansTokenizer.load(folder)
-        model = cls(**model_kwargs)
+        model = cls.from_config(model_kwargs, folder / "config.json")
         load_into(model, read_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         if (folder / TOKENIZER_NAME).is_file():
             model.attach_tokenizer(_read_tokenizer(folder / TOKENIZER_NAME))

@@ -22,7 +22,7 @@ from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, decode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
-from spear_fast.weights import read_package
+from spear_fast.weights import load_into, read_package
 
 Modality = Literal["speech", "text"]
 Source = Tensor | list[str]
@@ -173,7 +173,10 @@ class TextToSemantic(HubModel):
         Raises FileNotFoundError, or ValueError when the file is no checkpoint or does not fit this model.
         """
         package = read_package(path)
-        self.load_state_dict(package["model"], strict=strict)
+        if strict:
+            load_into(self, package["model"], path)
+        else:
+            self.load_state_dict(package["model"], strict=False)
         return package
 
     def unfreeze_all(self) -> None:

@@ -32,9 +32,10 @@ def read_package(path: str | Path) -> dict[str, Any]:
         package = {"model": package}
     if "model" not in package and package and all(isinstance(value, Tensor) for value in package.values()):
         package = {"model": package}
-    if isinstance(package.get("model"), dict):
+    state = package.get("model")
+    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
         return package
-    raise ValueError(f"{path} must hold a state dict under 'model', got the entries {sorted(map(str, package))[:8]}.")
+    raise ValueError(f"{path} must hold tensors by name under 'model', got the entries {sorted(map(str, package))[:8]}.")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
