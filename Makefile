@@ -36,7 +36,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 
 recipe: $(VENV)/.recipe ## speak sentences, train and measure the demo's model from scratch
 	@command -v espeak-ng >/dev/null || { echo "make recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng (or brew install espeak-ng)" >&2; exit 1; }
-	$(BIN)/python -m examples.recipe
+	$(BIN)/python examples/espeak/recipe.py
 
 bench: $(VENV)/.bench ## the benchmarks, on this machine
 	$(BIN)/python -m benchmarks.run

@@ -62,7 +62,9 @@ def planned(seed: int = 0) -> dict[str, list[Utterance]]:
         for turn in range(RENDERINGS)
         for index, text in enumerate(training)
     ]
-    known = [drawn(f"known-{i:04d}", text, TRAINING_VOICES[i % len(TRAINING_VOICES)], rng) for i, text in enumerate(test)]
+    known = [
+        drawn(f"known-{i:04d}", text, TRAINING_VOICES[i % len(TRAINING_VOICES)], rng) for i, text in enumerate(test)
+    ]
     unseen = [drawn(f"unseen-{i:04d}", text, UNSEEN_VOICE, rng) for i, text in enumerate(test)]
     return {"training": spoken, "known": known, "unseen": unseen}
 

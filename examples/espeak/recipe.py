@@ -30,8 +30,8 @@ from spear_fast.speech import MelKMeansTokenizer
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
-PRETRAIN_STEPS = 900
-FINETUNE_STEPS = 1900
+PRETRAIN_STEPS = 1000
+FINETUNE_STEPS = 2300
 FEW_LABELS_STEPS = 450
 NUM_KNOWN_RECORDINGS, NUM_UNSEEN_RECORDINGS = 13, 7
 
@@ -73,10 +73,16 @@ class Recipe:
 
     def models(self) -> dict[str, TextToSemantic]:
         """Returns the trained models by name, training those that are not there yet."""
-        pretrained = self._trained("pretrained", None, lambda model: train.pretrain(model, self.data.training, PRETRAIN_STEPS, SEED))
+        pretrained = self._trained(
+            "pretrained", None, lambda model: train.pretrain(model, self.data.training, PRETRAIN_STEPS, SEED)
+        )
 
-        def finetuned(name: str, start: TextToSemantic | None, examples: list[data.Example], steps: int) -> TextToSemantic:
-            return self._trained(name, start, lambda model: train.finetune(model, examples, self.text, steps, SEED, name))
+        def finetuned(
+            name: str, start: TextToSemantic | None, examples: list[data.Example], steps: int
+        ) -> TextToSemantic:
+            return self._trained(
+                name, start, lambda model: train.finetune(model, examples, self.text, steps, SEED, name)
+            )
 
         return {
             "all labels, pretrained": finetuned("all-labels", pretrained, self.data.training, FINETUNE_STEPS),
@@ -84,7 +90,9 @@ class Recipe:
             "few labels, pretrained": finetuned("few-labels-pretrained", pretrained, self.labelled, FEW_LABELS_STEPS),
         }
 
-    def _trained(self, name: str, start: TextToSemantic | None, fit: Callable[[TextToSemantic], float]) -> TextToSemantic:
+    def _trained(
+        self, name: str, start: TextToSemantic | None, fit: Callable[[TextToSemantic], float]
+    ) -> TextToSemantic:
         model = train.new_model(self.text.get_vocab_size(), self.speech, SEED)
         path = self.work / f"{name}.pt"
         if path.is_file():
@@ -105,7 +113,9 @@ class Recipe:
             print(f"scoring {name}", flush=True)
             started = time.perf_counter()
             parts = {"known": self.data.known, "unseen": self.data.unseen}
-            self.figures["error_rates"][name] = {part: score.error_rates(model, examples) for part, examples in parts.items()}
+            self.figures["error_rates"][name] = {
+                part: score.error_rates(model, examples) for part, examples in parts.items()
+            }
             self._took(f"score {name}", time.perf_counter() - started)
 
     def export(self, model: TextToSemantic) -> None:

@@ -26,7 +26,9 @@ def labels(model: TextToSemantic, examples: Sequence[Example], beam_size: int = 
         with torch.no_grad():
             memory, mask, _ = model.encode(ids, source_type="speech")
             result = model.decode(memory, mask, target_type="text", options=options)
-        for index, tokens, length in zip(chosen, result.tokens[:, 0].tolist(), result.lengths[:, 0].tolist(), strict=True):
+        for index, tokens, length in zip(
+            chosen, result.tokens[:, 0].tolist(), result.lengths[:, 0].tolist(), strict=True
+        ):
             found[index] = model.tokenizer.decode(tokens[:length])
     return found
 
@@ -35,4 +37,8 @@ def error_rates(model: TextToSemantic, examples: Sequence[Example]) -> dict[str,
     """Returns CER and WER over all examples, as fractions."""
     truth = [example.utterance.text for example in examples]
     found = labels(model, examples)
-    return {"cer": float(jiwer.cer(truth, found)), "wer": float(jiwer.wer(truth, found)), "exact": float(np.mean(np.array(truth) == found))}
+    return {
+        "cer": float(jiwer.cer(truth, found)),
+        "wer": float(jiwer.wer(truth, found)),
+        "exact": float(np.mean(np.array(truth) == found)),
+    }

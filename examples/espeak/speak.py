@@ -39,7 +39,9 @@ class Utterance:
 def check_espeak() -> None:
     """Raises RuntimeError when espeak-ng is not installed."""
     if shutil.which("espeak-ng") is None:
-        raise RuntimeError("the recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng")
+        raise RuntimeError(
+            "the recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng"
+        )
 
 
 def drawn(name: str, text: str, voice: str, rng: random.Random, *, stretches: tuple[float, ...] = (1.0,)) -> Utterance:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from spear_fast import SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemantic
 from spear_fast.speech import MelKMeansTokenizer
 
-BATCH_TOKENS = 6000
-PEAK_LEARNING_RATE = 1.5e-3
-WARMUP_STEPS = 150
+BATCH_TOKENS = 3000
+PEAK_LEARNING_RATE = 1.2e-3
+WARMUP_STEPS = 200
 # share of source tokens that training replaces by a neighbouring cluster, drops, or doubles
 REPLACED, DROPPED, DOUBLED = 0.15, 0.04, 0.04
 
@@ -35,7 +35,6 @@ def new_model(num_text_token_ids: int, wav2vec: MelKMeansTokenizer, seed: int) -
         target_kv_heads=2,
         num_text_token_ids=num_text_token_ids,
         wav2vec=wav2vec,
-        attn_dropout=0.1,
         ff_dropout=0.1,
     )
     for embedding in model.token_emb.values():
@@ -79,7 +78,9 @@ def padded(rows: Sequence[np.ndarray], pad_id: int) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=pad_id)
 
 
-def fit(model: TextToSemantic, loss_of: Callable[[list[int]], Tensor], order: Iterator[list[int]], steps: int, name: str) -> float:
+def fit(
+    model: TextToSemantic, loss_of: Callable[[list[int]], Tensor], order: Iterator[list[int]], steps: int, name: str
+) -> float:
     """Trains for `steps` batches and returns the seconds it took; prints the loss now and then."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
@@ -101,7 +102,10 @@ def fit(model: TextToSemantic, loss_of: Callable[[list[int]], Tensor], order: It
         running += loss.item()
         if step % 100 == 0 or step == steps:
             seconds = time.perf_counter() - started
-            print(f"  {name}: step {step}/{steps}, loss {running / ((step - 1) % 100 + 1):.3f}, {seconds:.0f} s", flush=True)
+            print(
+                f"  {name}: step {step}/{steps}, loss {running / ((step - 1) % 100 + 1):.3f}, {seconds:.0f} s",
+                flush=True,
+            )
             running = 0.0
     model.eval()
     return time.perf_counter() - started
@@ -120,7 +124,9 @@ def pretrain(model: TextToSemantic, examples: Sequence[Example], steps: int, see
     return fit(model, loss_of, batches(examples, lengths, random.Random(seed)), steps, "pretrain")
 
 
-def finetune(model: TextToSemantic, examples: Sequence[Example], tokenizer: Any, steps: int, seed: int, name: str) -> float:
+def finetune(
+    model: TextToSemantic, examples: Sequence[Example], tokenizer: Any, steps: int, seed: int, name: str
+) -> float:
     """Speech to text over labelled examples; `tokenizer` is the text tokenizer."""
     wrapper = SemanticToTextWrapper(model)
     torch.manual_seed(seed)
