@@ -1,0 +1,123 @@
+"""What decoding returns, and how the steps' records are put together to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from spear_fast.decoding.decoder import Decoder
+from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.state import DecodeState
+
+
+@dataclass
+class DecodingResult:
+    """R hypotheses for each of B utterances, best first.
+
+    tokens: `[B, R, T]` int64, the end of sequence included where it was produced, then the pad id.
+    lengths: `[B, R]` int64, tokens without the end of sequence.
+    finished: `[B, R]` bool, whether the end of sequence was produced; otherwise the length limit cut it.
+    scores: `[B, R]` float32, what the ranking used: `sum_logprobs / length ** length_penalty`, where length counts the end of
+        sequence; in the reference's beam search the sum over all steps, those behind the end included.
+    sum_logprobs: `[B, R]` float32, over the tokens and the end of sequence.
+    token_logprobs: `[B, R, T]` float32, 0 behind the end. In beam search at its temperature, else the model's own.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    finished: Tensor
+    scores: Tensor
+    sum_logprobs: Tensor
+    token_logprobs: Tensor
+
+    def clone(self) -> DecodingResult:
+        """Returns a copy of every tensor; made outside of inference mode these are ordinary ones."""
+        return DecodingResult(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+
+
+def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> DecodingResult:
+    """Returns the result of a state that is done, or that has made all the steps that it may."""
+    count = options.num_return_sequences
+    if options.method == "beam" and options.beam_mode == "reference":
+        return _reference_result(decoder, state, count)
+    if options.method == "beam":
+        return _pool_result(decoder, state, count)
+    ends, finished = state.generated, state.finished
+    tokens, logprobs = trace(state, ends, torch.arange(state.beams, device=ends.device).expand_as(ends))
+    scores = state.scores / ends.clamp(min=1).to(state.scores.dtype) ** options.length_penalty
+    result = _result(decoder, tokens, logprobs, ends - finished.long(), finished, scores)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return _ranked(result, order)
+
+
+def trace(state: DecodeState, ends: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns tokens `[B, R, T]` int64 and their log-probabilities of hypotheses, walked back along their parents.
+
+    ends: `[B, R]` int64, tokens of each hypothesis. slots: `[B, R]` int64, its place after the last of them.
+    What lies behind an end is unspecified.
+    """
+    steps = int(ends.max()) if ends.numel() else 0
+    tokens = torch.zeros(steps, *ends.shape, dtype=torch.int64, device=ends.device)
+    logprobs = torch.zeros(steps, *ends.shape, dtype=state.logprobs.dtype, device=ends.device)
+    for i in reversed(range(steps)):
+        tokens[i] = state.tokens[i].gather(1, slots)
+        logprobs[i] = state.logprobs[i].gather(1, slots)
+        slots = torch.where(i < ends, state.parents[i].gather(1, slots).long(), slots)
+    return tokens.permute(1, 2, 0), logprobs.permute(1, 2, 0)
+
+
+def _reference_result(decoder: Decoder, state: DecodeState, count: int) -> DecodingResult:
+    # the batch may have run on past its stop: what came behind never counts
+    steps = torch.where(state.stop < 0, state.generated.max(), state.stop)
+    slots = torch.arange(count, device=steps.device).expand(state.batch, count)
+    tokens, logprobs = trace(state, steps.expand_as(slots), slots)
+    length = torch.full_like(slots, tokens.shape[-1])
+    finished = torch.zeros_like(slots, dtype=torch.bool)
+    if decoder.eos_id is not None:
+        ended = tokens == decoder.eos_id
+        finished = ended.any(dim=-1)
+        length = torch.where(finished, ended.byte().argmax(dim=-1), length)
+    return _result(decoder, tokens, logprobs, length, finished, logprobs.sum(dim=-1))
+
+
+def _pool_result(decoder: Decoder, state: DecodeState, count: int) -> DecodingResult:
+    pool = state.pool
+    assert pool is not None
+    scores, ends, finished = pool.scores[:, :count], pool.ends[:, :count], pool.finished[:, :count]
+    # a place that nothing took, where the vocabulary had too few hypotheses
+    ends, finished = ends.masked_fill(scores == -torch.inf, 0), finished & (scores > -torch.inf)
+    tokens, logprobs = trace(state, ends, pool.slots[:, :count])
+    longest = int((ends + finished).max())
+    tokens, logprobs = (torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in (tokens, logprobs))
+    if decoder.eos_id is not None and longest:
+        last = torch.where(finished, ends, longest - 1)[..., None]
+        tokens = tokens.scatter(2, last, torch.where(finished[..., None], decoder.eos_id, tokens.gather(2, last)))
+        final = torch.where(finished, pool.last_logprobs[:, :count], logprobs.gather(2, last)[..., 0])
+        logprobs = logprobs.scatter(2, last, final[..., None])
+    return _result(decoder, tokens, logprobs, ends, finished, scores)
+
+
+def _result(
+    decoder: Decoder, tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor, scores: Tensor
+) -> DecodingResult:
+    """Returns the result with everything behind each end wiped out."""
+    behind = torch.arange(tokens.shape[-1], device=tokens.device) >= (lengths + finished.long())[..., None]
+    logprobs = logprobs.masked_fill(behind, 0)
+    return DecodingResult(
+        tokens=tokens.masked_fill(behind, decoder.pad_id),
+        lengths=lengths,
+        finished=finished,
+        scores=scores.float(),
+        sum_logprobs=logprobs.sum(dim=-1).float(),
+        token_logprobs=logprobs.float(),
+    )
+
+
+def _ranked(result: DecodingResult, order: Tensor) -> DecodingResult:
+    def pick(values: Tensor) -> Tensor:
+        index = order if values.ndim == 2 else order[..., None].expand(-1, -1, values.shape[-1])
+        return values.gather(1, index)
+
+    return DecodingResult(**{field.name: pick(getattr(result, field.name)) for field in fields(result)})
