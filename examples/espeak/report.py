@@ -16,7 +16,7 @@ def write_report(figures: dict[str, Any], path: Path) -> None:
         "Written by `make recipe` (`examples/espeak/recipe.py`) from the figures of its last run, in `figures.json`.",
         "",
         f"* Training speech: {data['utterances']:,} utterances of {data['sentences']:,} sentences "
-        f"({data['words']} different words), {data['hours']:.1f} hours, {len(data['training_voices'])} voices of espeak-ng.",
+        f"({data['words']} different words), {data['hours']:.1f} hours, {len(set(data['training_voices']))} voices of espeak-ng.",
         f"* Test: {data['test_sentences']} sentences that are not in training, once by the known voices and once by "
         f"`{data['unseen_voice']}`, which no training saw.",
         f"* Speech tokens: {data['tokens_per_second']:.1f} a second, {data['codebook_size']} clusters. "

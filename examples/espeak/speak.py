@@ -15,13 +15,15 @@ from spear_fast.speech.audio import Samples, resample
 
 SAMPLE_RATE = 16000
 
-# accent + variant of espeak-ng 1.51; the unseen one was set before any training and takes part in none
+# accent + variant of espeak-ng 1.51. en-gb counts three times: espeak-ng takes no variant for it, and says nothing.
+# the unseen voice was set before any error rate was known: its accent is in training, its formants are in no training
+# voice (f5, for one, would have had those of f2)
 TRAINING_VOICES = (
-    "en-us", "en-us+m1", "en-us+f2", "en-us+m3", "en-gb", "en-gb+f1", "en-gb+m2", "en-gb-x-rp+m4", "en-gb-x-rp+f3",
+    "en-us", "en-us+m1", "en-us+f2", "en-us+m3", "en-gb", "en-gb", "en-gb", "en-gb-x-rp+m4", "en-gb-x-rp+f3",
     "en-gb-scotland+m5", "en-gb-scotland+f4", "en-029+m6", "en-029+f2", "en-gb-x-gbclan+m7", "en-gb-x-gbclan+f1",
     "en-gb-x-gbcwmd+m1",
 )  # fmt: skip
-UNSEEN_VOICE = "en-us+f5"
+UNSEEN_VOICE = "en-us+Annie"
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Utterance:
 
 
 def check_espeak() -> None:
-    """Raises RuntimeError when espeak-ng is not installed."""
+    """Raises RuntimeError when espeak-ng is not installed, or speaks two voices alike, as it does with unknown ones."""
     if shutil.which("espeak-ng") is None:
         raise RuntimeError(
             "the recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng"
         )
+    heard: dict[bytes, str] = {}
+    for voice in sorted({*TRAINING_VOICES, UNSEEN_VOICE}):
+        sound = speak(Utterance("check", "the old painter found a silver key", voice, 160, 50)).tobytes()
+        if sound in heard:
+            raise RuntimeError(f"espeak-ng speaks {voice} exactly as {heard[sound]}; take another voice or version.")
+        heard[sound] = voice
 
 
 def drawn(name: str, text: str, voice: str, rng: random.Random, *, stretches: tuple[float, ...] = (1.0,)) -> Utterance:
