@@ -1,6 +1,7 @@
 """What pyproject.toml cannot say: the package list (`kernels/` is `spear_fast.kernels`) and the optional extension.
 
-SPEAR_FAST_BUILD  auto (default): build the extension if possible, say so if not; require: fail if not; off: leave it out
+SPEAR_FAST_BUILD  auto (default): build the extension, or say why not; require: fail if it cannot be built;
+                  off: leave it out
 SPEAR_FAST_MARCH  what the compiler's -march gets: native (default), x86-64-v3, …; empty for the compiler's own default
 """
 
@@ -81,7 +82,7 @@ def capability(defined: set[str]) -> str:
 
 
 def openmp(torch_lib: Path) -> tuple[list[str], list[str]]:
-    """Returns compile and link flags for the OpenMP that torch itself uses: with a second one threads fight for the cores."""
+    """Returns compile and link flags for the OpenMP that torch uses: with a second one threads fight for the cores."""
     if sys.platform != "linux":
         return [], []
     renamed = sorted(torch_lib.glob("libgomp-*.so*")) + sorted(torch_lib.parent.parent.glob("torch.libs/libgomp-*.so*"))
@@ -115,7 +116,16 @@ def extension_settings() -> dict:
         return {}
     level = capability(defined)
     omp_compile, omp_link = openmp(Path(torch.__file__).parent / "lib")
-    flags = ["-O3", *march, "-std=c++20", "-fno-math-errno", "-fvisibility=hidden", *omp_compile]
+    flags = [
+        "-O3",
+        "-g0",
+        *march,
+        "-std=c++20",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+        *omp_compile,
+    ]
     flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
 
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
@@ -150,13 +160,14 @@ def extension_settings() -> dict:
             try:
                 super().build_extensions()
             except Exception as error:
-                give_up(str(error).splitlines()[-1] if str(error) else type(error).__name__)
+                give_up(f"the compiler's own words are above; {error or type(error).__name__}")
                 self.extensions = []
-                return
-            # an inplace build writes to build_lib first; setuptools copies from there
-            for folder in {Path(self.get_ext_fullpath("spear_fast._C")).parent, Path(self.build_lib) / "spear_fast"}:
-                if folder.is_dir():
-                    (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+        def run(self):
+            super().run()
+            if self.extensions:
+                notes = Path(self.get_ext_fullpath("spear_fast._C")).with_name("_build.json")
+                notes.write_text(json.dumps(facts, indent=1) + "\n")
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOptional}}
 

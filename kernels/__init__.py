@@ -1,4 +1,4 @@
-"""GPU kernels of spear_fast, imported as `spear_fast.kernels`; needs torch and triton only, and imports neither here."""
+"""GPU kernels of spear_fast, imported as `spear_fast.kernels`; a leaf that needs torch and triton only."""
 
 if __name__ != "spear_fast.kernels":
     raise ImportError(

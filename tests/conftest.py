@@ -20,7 +20,7 @@ def _seeded():
 
 @pytest.fixture
 def nan_filled_empty():
-    """Fills what torch.empty returns, in Python and in C++, with NaN (integers: with the largest), so that nothing unwritten passes for right."""
+    """Fills new memory, in Python and in C++, with NaN (integers: the largest): nothing unwritten passes for right."""
     deterministic, warns = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

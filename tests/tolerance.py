@@ -1,7 +1,8 @@
 """The one rule by which floating-point results are judged, after FlashAttention's tests.
 
-Truth is the computation in float64; the yardstick is the same computation by plain torch in the tested dtype. A result may be
-off by twice what torch is off (gradients: three times), and a floor of a few roundings for where torch happens to be exact.
+Truth is the computation in float64; the yardstick is the same computation by plain torch in the tested dtype. A result
+may be off by twice what torch is off (gradients: three times), and a floor of a few roundings for where torch happens to
+be exact.
 """
 
 from __future__ import annotations

@@ -1,0 +1,167 @@
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <vector>
+
+#include "../ops.h"
+#include "attention_rows.h"
+#include "rotary.h"
+
+namespace spear_fast {
+namespace {
+
+// multiplications that are worth a thread of their own
+constexpr int64_t kGrain = 1 << 16;
+
+// where the key or value of each position lies, following the ancestor table
+template <typename scalar_t>
+struct Rows {
+  const scalar_t* first;
+  int64_t slot_stride, position_stride;
+
+  void find(const uint8_t* ancestors, int64_t begin, int64_t end, const scalar_t** rows) const {
+    for (int64_t position = begin; position < end; ++position) {
+      rows[position - begin] = first + ancestors[position] * slot_stride + position * position_stride;
+    }
+  }
+};
+
+// returns how many positions all hypotheses of an utterance read from the same slots
+int64_t common_trunk(const uint8_t* ancestors, const int64_t* lengths, int64_t beams, int64_t buffer) {
+  int64_t trunk = *std::min_element(lengths, lengths + beams);
+  for (int64_t beam = 1; beam < beams; ++beam) {
+    const uint8_t* other = ancestors + beam * buffer;
+    trunk = std::mismatch(ancestors, ancestors + trunk, other).first - ancestors;
+  }
+  return trunk;
+}
+
+template <typename scalar_t>
+void attend(
+    const at::Tensor& query, const at::Tensor& freqs, const at::Tensor& cache_key, const at::Tensor& cache_value,
+    const uint8_t* ancestors, const int64_t* lengths, at::Tensor& out) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t utterances = query.size(0), beams = query.size(1), heads = query.size(2), size = query.size(3);
+  const int64_t groups = cache_key.size(1), buffer = cache_key.size(2);
+  const int64_t members = heads / groups, rows = beams * members;
+  const int64_t padded = round_up<acc_t>(size);
+  const acc_t scale = 1 / std::sqrt(static_cast<acc_t>(size));
+  const at::Tensor frequencies = freqs.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
+  const auto* p_freqs = frequencies.const_data_ptr<acc_t>();
+  const auto* p_query = query.const_data_ptr<scalar_t>();
+  const auto* p_key = cache_key.const_data_ptr<scalar_t>();
+  const auto* p_value = cache_value.const_data_ptr<scalar_t>();
+  auto* p_out = out.data_ptr<scalar_t>();
+  const auto query_strides = query.strides(), key_strides = cache_key.strides(), value_strides = cache_value.strides();
+
+  const int64_t longest = *std::max_element(lengths, lengths + utterances * beams);
+  const int64_t score_stride = longest + kKeys;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, rows * longest * size));
+  at::parallel_for(0, utterances * groups, grain, [&](int64_t begin, int64_t end) {
+    Rotary<acc_t> rotary(p_freqs, size / 2);
+    std::vector<acc_t> queries(rows * padded), sums(rows * padded), scores(rows * score_stride), totals(rows);
+    std::vector<const scalar_t*> found(longest);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t utterance = item / groups, group = item % groups;
+      const int64_t* length = lengths + utterance * beams;
+      const uint8_t* ancestor = ancestors + utterance * beams * buffer;
+      const Rows<scalar_t> keys{
+          p_key + utterance * beams * key_strides[0] + group * key_strides[1], key_strides[0], key_strides[2]};
+      const Rows<scalar_t> values{
+          p_value + utterance * beams * value_strides[0] + group * value_strides[1], value_strides[0],
+          value_strides[2]};
+
+      for (int64_t beam = 0; beam < beams; ++beam) {
+        rotary.move_to(std::max<int64_t>(length[beam] - 1, 0));
+        for (int64_t member = 0; member < members; ++member) {
+          rotary.rotate(
+              p_query + utterance * query_strides[0] + beam * query_strides[1] +
+                  (group * members + member) * query_strides[2],
+              scale, queries.data() + (beam * members + member) * padded);
+        }
+      }
+
+      // what all hypotheses share is read once for all; what each has of its own, once for its heads
+      const int64_t trunk = common_trunk(ancestor, length, beams, buffer);
+      keys.find(ancestor, 0, trunk, found.data());
+      score_rows<acc_t>(queries.data(), rows, padded, found.data(), trunk, size, scores.data(), score_stride);
+      for (int64_t beam = 0; beam < beams; ++beam) {
+        const int64_t tail = length[beam] - trunk, row = beam * members;
+        keys.find(ancestor + beam * buffer, trunk, length[beam], found.data());
+        score_rows<acc_t>(
+            queries.data() + row * padded, members, padded, found.data(), tail, size,
+            scores.data() + row * score_stride + trunk, score_stride);
+        for (int64_t i = row; i < row + members; ++i) {
+          totals[i] = exponentiate(scores.data() + i * score_stride, length[beam]);
+        }
+      }
+      std::fill(sums.begin(), sums.end(), acc_t(0));
+      values.find(ancestor, 0, trunk, found.data());
+      value_rows<acc_t>(scores.data(), rows, score_stride, found.data(), trunk, size, sums.data(), padded);
+      for (int64_t beam = 0; beam < beams; ++beam) {
+        const int64_t tail = length[beam] - trunk, row = beam * members;
+        values.find(ancestor + beam * buffer, trunk, length[beam], found.data());
+        value_rows<acc_t>(
+            scores.data() + row * score_stride + trunk, members, score_stride, found.data(), tail, size,
+            sums.data() + row * padded, padded);
+        for (int64_t member = 0; member < members; ++member) {
+          const acc_t* sum = sums.data() + (row + member) * padded;
+          const acc_t share = length[beam] > 0 ? 1 / totals[row + member] : acc_t(0);
+          scalar_t* target = p_out + ((utterance * beams + beam) * heads + group * members + member) * size;
+          for (int64_t i = 0; i < size; ++i) {
+            target[i] = static_cast<scalar_t>(sum[i] * share);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor decode_self_attention_cpu(
+    const at::Tensor& query, const at::Tensor& freqs, const at::Tensor& cache_key, const at::Tensor& cache_value,
+    const at::Tensor& ancestors, const at::Tensor& lengths) {
+  // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
+  TORCH_CHECK(
+      query.dim() == 4 && query.size(3) % 2 == 0 && freqs.numel() * 2 == query.size(3) && cache_key.dim() == 4 &&
+          cache_key.sizes() == cache_value.sizes() && cache_key.size(0) == query.size(0) * query.size(1) &&
+          cache_key.size(1) > 0 && query.size(2) % cache_key.size(1) == 0 && cache_key.size(3) == query.size(3) &&
+          ancestors.dim() == 3 && ancestors.size(0) == query.size(0) && ancestors.size(1) == query.size(1) &&
+          ancestors.size(2) == cache_key.size(2) && lengths.sizes() == query.sizes().slice(0, 2),
+      "decode_self_attention: the shapes of the arguments do not fit each other");
+  TORCH_CHECK(
+      cache_key.stride(3) == 1 && cache_value.stride(3) == 1,
+      "decode_self_attention: the caches must be contiguous in their last dimension; call .contiguous() when they are "
+      "made");
+  auto out = at::empty(query.sizes(), query.options());
+  if (out.numel() == 0) {
+    return out;
+  }
+  const int64_t beams = query.size(1), buffer = cache_key.size(2);
+  const auto counts = lengths.contiguous();
+  const auto table = ancestors.contiguous();
+  const auto* p_counts = counts.const_data_ptr<int64_t>();
+  const auto* p_table = table.const_data_ptr<uint8_t>();
+  for (int64_t row = 0; row < counts.numel(); ++row) {
+    TORCH_CHECK_VALUE(
+        p_counts[row] >= 0 && p_counts[row] <= buffer, "decode_self_attention: lengths must lie in 0..", buffer,
+        ", the caches' length, and hypothesis ", row, " has ", p_counts[row], "; make the caches longer or end it");
+    uint8_t highest = 0;
+    for (int64_t position = 0; position < p_counts[row]; ++position) {
+      highest = std::max(highest, p_table[row * buffer + position]);
+    }
+    TORCH_CHECK_VALUE(
+        highest < std::max<int64_t>(beams, 1), "decode_self_attention: ancestors must be below ", beams,
+        ", the number of slots of an utterance, and hypothesis ", row, " has ", static_cast<int64_t>(highest),
+        "; write each position's slot before it is read");
+  }
+  const auto queries = query.stride(3) == 1 ? query : query.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_self_attention", [&] {
+    attend<scalar_t>(queries, freqs, cache_key, cache_value, p_table, p_counts, out);
+  });
+  return out;
+}
+
+}  // namespace spear_fast

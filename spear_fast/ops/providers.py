@@ -1,0 +1,168 @@
+"""Who computes an op: a table of providers, and the choice among them, made once for each kind of input.
+
+SPEAR_FAST_PROVIDER=op=provider,op=provider forces providers (`*` stands for every op that has the provider); one that
+cannot run then raises and says why, where an automatic choice passes on to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from spear_fast.ops import extension, reference
+from spear_fast.ops.schema import SCHEMAS
+
+
+class Inputs(NamedTuple):
+    """What a choice depends on: the device and dtype of an op's first argument, and its last size (head_dim)."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of one op.
+
+    function: takes the op's arguments, already checked, and returns what the op returns.
+    devices: types of device it runs on; empty for any.
+    missing: why it cannot run on this machine at all, or None.
+    why_not: why it cannot run on such inputs, or None.
+    """
+
+    op: str
+    name: str
+    function: Callable
+    devices: tuple[str, ...] = ()
+    missing: Callable[[], str | None] = lambda: None
+    why_not: Callable[[Inputs], str | None] = lambda inputs: None
+
+    def refusal(self, inputs: Inputs) -> str | None:
+        """Returns why this provider cannot take such inputs here, or None."""
+        if self.devices and inputs.device.type not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {inputs.device.type}"
+        return self.missing() or self.why_not(inputs)
+
+
+class Row(NamedTuple):
+    """A line of the table that `spear-fast info` prints."""
+
+    op: str
+    provider: str
+    devices: str
+    missing: str | None
+
+
+_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _cpu_why_not(inputs: Inputs) -> str | None:
+    return None if inputs.dtype in _CPU_DTYPES else f"takes {', '.join(map(str, _CPU_DTYPES))}, not {inputs.dtype}"
+
+
+# op → its providers, the preferred first; new ones are added with register()
+_providers: dict[str, list[Provider]] = {op: [] for op in SCHEMAS}
+_chosen: dict[str, dict[Inputs, Callable]] = {op: {} for op in SCHEMAS}
+_forced: dict[str, str] | None = None
+
+
+def register(provider: Provider, *, before: str | None = None) -> None:
+    """Adds a provider to its op, in front of the one named `before`, else last."""
+    rows = _providers[provider.op]
+    names = [row.name for row in rows]
+    if provider.name in names:
+        raise ValueError(f"{provider.op} already has a provider {provider.name!r}")
+    rows.insert(names.index(before) if before else len(rows), provider)
+    _chosen[provider.op].clear()
+
+
+def _parse(setting: str) -> dict[str, str]:
+    """Returns op → provider for a setting such as "append_kv=cpu,*=reference"; later entries win over earlier ones."""
+    wanted: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in setting.split(","))):
+        op, equals, name = (part.strip() for part in entry.partition("="))
+        if not equals or (op != "*" and op not in _providers):
+            ops = ", ".join(_providers)
+            raise ValueError(
+                f"SPEAR_FAST_PROVIDER wants op=provider with op one of {ops} or *, got {entry!r}; correct it"
+            )
+        having = [each for each in (_providers if op == "*" else [op]) if name in names(each)]
+        if not having:
+            known = sorted({provider for each in _providers for provider in names(each)})
+            raise ValueError(
+                f"{op} has no provider {name!r}; choose from {', '.join(known if op == '*' else names(op))}"
+            )
+        wanted.update(dict.fromkeys(having, name))
+    return wanted
+
+
+def names(op: str) -> list[str]:
+    """Returns the names of an op's providers, the preferred first."""
+    return [provider.name for provider in _providers[op]]
+
+
+def get(op: str, name: str) -> Provider:
+    """Returns one provider of an op, to be compared with others in tests and benchmarks."""
+    for provider in _providers[op]:
+        if provider.name == name:
+            return provider
+    raise ValueError(f"{op} has no provider {name!r}; choose from {', '.join(names(op))}")
+
+
+def choose(op: str, inputs: Inputs) -> Callable:
+    """Returns the function that computes `op` for such inputs: the forced one, or the first that can."""
+    global _forced
+    if _forced is None:
+        _forced = _parse(os.environ.get("SPEAR_FAST_PROVIDER", ""))
+    candidates = [get(op, _forced[op])] if op in _forced else _providers[op]
+    refusals = []
+    for provider in candidates:
+        reason = provider.refusal(inputs)
+        if reason is None:
+            _chosen[op][inputs] = provider.function
+            return provider.function
+        refusals.append(f"{provider.name}: {reason}")
+    asked = "the provider asked for cannot" if op in _forced else "no provider can"
+    raise RuntimeError(f"{op} on {inputs.device.type} in {inputs.dtype}: {asked} compute it ({'; '.join(refusals)})")
+
+
+def chosen(op: str) -> dict[Inputs, Callable]:
+    """Returns the memory of an op's choices, the same object for the life of the process."""
+    return _chosen[op]
+
+
+@contextlib.contextmanager
+def forced(setting: str) -> Iterator[None]:
+    """Within it, the providers named by a setting like SPEAR_FAST_PROVIDER's are used instead of the automatic ones."""
+    global _forced
+    wanted, before = _parse(setting), _forced
+    _forced = wanted
+    for memory in _chosen.values():
+        memory.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        for memory in _chosen.values():
+            memory.clear()
+
+
+def available() -> list[Row]:
+    """Returns a row for each op and provider, with the reason where it cannot run on this machine."""
+    return [
+        Row(op, provider.name, ", ".join(provider.devices) or "any", provider.missing())
+        for op, rows in _providers.items()
+        for provider in rows
+    ]
+
+
+for _op in SCHEMAS:
+    _native = getattr(torch.ops.spear_fast, _op).cpu
+    register(Provider(_op, "cpu", _native, ("cpu",), extension.missing, _cpu_why_not))
+    register(Provider(_op, "reference", getattr(reference, _op)))

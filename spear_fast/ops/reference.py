@@ -1,0 +1,90 @@
+"""Each op in plain torch, for any device and floating dtype: the definition of correct, and what always runs."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+# ranges are always checked on the CPU; elsewhere looking costs a wait for the device
+_DEBUG = os.environ.get("SPEAR_FAST_DEBUG", "") not in ("", "0")
+
+
+def rotate(heads: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:
+    """Returns `heads` turned by their positions: the pair (2i, 2i + 1) by the angle `position * freqs[i]`.
+
+    heads: `[..., heads, head_dim]`.
+    freqs: `[head_dim / 2]`; angles are computed in float32, or in float64 where heads are.
+    positions: `[...]`, int64.
+    """
+    precision = torch.promote_types(torch.float32, heads.dtype)
+    angle = (positions[..., None].to(precision) * freqs.to(precision)).unsqueeze(-2)
+    even, odd = heads.to(precision).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(heads.dtype)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(scores.dtype)
+
+
+def _check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str) -> None:
+    """Raises unless all of `tensor` lies in 0..limit, where looking is free."""
+    if tensor.numel() == 0 or (tensor.device.type != "cpu" and not _DEBUG):
+        return
+    lowest, highest = (int(bound) for bound in torch.aminmax(tensor))
+    if lowest < 0 or highest > limit:
+        worst = lowest if lowest < 0 else highest
+        raise ValueError(f"{op}: {name} must lie in 0..{limit}, got {worst}; {advice}")
+
+
+def append_kv(
+    key: Tensor, value: Tensor, freqs: Tensor, positions: Tensor, cache_key: Tensor, cache_value: Tensor
+) -> None:
+    _check_range("append_kv", "positions", positions, cache_key.shape[2] - 1, "make the caches longer or end the row")
+    rows = torch.arange(key.shape[0], device=key.device)
+    cache_key[rows, :, positions] = rotate(key, freqs, positions)
+    cache_value[rows, :, positions] = value
+
+
+def decode_self_attention(
+    query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
+) -> Tensor:
+    utterances, beams, _, size = query.shape
+    groups, buffer = cache_key.shape[1], cache_key.shape[2]
+    _check_range("decode_self_attention", "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
+    if query.numel() == 0:
+        return query.clone()
+    # positions past the longest hypothesis were never written; on a GPU asking for it would wait for the device
+    longest = int(lengths.max()) if lengths.device.type == "cpu" else buffer
+    position = torch.arange(longest, device=query.device)
+    valid = position < lengths[..., None]
+    slots = torch.where(valid, ancestors[..., :longest], 0).long()
+    _check_range("decode_self_attention", "ancestors", slots, beams - 1, "write each position's slot before it is read")
+
+    def follow(cache: Tensor) -> Tensor:
+        by_position = cache.view(utterances, beams, groups, buffer, size).transpose(2, 3)
+        utterance = torch.arange(utterances, device=cache.device)[:, None, None]
+        # unwritten memory may hold NaN, which a weight of zero does not remove
+        return by_position[utterance, slots, position].masked_fill_(~valid[..., None, None], 0).transpose(2, 3)
+
+    turned = rotate(query, freqs, (lengths - 1).clamp(min=0)) * size**-0.5
+    scores = turned.unflatten(2, (groups, -1)) @ follow(cache_key).mT
+    weights = _softmax(scores.masked_fill_(~valid[:, :, None, None], torch.finfo(scores.dtype).min))
+    out = (weights @ follow(cache_value)).flatten(2, 3)
+    return out.masked_fill_(lengths[..., None, None] == 0, 0)
+
+
+def decode_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, null_key: Tensor, null_value: Tensor, lengths: Tensor
+) -> Tensor:
+    _check_range(
+        "decode_cross_attention", "lengths", lengths, key.shape[2], "pass each utterance's number of source positions"
+    )
+    scaled = query.transpose(1, 2) * query.shape[-1] ** -0.5
+    valid = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
+    scores = (scaled @ key.mT).masked_fill_(~valid[:, None, None], torch.finfo(query.dtype).min)
+    weights = _softmax(torch.cat((scaled @ null_key[:, :, None], scores), dim=-1))
+    out = weights[..., 1:] @ value + weights[..., :1] * null_value[:, None]
+    return out.transpose(1, 2).contiguous()
