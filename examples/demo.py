@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,11 @@ def truths(recordings: Path) -> dict[str, dict[str, str | bool]]:
     return {Path(row["audio"]).stem: row for row in rows}
 
 
+def shown(path: Path) -> str:
+    """Returns the path as seen from the working folder, where that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
 def error_rate(pairs: list[tuple[str, str]]) -> str:
     """Returns the character error rate of (truth, label) pairs, in words."""
     if not pairs:
@@ -45,7 +51,10 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=HERE / "model", help="model folder")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
-        print(f"spear-fast label {arguments.recordings} --model {arguments.model}\n", flush=True)
+        print("Labelling recordings with a SPEAR-TTS model, from their sound alone, as this command does:")
+        print(
+            f"  spear-fast label {shown(arguments.recordings)} --model {shown(arguments.model)} --out ...\n", flush=True
+        )
         status = spear_fast(["label", str(arguments.recordings), "--model", str(arguments.model), "--out", out])
         if status not in (0, 3):
             return status
@@ -63,7 +72,7 @@ def main() -> int:
         if truth:
             pairs["known voices" if truth["seen"] else "unseen voice"].append((str(truth["text"]), label))
     print()
-    for voices, compared in {**pairs, "all": sum(pairs.values(), [])}.items():
+    for voices, compared in {**pairs, "all": [pair for some in pairs.values() for pair in some]}.items():
         print(f"{voices:>12}: {error_rate(compared)}")
     return status
 

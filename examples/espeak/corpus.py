@@ -13,16 +13,17 @@ WORDS = {
     "thing": "letter book basket bottle box lamp table chair window door key knife spoon plate cup hat coat shirt shoe "
     "ring watch clock picture map ticket radio camera guitar piano drum ball kite rope ladder hammer bucket blanket "
     "pillow candle mirror suitcase umbrella bicycle wagon boat engine cake apple orange sandwich potato soup bread",
-    "place": "garden kitchen village city market station harbour island mountain valley forest river lake bridge castle "
-    "church school hospital library museum theatre office factory farm field beach desert cave tower street corner "
-    "hotel restaurant airport stable cellar",
+    "place": "garden kitchen village city market station harbour island mountain valley forest river lake bridge "
+    "castle church school hospital library museum theatre office factory farm field beach desert cave tower street "
+    "corner hotel restaurant airport stable cellar",
     "quality": "old young small large tall short heavy light dark bright quiet noisy happy sad angry gentle clever "
     "foolish brave lazy hungry tired broken empty dirty clean warm cold wet dry famous strange lonely wooden golden "
     "silver red green blue yellow white black brown purple",
     "did": "found lost bought sold carried painted washed opened closed dropped lifted moved followed watched noticed "
     "forgot remembered repaired borrowed stole wanted needed liked loved hated feared praised counted measured pushed "
     "pulled touched cleaned described photographed",
-    "went": "walked ran travelled hurried wandered returned climbed drove sailed jumped marched swam danced arrived waited",
+    "went": "walked ran travelled hurried wandered returned climbed drove sailed jumped marched swam danced arrived "
+    "waited",
     "how": "slowly quickly quietly loudly carefully suddenly happily sadly gently bravely angrily early late together "
     "alone again twice often",
     "when": "yesterday today tonight on_monday on_tuesday on_wednesday on_thursday on_friday on_saturday on_sunday "

@@ -16,13 +16,14 @@ def write_report(figures: dict[str, Any], path: Path) -> None:
         "Written by `make recipe` (`examples/espeak/recipe.py`) from the figures of its last run, in `figures.json`.",
         "",
         f"* Training speech: {data['utterances']:,} utterances of {data['sentences']:,} sentences "
-        f"({data['words']} different words), {data['hours']:.1f} hours, {len(set(data['training_voices']))} voices of espeak-ng.",
+        f"({data['words']} different words), {data['hours']:.1f} hours, {len(set(data['training_voices']))} voices of "
+        "espeak-ng at varied speeds and pitches.",
         f"* Test: {data['test_sentences']} sentences that are not in training, once by the known voices and once by "
         f"`{data['unseen_voice']}`, which no training saw.",
         f"* Speech tokens: {data['tokens_per_second']:.1f} a second, {data['codebook_size']} clusters. "
         f"Model: {data['parameters'] / 1e6:.1f} M parameters. Labels by beam search, 4 beams.",
         "",
-        "| trained on | CER known voices | CER unseen voice | WER known | WER unseen | whole sentences right, known | unseen |",
+        "| trained on | CER known voices | CER unseen | WER known | WER unseen | sentences right, known | unseen |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, parts in rates.items():
@@ -30,7 +31,8 @@ def write_report(figures: dict[str, Any], path: Path) -> None:
         lines.append(f"| {_described(name, data)} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Pretraining is speech to speech on all training audio, without text, 60 % of the tokens deleted.",
+        "Pretraining is speech to speech on all training audio, without text, 60 % of the tokens deleted. CER: "
+        "character error rate, WER: word error rate, both by jiwer over all test sentences, of the weights as stored (float16).",
         "",
         "| stage | seconds, 2 cores |",
         "|---|---|",
