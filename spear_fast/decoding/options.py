@@ -14,7 +14,7 @@ Method = Literal["greedy", "sample", "beam", "speculative"]
 BeamMode = Literal["standard", "reference"]
 
 # ancestors are stored in one byte
-LARGEST_BEAM = 255
+LARGEST_BEAM = 256
 # the reference divides by max(temperature, 1e-10): below that only the maximum is left
 COLDEST = 1e-10
 

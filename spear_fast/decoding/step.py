@@ -5,16 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spear_fast import ops
 from spear_fast.decoding.decoder import Decoder, EarlyExit
 from spear_fast.decoding.linear import unit
 from spear_fast.decoding.state import DecodeState
 
-try:
-    from spear_fast import ops
-
-    ops.append_kv
-except (ImportError, AttributeError):
-    from spear_fast.decoding import _plain as ops
 
 
 def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tensor:
