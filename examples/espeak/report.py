@@ -32,7 +32,8 @@ def write_report(figures: dict[str, Any], path: Path) -> None:
     lines += [
         "",
         "Pretraining is speech to speech on all training audio, without text, 60 % of the tokens deleted. CER: "
-        "character error rate, WER: word error rate, both by jiwer over all test sentences, of the weights as stored (float16).",
+        "character error rate, WER: word error rate, both by jiwer over all test sentences, of the weights as stored "
+        "(float16).",
         "",
         "| stage | seconds, 2 cores |",
         "|---|---|",
