@@ -1,0 +1,174 @@
+"""The reference's three trainers, over one loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Dataset
+
+from spear_fast.model import TextToSemantic
+from spear_fast.training.data import GeneratedAudioTextDataset
+from spear_fast.training.loop import Trainer, shared_arguments
+from spear_fast.wrappers import SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemanticWrapper
+
+
+class SpeechSpeechPretrainer(Trainer):
+    """Denoising pretraining on speech (reference trainer.py:77). The dataset gives semantic ids or raw audio."""
+
+    name, prefix = "speechspeech", "speech.speech"
+
+    def __init__(
+        self,
+        model: TextToSemantic,
+        wav2vec: nn.Module | None = None,
+        *,
+        num_train_steps: int,
+        num_warmup_steps: int,
+        batch_size: int,
+        dataset: Dataset[Any] | None = None,
+        deletion_prob: float = 0.6,
+        reconstruct_seq: bool = False,
+        mask_id: int | None = None,
+        lr: float = 3e-4,
+        initial_lr: float = 1e-5,
+        grad_accum_every: int = 1,
+        wd: float = 0.0,
+        max_grad_norm: float | None = 0.5,
+        valid_frac: float = 0.05,
+        random_split_seed: int = 42,
+        log_every: int = 10,
+        save_results_every: int = 100,
+        save_model_every: int = 1000,
+        results_folder: str | Path = "./results",
+        accelerate_kwargs: dict[str, Any] = {},  # noqa: B006 (the reference's signature)
+        split_batches: bool = False,
+        drop_last: bool = False,
+        force_clear_prev_results: bool | None = None,
+        resume: bool = False,
+    ) -> None:
+        shared = shared_arguments(locals())
+        wrapper = SpeechSpeechPretrainWrapper(model, wav2vec, deletion_prob, reconstruct_seq, mask_id)
+        super().__init__(model, wrapper, dataset, [model.semantic_pad_id], **shared)
+        self.wav2vec = wrapper.wav2vec
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        (speech,) = batch
+        loss, _ = self.train_wrapper(self.speech_ids(speech))
+        return loss
+
+
+class SemanticToTextTrainer(Trainer):
+    """Trains the decoder to write what the frozen encoder heard (reference trainer.py:325): back-translation.
+
+    The dataset gives (semantic ids or raw audio, text ids).
+    """
+
+    name, prefix = "semantictext", "semantic.text"
+
+    def __init__(
+        self,
+        model: TextToSemantic,
+        *,
+        num_train_steps: int,
+        num_warmup_steps: int,
+        batch_size: int,
+        dataset: Dataset[Any] | None = None,
+        lr: float = 3e-4,
+        initial_lr: float = 1e-5,
+        grad_accum_every: int = 1,
+        wd: float = 0.0,
+        max_grad_norm: float | None = 0.5,
+        valid_frac: float = 0.05,
+        random_split_seed: int = 42,
+        log_every: int = 10,
+        save_results_every: int = 100,
+        save_model_every: int = 1000,
+        results_folder: str | Path = "./results",
+        accelerate_kwargs: dict[str, Any] = {},  # noqa: B006 (the reference's signature)
+        split_batches: bool = False,
+        drop_last: bool = False,
+        force_clear_prev_results: bool | None = None,
+        resume: bool = False,
+    ) -> None:
+        shared = shared_arguments(locals())
+        model.unfreeze_all()
+        model.freeze_speech_emb()
+        model.freeze_encoder()
+        super().__init__(model, SemanticToTextWrapper(model), dataset, _pair_pads(model), **shared)
+        self.wav2vec = model.wav2vec
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        speech, text = batch
+        loss, _ = self.train_wrapper(self.speech_ids(speech), text)
+        return loss
+
+
+class TextToSemanticTrainer(Trainer):
+    """Trains text to speech tokens on labelled and pseudo-labelled pairs (reference trainer.py:577).
+
+    The dataset gives (semantic ids or raw audio, text ids). As in the paper the decoder and the upper layers of the
+    encoder are frozen, and text embeddings and the lowest `train_encoder_layers` are trained.
+    freeze_encoder_layers_below: the reference's, for scripts that set it: freezes that many of the lowest layers
+        instead and trains those above.
+    """
+
+    name, prefix = "textsemantic", "text.semantic"
+
+    def __init__(
+        self,
+        model: TextToSemantic,
+        *,
+        num_train_steps: int,
+        num_warmup_steps: int,
+        batch_size: int,
+        dataset: Dataset[Any] | None = None,
+        generated_audio_text_dataset_folder: str | None = None,
+        dataset_delimiter_id: int = -1,
+        lr: float = 3e-4,
+        initial_lr: float = 1e-5,
+        grad_accum_every: int = 1,
+        wd: float = 0.0,
+        max_grad_norm: float | None = 0.5,
+        valid_frac: float = 0.05,
+        random_split_seed: int = 42,
+        log_every: int = 10,
+        save_results_every: int = 100,
+        save_model_every: int = 1000,
+        results_folder: str | Path = "./results",
+        accelerate_kwargs: dict[str, Any] = {},  # noqa: B006 (the reference's signature)
+        split_batches: bool = False,
+        drop_last: bool = False,
+        force_clear_prev_results: bool | None = None,
+        freeze_encoder_layers_below: int | None = None,
+        should_train_early_exit_layer_if_available: bool = True,
+        train_encoder_layers: int = 2,
+        resume: bool = False,
+    ) -> None:
+        shared = shared_arguments(locals())
+        datasets = [] if dataset is None else [dataset]
+        if generated_audio_text_dataset_folder is not None:
+            eos = {f"{kind}_eos_id": model.eos_id[kind] for kind in ("speech", "text")}
+            datasets.append(GeneratedAudioTextDataset(generated_audio_text_dataset_folder, dataset_delimiter_id, **eos))
+        if not datasets:
+            raise ValueError("dataset or generated_audio_text_dataset_folder must be given, got neither.")
+        model.unfreeze_all()
+        model.freeze_speech_emb()
+        if freeze_encoder_layers_below is not None:
+            model.freeze_encoder_below_layer(freeze_encoder_layers_below)
+        else:
+            model.freeze_encoder_above_layer(train_encoder_layers)
+        model.freeze_decoder()
+        super().__init__(model, TextToSemanticWrapper(model), ConcatDataset(datasets), _pair_pads(model), **shared)
+        self.train_early_exit = model.target_has_early_exit and should_train_early_exit_layer_if_available
+        self.wav2vec = model.wav2vec
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        speech, text = batch
+        loss, _ = self.train_wrapper(text, self.speech_ids(speech), return_early_exit_loss=self.train_early_exit)
+        return loss
+
+
+def _pair_pads(model: TextToSemantic) -> list[int]:
+    return [model.pad_id["speech"], model.pad_id["text"]]
