@@ -19,7 +19,7 @@ NUM_SPEECH_IDS = 30
 NUM_TEXT_IDS = 20
 
 
-def tiny_model(*, seed: int = 0, text: bool = False, speech: bool = False, **changes: Any) -> TextToSemantic:
+def tiny_model(*, seed: int = 1, text: bool = False, speech: bool = False, **changes: Any) -> TextToSemantic:
     """Returns a random model whose labels end by themselves now and then. text, speech: with a tokenizer for each."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = dict(dim=32, source_depth=1, target_depth=1, heads=2, dim_head=16)
@@ -28,8 +28,10 @@ def tiny_model(*, seed: int = 0, text: bool = False, speech: bool = False, **cha
         sizes["wav2vec"] = MelKMeansTokenizer(torch.randn(NUM_SPEECH_IDS, 32))
     model = TextToSemantic(**{**sizes, **changes})
     with torch.no_grad():
-        # the end-of-sequence comes up, but not at once
-        model.token_emb["text"].weight.mul_(0.3)
+        # the source decides, and the end-of-sequence comes up, but not at once
+        model.token_emb["text"].weight.mul_(0.05)
+        if model.autoset_eos_id["text"]:
+            model.token_emb["text"].weight[NUM_TEXT_IDS].mul_(2)
     if text:
         model.attach_tokenizer(letters_tokenizer())
     return model.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ def test_shards_cover_every_row_once_in_order(rows, shards, size):
     plan = plan_shards(rows, shards, size)
     assert plan[0].start == 0
     assert plan[-1].stop == rows
-    assert all(before.stop == after.start for before, after in zip(plan, plan[1:], strict=False))
+    assert all(before.stop == after.start for before, after in pairwise(plan))
     assert max(map(len, plan)) - min(map(len, plan)) <= 1
     assert min(map(len, plan)) >= 1
     if shards is not None:

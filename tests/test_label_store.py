@@ -117,7 +117,7 @@ def test_another_job_is_told_what_differs(tmp_path):
     with pytest.raises(LabellingError) as caught:
         open_store(tmp_path, other)
     text = str(caught.value)
-    assert "options.beam_size was 4 and is 8; options.dtype was absent and is \"float16\"" in text
+    assert 'options.beam_size was 4 and is 8; options.dtype was absent and is "float16"' in text
     assert "--out" in text
 
 
@@ -150,7 +150,9 @@ def test_a_full_disk_leaves_no_partial_shard(tmp_path, monkeypatch, when):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    place = {"write": (pq, "write_table"), "sync": (files.os, "fsync"), "rename": (files.os, "replace")}[when]
+    place = {"write": (pq.ParquetWriter, "write_table"), "sync": (files.os, "fsync"), "rename": (files.os, "replace")}[
+        when
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(*place, full)
         with pytest.raises(LabellingError, match=r"cannot write .*No space left on device; free or mend the disk"):

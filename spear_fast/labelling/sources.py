@@ -185,10 +185,18 @@ def _walk(folder: Path, prefix: str, seen: set[str]) -> Iterator[str]:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", seen)
             elif entry.name.lower().endswith(AUDIO_SUFFIXES):
                 yield prefix + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # a link to itself, say: as a row it fails with its reason
+        return False
 
 
 def _id_of(relative: str) -> str:

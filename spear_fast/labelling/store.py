@@ -114,6 +114,13 @@ def _table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
+def _write_parquet(table: pa.Table, file: IO[bytes]) -> None:
+    with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
+        # datasets takes its batch size from the first row group and fails on one without rows
+        if len(table):
+            writer.write_table(table)
+
+
 class LabelStore:
     """The shards of one job in one folder, which the caller has locked."""
 
@@ -202,7 +209,7 @@ class LabelStore:
         record = {"fingerprint": self.fingerprint, "totals": asdict(totals), "failures": list(failures)}
         schema = self._schema.with_metadata({METADATA_KEY: json.dumps(record)})
         table = _table(rows, schema)
-        write_atomically(self.out / shard.name, lambda file: pq.write_table(table, file, compression="zstd"))
+        write_atomically(self.out / shard.name, lambda file: _write_parquet(table, file))
 
     def write_manifest(self) -> None:
         """Replaces manifest.json and the card by the present state."""

@@ -1,0 +1,320 @@
+"""A labelling job from token files: the model's own labels, resumed without loss, the same however made."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import duckdb
+import numpy as np
+import pytest
+import torch
+from labelling_jobs import (
+    NUM_SPEECH_IDS,
+    NUM_TEXT_IDS,
+    random_rows,
+    read_failed,
+    read_rows,
+    shard_bytes,
+    tiny_model,
+    write_lines,
+)
+
+from spear_fast.labelling import Interrupted, LabellingError, LabelOptions, label
+from spear_fast.labelling.labeller import Labeller, is_repetitive
+from spear_fast.labelling.options import LabelOptions as Options
+
+OPTIONS = LabelOptions(max_length=12, rows_per_shard=10, batch_tokens=512)
+
+
+class Recorder:
+    """Keeps all events."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, event, **fields):
+        self.events.append((event, fields))
+
+    def close(self):
+        pass
+
+    def of(self, name):
+        return [fields for event, fields in self.events if event == name]
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    return write_lines(tmp_path / "tokens.jsonl", random_rows(47))
+
+
+def test_labels_are_those_of_the_model_one_by_one(tmp_path, tokens):
+    model = tiny_model(text=True)
+    summary = label([tokens], model, tmp_path / "out", OPTIONS)
+    rows = read_rows(tmp_path / "out")
+    given = random_rows(47)
+    assert [row["id"] for row in rows] == [row["id"] for row in given]
+    assert [row["source"] for row in rows] == [row["tokens"] for row in given]
+    lengths = set()
+    for row in rows:
+        result = model.generate(
+            torch.tensor([row["source"]]),
+            source_type="speech",
+            target_type="text",
+            beam_search_decode=True,
+            beam_mode="standard",
+            beam_size=4,
+            max_length=12,
+            return_result=True,
+        )
+        length, finished = int(result.lengths[0, 0]), bool(result.finished[0, 0])
+        expected = [token for token in result.tokens[0, 0, :length].tolist() if token != 0]
+        assert row["target"] == expected
+        assert row["text"] == "".join(chr(ord("a") + token - 1) for token in expected)
+        assert (row["finished"], row["num_target"], row["num_source"]) == (finished, len(expected), len(row["source"]))
+        assert row["score"] == pytest.approx(float(result.scores[0, 0]), abs=1e-5)
+        assert row["mean_logprob"] == pytest.approx(float(result.sum_logprobs[0, 0]) / (length + finished), abs=1e-5)
+        assert ("truncated" in row["flags"]) == (not finished)
+        assert NUM_TEXT_IDS not in row["target"]
+        lengths.add((length, finished))
+    # labels of several lengths, some of which end
+    assert len(lengths) > 3
+    assert {finished for _, finished in lengths} == {True, False}
+    assert summary.rows == 47
+    assert summary.unfinished_share == pytest.approx(np.mean([not row["finished"] for row in rows]))
+    assert summary.mean_confidence == pytest.approx(np.mean(np.exp([row["mean_logprob"] for row in rows])), abs=1e-5)
+
+
+def test_a_model_without_text_tokenizer_leaves_text_null(tmp_path, tokens):
+    label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
+    assert {row["text"] for row in read_rows(tmp_path / "out")} == {None}
+
+
+def test_duckdb_and_datasets_read_the_folder_as_it_is(tmp_path, tokens, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    out = tmp_path / "out"
+    label([tokens], tiny_model(text=True), out, OPTIONS)
+    rows = read_rows(out)
+    found = duckdb.sql(f"SELECT id, source, text, flags FROM '{out}/labels-*.parquet' ORDER BY ALL").fetchall()
+    assert found == sorted((row["id"], row["source"], row["text"], row["flags"]) for row in rows)
+    cache = str(tmp_path / "cache")
+    by_card = datasets.load_dataset(str(out), split="train", cache_dir=cache)
+    by_files = datasets.load_dataset("parquet", data_files=f"{out}/labels-*.parquet", split="train", cache_dir=cache)
+    assert list(by_card) == list(by_files) == rows
+
+
+def test_a_shard_where_every_row_failed_is_readable_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    rows = [{"id": f"bad{index}", "tokens": []} for index in range(10)] + random_rows(10)
+    out = tmp_path / "out"
+    summary = label([write_lines(tmp_path / "t.jsonl", rows)], tiny_model(), out, OPTIONS)
+    assert (summary.rows, summary.failed, summary.shards) == (10, 10, 2)
+    assert duckdb.sql(f"SELECT count(*) FROM '{out}/labels-*.parquet'").fetchall() == [(10,)]
+    loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["id"][:] == [f"u{index}" for index in range(10)]
+
+
+def test_bad_rows_are_recorded_once_and_the_job_goes_on(tmp_path):
+    rows = random_rows(25)
+    bad = {
+        3: ([], "the source is empty"),
+        7: ([1, -1, 2], "must be from 0 to 29, got -1 at position 1"),
+        12: ([5] * 3 + [NUM_SPEECH_IDS], "must be from 0 to 29, got 30 at position 3"),
+        21: ([1] * 101, "the source is 101 tokens long, the limit is 100"),
+        24: ([1.5], "must be a list of whole numbers"),
+    }
+    for index, (ids, _) in bad.items():
+        rows[index]["tokens"] = ids
+    path = write_lines(tmp_path / "t.jsonl", rows)
+    options = Options(max_length=6, rows_per_shard=4, max_source_tokens=100)
+    for _ in range(3):
+        summary = label([path], tiny_model(), tmp_path / "out", options)
+        assert (summary.rows, summary.failed) == (20, 5)
+        failed = read_failed(tmp_path / "out")
+        assert [row["id"] for row in failed] == [f"u{index}" for index in bad]
+        for row, (_, reason) in zip(failed, bad.values(), strict=True):
+            assert reason in row["reason"]
+            assert row["source"] == str(path)
+        assert [row["id"] for row in read_rows(tmp_path / "out")] == [f"u{i}" for i in range(25) if i not in bad]
+
+
+def test_stopped_anywhere_and_run_again_the_files_are_the_same(tmp_path, tokens):
+    model = tiny_model()
+    label([tokens], model, tmp_path / "whole", OPTIONS)
+    wanted = shard_bytes(tmp_path / "whole")
+    assert len(wanted) == 5
+    out = tmp_path / "pieces"
+    runs = restored = 0
+    while True:
+        stop = threading.Event()
+        seen = Recorder()
+
+        def after_one_batch(event, stop=stop, seen=seen, **fields):
+            seen(event, **fields)
+            if event == "batch" and not fields["restored"]:
+                stop.set()
+
+        after_one_batch.close = lambda: None
+        runs += 1
+        try:
+            label([tokens], model, out, OPTIONS, report=after_one_batch, stop=stop)
+        except Interrupted:
+            restored += sum(fields["restored"] for fields in seen.of("batch"))
+            continue
+        break
+    assert runs > 8
+    # nothing is decoded twice: what a stopped run had finished is taken from its journal
+    assert restored > 0
+    assert shard_bytes(out) == wanted
+    assert not list(out.glob(".*.journal"))
+    assert not list(out.glob(".*.tmp"))
+    assert read_rows(out) == read_rows(tmp_path / "whole")
+
+
+def test_a_finished_job_run_again_decodes_nothing(tmp_path, tokens):
+    label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
+    before = shard_bytes(tmp_path / "out")
+    seen = Recorder()
+    summary = label([tokens], tiny_model(), tmp_path / "out", OPTIONS, report=seen)
+    assert not seen.of("batch")
+    assert (summary.rows, summary.rows_this_run) == (47, 0)
+    assert shard_bytes(tmp_path / "out") == before
+
+
+def test_a_damaged_shard_is_labelled_again(tmp_path, tokens):
+    out = tmp_path / "out"
+    label([tokens], tiny_model(), out, OPTIONS)
+    before = shard_bytes(out)
+    path = sorted(out.glob("*.parquet"))[2]
+    path.write_bytes(path.read_bytes()[:100])
+    seen = Recorder()
+    label([tokens], tiny_model(), out, OPTIONS, report=seen)
+    assert [fields["name"] for fields in seen.of("shard")] == [path.name]
+    assert path.name in seen.of("warning")[0]["message"]
+    assert shard_bytes(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(options=Options(max_length=13, rows_per_shard=10, batch_tokens=512)),
+            r"options\.max_length was 12 and is 13",
+        ),
+        (dict(model=dict(seed=2)), r"model\.weights was [0-9a-f]{12}… and is [0-9a-f]{12}…"),
+        (dict(model=dict(text=True)), r"text_tokenizer was absent and is "),
+        (dict(model=dict(text_pad_id=3)), r"model\.config\.text_pad_id was 0 and is 3"),
+        (dict(rows=46), r"sources\.1\.ids was [0-9a-f]{12}… and is [0-9a-f]{12}…; sources\.1\.rows was 47 and is 46"),
+    ],
+)
+def test_another_job_on_the_same_folder_is_told_what_differs(tmp_path, tokens, change, message):
+    label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
+    before = shard_bytes(tmp_path / "out")
+    write_lines(tokens, random_rows(change.get("rows", 47)))
+    with pytest.raises(LabellingError, match=message):
+        label([tokens], tiny_model(**change.get("model", {})), tmp_path / "out", change.get("options", OPTIONS))
+    assert shard_bytes(tmp_path / "out") == before
+
+
+def test_failed_rows_can_be_tried_again(tmp_path):
+    rows = random_rows(20)
+    tokens, out = tmp_path / "t.jsonl", tmp_path / "out"
+    write_lines(tokens, [*rows[:15], {**rows[15], "tokens": []}, *rows[16:]])
+    label([tokens], tiny_model(), out, OPTIONS)
+    write_lines(tokens, rows)
+    assert label([tokens], tiny_model(), out, OPTIONS).failed == 1
+    seen = Recorder()
+    summary = label([tokens], tiny_model(), out, OPTIONS, report=seen, retry_failed=True)
+    assert (summary.rows, summary.failed) == (20, 0)
+    assert len(seen.of("shard")) == 1
+    assert read_failed(out) == []
+    assert [row["id"] for row in read_rows(out)] == [row["id"] for row in rows]
+
+
+def test_events_add_up(tmp_path, tokens):
+    seen = Recorder()
+    summary = label([tokens], tiny_model(), tmp_path / "out", OPTIONS, report=seen)
+    assert seen.events[0][0] == "start"
+    assert seen.events[-1][0] == "summary"
+    assert seen.of("start")[0]["rows"] == 47
+    rows = read_rows(tmp_path / "out")
+    assert sum(fields["rows"] for fields in seen.of("batch")) == 47
+    assert sum(fields["source_tokens"] for fields in seen.of("batch")) == sum(row["num_source"] for row in rows)
+    generated = sum(fields["tokens"] for fields in seen.of("batch"))
+    # pads inside a label are stripped after they were generated
+    assert generated >= sum(row["num_target"] + row["finished"] for row in rows)
+    seconds = sum(fields["seconds"] for fields in seen.of("batch"))
+    assert summary.tokens_per_second == pytest.approx(generated / seconds)
+    assert json.dumps(seen.events)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["totals"]["rows"] == sum(shard["rows"] for shard in manifest["shards"]) == 47
+    assert "torch" in manifest["runs"][0]["versions"]
+
+
+def test_weights_that_give_no_finite_score_stop_the_job(tmp_path, tokens):
+    model = tiny_model()
+    with torch.no_grad():
+        model.target_transformer.final_norm.gamma.fill_(float("inf"))
+    with pytest.raises(LabellingError, match="are not finite"):
+        label([tokens], model, tmp_path / "out", OPTIONS)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_half_precision_keeps_the_speech_tokenizer_exact(tmp_path, tokens):
+    model = tiny_model(speech=True)
+    centres = model.wav2vec.centres.clone()
+    options = Options(max_length=4, dtype="bfloat16", num_shards=1)
+    assert label([tokens], model, tmp_path / "out", options).rows == 47
+    assert model.token_emb["text"].weight.dtype == torch.bfloat16
+    assert torch.equal(model.wav2vec.centres, centres)
+
+
+def test_a_batch_that_does_not_fit_says_what_to_lower(tmp_path, tokens, monkeypatch):
+    model = tiny_model()
+
+    def too_large(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(model), "decode", too_large)
+    with pytest.raises(LabellingError, match="lower --batch-tokens"):
+        Labeller(model, OPTIONS)([_utterance([1, 2, 3])])
+
+
+def _utterance(ids):
+    from spear_fast.labelling.prepare import Utterance
+
+    return Utterance(0, "a", np.array(ids), None)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ([], False),
+        ([5] * 11, False),
+        ([5] * 12, True),
+        ([1, 2, 3] + [5] * 12 + [7], True),
+        ([1, 2, 3] * 3, False),
+        ([1, 2, 3] * 4, True),
+        ([9, 9, *([1, 2, 3, 4, 5] * 4), 8], True),
+        ([9, 9, *([1, 2, 3, 4, 5] * 3), 1, 2, 3, 4, 8], False),
+        (list(range(16)) * 4, True),
+        (list(range(17)) * 4, False),
+        (list(range(200)), False),
+    ],
+)
+def test_loops_are_repetitive(target, expected):
+    assert is_repetitive(np.array(target, dtype=np.int64)) is expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(beam_size=0), dict(max_length=2.5), dict(num_shards=True), dict(early_stopping="no"), dict(dtype="int8")],
+)
+def test_options_of_the_wrong_kind_are_refused(wrong):
+    with pytest.raises(LabellingError, match=next(iter(wrong))):
+        LabelOptions(**wrong)
