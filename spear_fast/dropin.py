@@ -33,6 +33,8 @@ def accelerate(reference_model: nn.Module) -> TextToSemantic:
         fast = TextToSemantic(**config)
     _share_parameters(fast, reference_model)
     fast.wav2vec = reference_model.wav2vec  # type: ignore[assignment]
+    # the reference's order of parameters: optimizers keep their state by number
+    fast._modules = {name: fast._modules[name] for name in reference_model._modules if name in fast._modules}
     fast.tokenizer_encode = reference_model.tokenizer_encode  # type: ignore[assignment]
     both: TextToSemantic = object.__new__(_combined_class(type(reference_model)))  # type: ignore[arg-type]
     both.__dict__ = fast.__dict__

@@ -6,8 +6,10 @@ Padding stands at the end of a row. A pad id inside a row is an ordinary token w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED_LABEL = -100
 
@@ -24,6 +26,35 @@ def as_ids(ids: Tensor, name: str) -> Tensor:
     if ids.ndim != 2:
         raise ValueError(f"{name} must have shape [batch, length], got {list(ids.shape)}; pad the rows to one length.")
     return ids.long()
+
+
+def check_modality(modality: object, name: str) -> None:
+    """Raises ValueError unless `modality` is "speech" or "text"."""
+    if modality not in ("speech", "text"):
+        raise ValueError(f"the type of {name} must be 'speech' or 'text', got {modality!r}.")
+
+
+@torch.no_grad()
+def from_audio(wav2vec: nn.Module | None, audio: Tensor, name: str, *, input_sample_hz: int | None = None, **kwargs: Any) -> Tensor:
+    """Returns what `wav2vec` makes of raw audio: ids `[batch, length]`.
+
+    audio: `[batch, samples]` or `[samples]`, of any float type. input_sample_hz: its sample rate, passed on, as are `kwargs`.
+    Raises ValueError when there is no `wav2vec`, or shape, rate or values are none of audio.
+    """
+    if wav2vec is None:
+        raise ValueError(f"{name} is raw audio, but there is no wav2vec module; pass semantic token ids.")
+    if audio.ndim not in (1, 2):
+        raise ValueError(f"{name} must be audio of shape [batch, samples], got {list(audio.shape)}; mix channels down to one.")
+    if not bool(torch.isfinite(audio).all()):
+        raise ValueError(f"{name} must be finite, got audio with NaN or infinite samples; read the file again.")
+    if input_sample_hz is not None:
+        if not isinstance(input_sample_hz, int) or input_sample_hz < 1:
+            raise ValueError(f"input_sample_hz must be a whole number of Hz, at least 1, got {input_sample_hz!r}.")
+        kwargs["input_sample_hz"] = input_sample_hz
+    wav2vec.eval()
+    dtypes = [parameter.dtype for parameter in wav2vec.parameters() if parameter.is_floating_point()]
+    audio = audio[None] if audio.ndim == 1 else audio
+    return wav2vec(audio.to(dtypes[0] if dtypes else torch.float32), **kwargs)
 
 
 def validity_mask(ids: Tensor, pad_id: int, vocab_size: int) -> Tensor:

@@ -83,7 +83,7 @@ class TextToSemantic(HubModel):
         if num_text_token_ids is None:
             raise ValueError("num_text_token_ids must be given, got None; say how many ids the text tokenizer has.")
         if wav2vec is not None:
-            num_semantic_token_ids = wav2vec.codebook_size  # type: ignore[assignment]
+            num_semantic_token_ids = int(wav2vec.codebook_size)  # type: ignore[arg-type]
         if num_semantic_token_ids is None:
             raise ValueError("num_semantic_token_ids or wav2vec must be given, got neither.")
         if not 0 <= cond_drop_prob < 1:
@@ -92,16 +92,13 @@ class TextToSemantic(HubModel):
             raise ValueError(
                 f"target_early_exit_layer must be from 1 to target_depth {target_depth}, got {target_early_exit_layer}."
             )
-        for name in ("dim", "source_depth", "target_depth", "dim_head", "heads"):
-            if not isinstance(arguments[name], int) or arguments[name] < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {arguments[name]!r}.")
-
         self.config = {
             **arguments,
             "num_text_token_ids": num_text_token_ids,
             "num_semantic_token_ids": num_semantic_token_ids,
             "use_openai_tokenizer": False,
         }
+        _check_sizes(self.config)
         # modules and functions are no configuration
         del self.config["wav2vec"], self.config["tokenizer_encode"]
 
@@ -216,9 +213,10 @@ class TextToSemantic(HubModel):
         input_sample_hz: sample rate of raw audio; passed on to `wav2vec`, which resamples.
         Raises TypeError on anything else, ValueError on strings or audio without the module that reads them.
         """
-        if modality not in ("speech", "text"):
-            raise ValueError(f"the type of {name} must be 'speech' or 'text', got {modality!r}.")
+        token_ids.check_modality(modality, name)
         if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
+            if modality != "text":
+                raise ValueError(f"{name} is a list of strings, which is text, but its type is {modality!r}.")
             if self.tokenizer_encode is None:
                 raise ValueError(f"{name} is a list of strings, but the model has no tokenizer_encode; pass token ids.")
             source = self.tokenizer_encode(list(source))
@@ -226,20 +224,11 @@ class TextToSemantic(HubModel):
             raise TypeError(f"{name} must be a tensor of ids or a list of strings, got {type(source).__name__}.")
         source = source.to(self.device)
         if source.is_floating_point() and modality == "speech":
-            source = self._audio_ids(source, name, input_sample_hz)
+            source = token_ids.from_audio(self.wav2vec, source, name, input_sample_hz=input_sample_hz)
         checked = token_ids.as_ids(source, name)
         if not checked.shape[0]:
             raise ValueError(f"{name} must have at least one row, got an empty batch.")
         return checked
-
-    @torch.no_grad()
-    def _audio_ids(self, audio: Tensor, name: str, input_sample_hz: int | None) -> Tensor:
-        if self.wav2vec is None:
-            raise ValueError(f"{name} is raw audio, but the model has no wav2vec module; pass semantic token ids.")
-        self.wav2vec.eval()
-        if input_sample_hz is None:
-            return self.wav2vec(audio)
-        return self.wav2vec(audio, input_sample_hz=input_sample_hz)
 
     def _with_eos(
         self, ids: Tensor, mask: Tensor | None, modality: Modality, name: str, add_eos: bool
@@ -384,6 +373,7 @@ class TextToSemantic(HubModel):
         self, memory: Tensor, memory_mask: Tensor, *, target_type: Modality, options: DecodingOptions
     ) -> DecodingResult:
         """Returns the decoded hypotheses of each row of an encoded source; see `encode` and `DecodingResult`."""
+        token_ids.check_modality(target_type, "target")
         if options.cond_scale > 1 and self.cond_drop_prob == 0:
             raise ValueError(
                 f"cond_scale must be 1 for a model trained with cond_drop_prob 0, got {options.cond_scale}; guidance needs "
@@ -476,6 +466,18 @@ class TextToSemantic(HubModel):
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=token_ids.IGNORED_LABEL)
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    counts = ("dim", "source_depth", "target_depth", "dim_head", "heads", "num_text_token_ids", "num_semantic_token_ids")
+    for name in counts:
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {config[name]!r}.")
+    if config["dim_head"] % 2:
+        raise ValueError(f"dim_head must be even, since rotary positions turn pairs, got {config['dim_head']}.")
+    for name in ("attn_dropout", "ff_dropout"):
+        if not 0 <= config[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {config[name]}.")
 
 
 def _set_requires_grad(module: nn.Module, requires_grad: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spear_fast.ids import validity_mask
+from spear_fast.ids import from_audio, validity_mask
 from spear_fast.model import TextToSemantic
 
 
@@ -47,6 +47,10 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         super().__init__()
         if mask_id is not None and not reconstruct_seq:
             raise ValueError("mask_id needs reconstruct_seq=True, got False.")
+        if not 0 <= deletion_prob <= 1:
+            raise ValueError(f"deletion_prob must be in [0, 1], got {deletion_prob}.")
+        if mask_id is not None and not 0 <= mask_id < model.semantic_token_emb.num_embeddings:
+            raise ValueError(f"mask_id must be one of the model's {model.semantic_token_emb.num_embeddings} ids, got {mask_id}.")
         self.model = model
         self.wav2vec = model.wav2vec if wav2vec is None else wav2vec
         self.deletion_prob = deletion_prob
@@ -61,11 +65,7 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         """
         pad_id = self.model.semantic_pad_id
         if x.is_floating_point():
-            if self.wav2vec is None:
-                raise ValueError("x is raw audio, but there is no wav2vec module; pass semantic token ids.")
-            with torch.no_grad():
-                self.wav2vec.eval()
-                x = self.wav2vec(x.to(self.model.device), flatten=False)
+            x = from_audio(self.wav2vec, x.to(self.model.device), "x", flatten=False)
         x = x.to(self.model.device).long()
         mask = validity_mask(x, pad_id, self.model.num_semantic_token_ids)
         deleted = subset_mask(mask, self.deletion_prob)
