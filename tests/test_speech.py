@@ -78,7 +78,14 @@ def test_bad_files_get_one_sentence(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan, dtype=np.float32), 16000, subtype="FLOAT")
     soundfile.write(tmp_path / "whole.flac", tone(440, 16000), 16000)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:30])
+    soundfile.write(tmp_path / "whole.wav", tone(440, 16000), 16000)
+    (tmp_path / "short.wav").write_bytes((tmp_path / "whole.wav").read_bytes()[:-2000])
+    (tmp_path / "half.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:-2000])
+    (tmp_path / "folder.wav").mkdir()
     wanted = {
+        "short.wav": "cut short: its header promises 2000 more bytes",
+        "half.flac": "not readable as audio",
+        "folder.wav": "no audio file",
         "missing.wav": "no audio file",
         "text.wav": "not readable as audio",
         "zero.flac": "not readable as audio",
@@ -91,6 +98,16 @@ def test_bad_files_get_one_sentence(tmp_path):
             read_audio(tmp_path / name, 16000)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_wav_written_into_a_pipe_is_read_to_its_end(tmp_path):
+    soundfile.write(tmp_path / "whole.wav", tone(440, 16000), 16000)
+    written = bytearray((tmp_path / "whole.wav").read_bytes())
+    at = written.index(b"data") + 4
+    for length in (0xFFFFFFFF, 0x7FFFF000):
+        written[at : at + 4] = length.to_bytes(4, "little")
+        (tmp_path / "piped.wav").write_bytes(written)
+        assert read_audio(tmp_path / "piped.wav", 16000).seconds == 1.0
 
 
 def test_features_are_normal_over_the_utterance_and_loudness_does_not_matter(tokenizer):

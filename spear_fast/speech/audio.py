@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+PIPED_LENGTH = 0x7FFFF000
 
 Samples = npt.NDArray[np.float32]
 
@@ -30,15 +32,20 @@ def read_audio(path: str | Path, sample_rate: int) -> Audio:
     """Returns the file's sound, its channels averaged, resampled to `sample_rate` Hz.
 
     Reads what libsndfile does: wav, flac, ogg, mp3 and more. Raises AudioError for a file that is missing, unreadable,
-    corrupt, empty, or holds NaN or infinite samples.
+    corrupt, empty, cut short (as far as its format tells: wav and flac do), or holds NaN or infinite samples.
     """
     try:
         import soundfile
     except (ImportError, OSError) as error:
-        raise AudioError(f"reading audio needs the package soundfile ({error}); pip install 'spear_fast[label]'.") from error
+        raise AudioError(
+            f"reading audio needs the package soundfile ({error}); pip install 'spear-fast[label]'."
+        ) from error
     path = Path(path)
     if not path.is_file():
         raise AudioError(f"no audio file {path}; check the path.")
+    missing = _bytes_missing(path)
+    if missing:
+        raise AudioError(f"{path} is cut short: its header promises {missing} more bytes of sound; copy it again.")
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
@@ -59,3 +66,22 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     import soxr
 
     return np.asarray(soxr.resample(samples, rate, wanted), dtype=np.float32)
+
+
+def _bytes_missing(path: Path) -> int:
+    """Returns how many bytes of sound a wav file's header promises past its end; libsndfile reads on without a word."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            riff, _, wave = struct.unpack("<4sI4s", file.read(12))
+            if (riff, wave) != (b"RIFF", b"WAVE"):
+                return 0
+            while True:
+                name, length = struct.unpack("<4sI", file.read(8))
+                if name == b"data":
+                    # programs that write into a pipe cannot know the length, and say about the largest
+                    return 0 if length >= PIPED_LENGTH else max(file.tell() + length - size, 0)
+                # chunks begin at even bytes
+                file.seek(length + length % 2, 1)
+    except (struct.error, OSError):
+        return 0

@@ -38,7 +38,13 @@ class MelKMeansTokenizer(nn.Module):
     centres: Tensor
 
     def __init__(
-        self, centres: Tensor, *, sample_rate: int = 16000, frames_per_token: int = 3, num_ceps: int = 16, num_mels: int = 40
+        self,
+        centres: Tensor,
+        *,
+        sample_rate: int = 16000,
+        frames_per_token: int = 3,
+        num_ceps: int = 16,
+        num_mels: int = 40,
     ) -> None:
         super().__init__()
         self.sample_rate = self.target_sample_hz = sample_rate
