@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -68,6 +69,8 @@ class Recipe:
             "codebook_size": self.speech.codebook_size,
             "labelled_minutes": sum(example.seconds for example in self.labelled) / 60,
             "labelled_utterances": len(self.labelled),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
         }
         self._save_figures()
 

@@ -35,7 +35,9 @@ def write_report(figures: dict[str, Any], path: Path) -> None:
         "character error rate, WER: word error rate, both by jiwer over all test sentences, of the weights as stored "
         "(float16).",
         "",
-        "| stage | seconds, 2 cores |",
+        f"Training used {data['threads']} thread(s) of a machine with {data['cores']} cores.",
+        "",
+        "| stage | seconds |",
         "|---|---|",
         *(f"| {stage} | {seconds:,.0f} |" for stage, seconds in figures["seconds"].items()),
         f"| all | {total:,.0f} |",
