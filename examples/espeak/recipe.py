@@ -142,9 +142,9 @@ class Recipe:
             for example in chosen:
                 name = f"{example.utterance.id}.flac"
                 shutil.copyfile(self.work / "recordings" / name, folder / name)
-                seen = example.utterance.voice != UNSEEN_VOICE
-                row = {"audio": name, "text": example.utterance.text, "voice": example.utterance.voice, "seen": seen}
-                truth.write(json.dumps(row) + "\n")
+                said = example.utterance
+                row = {"id": said.id, "audio": name, "text": said.text, "voice": said.voice}
+                truth.write(json.dumps(row | {"seen": said.voice != UNSEEN_VOICE}) + "\n")
         write_report(self.figures, self.work / "REPORT.md")
 
     def install(self) -> None:
