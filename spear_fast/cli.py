@@ -30,7 +30,17 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status; only `--debug` shows tracebacks."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # whoever read our output has left; keep the interpreter from saying so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def _run(argv: list[str]) -> int:
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:
@@ -39,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
-        # whoever read our output has left; keep the interpreter from saying so at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        raise
     except KeyboardInterrupt:
         return _stopped(arguments, "stopped at once", EXIT_INTERRUPTED)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 from collections.abc import Sequence
@@ -73,12 +72,10 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _ops() -> list[dict[str, Any]]:
-    """Returns a row per operation and provider: op, provider, available, reason."""
-    if importlib.util.find_spec("spear_fast.ops") is None:
-        return []
+    """Returns a row per operation and provider: op, provider, devices, missing (why it cannot run, or None)."""
     from spear_fast import ops
 
-    return [dict(row) for row in ops.available()]
+    return [row._asdict() for row in ops.available()]
 
 
 def describe_text(facts: dict[str, Any]) -> str:
@@ -96,19 +93,10 @@ def describe_text(facts: dict[str, Any]) -> str:
         details = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
         devices.append((device["device"], device["name"], details))
     lines += _table(("device", "name", "details"), devices)
-    if facts["ops"]:
-        header = tuple(facts["ops"][0])
-        lines.append("")
-        lines += _table(header, [tuple(_cell(row[column]) for column in header) for row in facts["ops"]])
+    lines.append("")
+    ops = [(row["op"], row["provider"], row["devices"], row["missing"] or "runs") for row in facts["ops"]]
+    lines += _table(("operation", "provider", "devices", "state"), ops)
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
