@@ -16,17 +16,31 @@ namespace spear_fast {
 inline constexpr int64_t kTile = 64;
 // keys whose products are summed together
 inline constexpr int64_t kKeys = 4;
+// positions that are asked for ahead: rows found through an ancestor table look random to the processor's own prefetching
+inline constexpr int64_t kAhead = 8;
 
-// scores[row, position] = queries[row] · keys[position]; may write up to kKeys - 1 scores past `count`
+template <typename scalar_t>
+inline void prefetch(const scalar_t* row, int64_t size) {
+  constexpr int64_t line = 64 / sizeof(scalar_t);
+  for (int64_t i = 0; i < size; i += line) {
+    __builtin_prefetch(row + i);
+  }
+}
+
+// scores[row, position] = queries[row] · keys[position]; may write up to kKeys - 1 scores past `count`; keys up to `reach` are
+// asked for ahead
 template <typename acc_t, int ROWS, typename scalar_t>
 inline void score_block(
-    const acc_t* queries, int64_t query_stride, const scalar_t* const* keys, int64_t count, int64_t size, acc_t* scores,
-    int64_t score_stride) {
+    const acc_t* queries, int64_t query_stride, const scalar_t* const* keys, int64_t count, int64_t reach, int64_t size,
+    acc_t* scores, int64_t score_stride) {
   const int64_t whole = size / kStep<acc_t> * kStep<acc_t>;
   for (int64_t position = 0; position < count; position += kKeys) {
     const scalar_t* rows[kKeys];
     for (int64_t i = 0; i < kKeys; ++i) {
       rows[i] = keys[std::min(position + i, count - 1)];
+      if (position + i + kAhead < reach) {
+        prefetch(keys[position + i + kAhead], size);
+      }
     }
     Lanes<acc_t> sums[ROWS][kKeys];
     for (auto& row : sums) {
@@ -59,18 +73,22 @@ inline void score_block(
   }
 }
 
-// out[row] += sum over positions of weights[row, position] * values[position]
+// out[row] += sum over positions of weights[row, position] * values[position]; values up to `reach` are asked for ahead
 template <typename acc_t, int ROWS, typename scalar_t>
 inline void value_block(
-    const acc_t* weights, int64_t weight_stride, const scalar_t* const* values, int64_t count, int64_t size, acc_t* out,
-    int64_t out_stride) {
+    const acc_t* weights, int64_t weight_stride, const scalar_t* const* values, int64_t count, int64_t reach, int64_t size,
+    acc_t* out, int64_t out_stride) {
   constexpr int64_t half = kStep<acc_t> / 2;
   const auto add = [&](int64_t offset, auto load) {
+    const int64_t ahead = offset == 0 ? reach - kAhead : 0;
     Lanes<acc_t> low[ROWS], high[ROWS];
     for (int row = 0; row < ROWS; ++row) {
       std::tie(low[row], high[row]) = load_step<acc_t>(static_cast<const acc_t*>(out + row * out_stride + offset));
     }
     for (int64_t position = 0; position < count; ++position) {
+      if (position < ahead) {
+        prefetch(values[position + kAhead], size);
+      }
       const auto [value_low, value_high] = load(values[position] + offset);
       for (int row = 0; row < ROWS; ++row) {
         const Lanes<acc_t> weight(weights[row * weight_stride + position]);
@@ -116,8 +134,8 @@ inline void score_rows(
     // four rows and no remainder of one where that is possible: 2 + 2 rather than 3 + 1
     const auto block = [&](int64_t row, auto size_of_block) {
       score_block<acc_t, decltype(size_of_block)::value>(
-          queries + row * query_stride, query_stride, keys + start, length, size, scores + row * score_stride + start,
-          score_stride);
+          queries + row * query_stride, query_stride, keys + start, length, row == 0 ? count - start : 0, size,
+          scores + row * score_stride + start, score_stride);
     };
     if (rows % 3 == 1) {
       for_row_blocks<2>(rows, block);
@@ -136,8 +154,8 @@ inline void value_rows(
     const int64_t length = std::min(kTile, count - start);
     for_row_blocks<4>(rows, [&](int64_t row, auto size_of_block) {
       value_block<acc_t, decltype(size_of_block)::value>(
-          weights + row * weight_stride + start, weight_stride, values + start, length, size, out + row * out_stride,
-          out_stride);
+          weights + row * weight_stride + start, weight_stride, values + start, length, row == 0 ? count - start : 0,
+          size, out + row * out_stride, out_stride);
     });
   }
 }

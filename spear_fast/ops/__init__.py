@@ -23,8 +23,9 @@ def _runner(op: str) -> Callable:
 
     def run(first: Tensor, *others: Tensor) -> Tensor | None:
         check(first, *others)
-        inputs = Inputs(first.device, first.dtype, first.shape[-1])
-        function = memory.get(inputs) or choose(op, inputs)
+        # a plain tuple equals the Inputs it was remembered under, and is quicker to make
+        inputs = first.device, first.dtype, first.shape[-1]
+        function = memory.get(inputs) or choose(op, Inputs(*inputs))
         return function(first, *others)
 
     return run

@@ -68,7 +68,7 @@ def _cpu_why_not(inputs: Inputs) -> str | None:
 
 # op → its providers, the preferred first; new ones are added with register()
 _providers: dict[str, list[Provider]] = {op: [] for op in SCHEMAS}
-_chosen: dict[str, dict[Inputs, Callable]] = {op: {} for op in SCHEMAS}
+_chosen: dict[str, dict[tuple, Callable]] = {op: {} for op in SCHEMAS}
 _forced: dict[str, str] | None = None
 
 
@@ -132,7 +132,7 @@ def choose(op: str, inputs: Inputs) -> Callable:
     raise RuntimeError(f"{op} on {inputs.device.type} in {inputs.dtype}: {asked} compute it ({'; '.join(refusals)})")
 
 
-def chosen(op: str) -> dict[Inputs, Callable]:
+def chosen(op: str) -> dict[tuple, Callable]:
     """Returns the memory of an op's choices, the same object for the life of the process."""
     return _chosen[op]
 

@@ -1,7 +1,8 @@
 """What the ops are called, take and return, and what must hold for their arguments; the providers fill them in.
 
 The dispatcher knows each op as `spear_fast::op`, which picks a provider when called, and as one overload for each
-provider that is registered from C++, such as `spear_fast::op.cpu`. Real calls, fake tensors and torch.compile share the checks below.
+provider that is registered from C++, such as `spear_fast::op.cpu`. Real calls, fake tensors and
+torch.compile share the checks below.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _check_common(op: str, like: str, tensors: dict[str, Tensor], freqs: Tensor 
 
 def _check_shapes(op: str, expected: dict[str, tuple[Tensor, str, tuple[int, ...]]]) -> None:
     for name, (tensor, names, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             _refuse(op, name, f"[{names}] = {list(shape)}", _shape(tensor), "see the op's docstring for the sizes")
 
 
@@ -79,15 +80,15 @@ def check_append_kv(
     shape = (rows, groups, cache_key.shape[2], size)
     if (
         value.shape != key.shape
-        or tuple(cache_key.shape) != shape
-        or tuple(cache_value.shape) != shape
-        or tuple(freqs.shape) != (size // 2,)
-        or tuple(positions.shape) != (rows,)
+        or cache_key.shape != shape
+        or cache_value.shape != shape
+        or freqs.shape != (size // 2,)
+        or positions.shape != (rows,)
     ):
         _check_shapes(
             op,
             {
-                "value": (value, "rows, kv_heads, head_dim", tuple(key.shape)),
+                "value": (value, "rows, kv_heads, head_dim", key.shape),
                 "cache_key": (cache_key, "rows, kv_heads, length, head_dim", shape),
                 "cache_value": (cache_value, "rows, kv_heads, length, head_dim", shape),
                 "freqs": (freqs, "head_dim / 2", (size // 2,)),
@@ -120,11 +121,11 @@ def check_decode_self_attention(
     groups, buffer = cache_key.shape[1], cache_key.shape[2]
     shape = (utterances * beams, groups, buffer, size)
     if (
-        tuple(cache_key.shape) != shape
-        or tuple(cache_value.shape) != shape
-        or tuple(freqs.shape) != (size // 2,)
-        or tuple(ancestors.shape) != (utterances, beams, buffer)
-        or tuple(lengths.shape) != (utterances, beams)
+        cache_key.shape != shape
+        or cache_value.shape != shape
+        or freqs.shape != (size // 2,)
+        or ancestors.shape != (utterances, beams, buffer)
+        or lengths.shape != (utterances, beams)
     ):
         _check_shapes(
             op,
@@ -169,11 +170,11 @@ def check_decode_cross_attention(
     utterances, _, heads, size = query.shape
     shape = (utterances, heads, key.shape[2], size)
     if (
-        tuple(key.shape) != shape
-        or tuple(value.shape) != shape
-        or tuple(null_key.shape) != (heads, size)
-        or tuple(null_value.shape) != (heads, size)
-        or tuple(lengths.shape) != (utterances,)
+        key.shape != shape
+        or value.shape != shape
+        or null_key.shape != (heads, size)
+        or null_value.shape != (heads, size)
+        or lengths.shape != (utterances,)
     ):
         _check_shapes(
             op,

@@ -1,0 +1,81 @@
+"""Inputs for the ops: random, of any size, with the corners that break kernels; one entry a op, keyed by its name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spear_fast.ops import providers
+
+OPS = ("append_kv", "decode_self_attention", "decode_cross_attention")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def function_of(op: str, provider: str):
+    """Returns a provider's function, or skips with the provider's own reason."""
+    row = providers.get(op, provider)
+    if row.missing():
+        pytest.skip(f"{op} by {provider}: {row.missing()}")
+    return row.function
+
+
+def frequencies(size: int) -> Tensor:
+    return 10000.0 ** (-torch.arange(0, size, 2) / size)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """Returns the same numbers at twice the distance in every dimension but the last."""
+    wide = torch.full([2 * size for size in tensor.shape[:-1]] + [tensor.shape[-1]], torch.nan, dtype=tensor.dtype)
+    view = wide[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])]
+    view.copy_(tensor)
+    return view
+
+
+def append_kv(rows=3, groups=2, length=7, size=8, *, dtype=torch.float32, strided=False, positions=None):
+    key, value = (torch.randn(rows, groups, size, dtype=dtype) for _ in range(2))
+    caches = [torch.randn(rows, groups, length, size, dtype=dtype) for _ in range(2)]
+    if positions is None:
+        positions = torch.randint(length, (rows,))
+    if strided:
+        key, value, *caches = (_strided(tensor) for tensor in (key, value, *caches))
+    return key, value, frequencies(size), positions, *caches
+
+
+def decode_self_attention(
+    utterances=2, beams=3, heads=4, groups=2, length=11, size=8, *, dtype=torch.float32, strided=False, lengths=None
+):
+    query = torch.randn(utterances, beams, heads, size, dtype=dtype)
+    caches = [torch.randn(utterances * beams, groups, length, size, dtype=dtype) for _ in range(2)]
+    if lengths is None:
+        lengths = torch.randint(length + 1, (utterances, beams))
+    # a trunk that all hypotheses share, then histories of their own
+    ancestors = torch.randint(max(beams, 1), (utterances, beams, length), dtype=torch.uint8)
+    trunk = length // 3
+    ancestors[:, :, :trunk] = ancestors[:, :1, :trunk]
+    # what lies past the lengths is never read: not even the slot
+    ancestors[torch.arange(length) >= lengths[..., None]] = 255
+    if strided:
+        query, *caches = (_strided(tensor) for tensor in (query, *caches))
+    return query, frequencies(size), *caches, ancestors, lengths
+
+
+def decode_cross_attention(
+    utterances=2, beams=3, heads=4, source=11, size=8, *, dtype=torch.float32, strided=False, lengths=None
+):
+    query = torch.randn(utterances, beams, heads, size, dtype=dtype)
+    # as a projection leaves them: heads inside the positions
+    key, value = (torch.randn(utterances, source, heads, size, dtype=dtype).transpose(1, 2) for _ in range(2))
+    null_key, null_value = (torch.randn(heads, size, dtype=dtype) for _ in range(2))
+    if lengths is None:
+        lengths = torch.randint(source + 1, (utterances,))
+    if strided:
+        query, key, value, null_key, null_value = map(_strided, (query, key, value, null_key, null_value))
+    return query, key, value, null_key, null_value, lengths
+
+
+MAKE = {
+    "append_kv": append_kv,
+    "decode_self_attention": decode_self_attention,
+    "decode_cross_attention": decode_cross_attention,
+}

@@ -1,0 +1,148 @@
+"""The package as it is installed: what it imports, what it can do without, and what a wheel holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# everything that is not a core dependency, and the tools that are nobody's dependency
+OPTIONAL = (
+    "accelerate beartype ctranslate2 cupy datasets duckdb einops jiwer kaldi_native_fbank matplotlib pandas "
+    "pyarrow rotary_embedding_torch scipy sklearn soundfile soxr spear_tts_pytorch transformers triton"
+).split()
+BLOCK = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_import_needs_no_optional_package(tmp_path):
+    """The model computes a loss and generates where only the core dependencies are there, and no extension."""
+    code = BLOCK.format(blocked=tuple(OPTIONAL)) + (
+        "from pathlib import Path\n"
+        "from spear_fast.ops import extension\n"
+        "extension._LIBRARY = Path('absent.so')\n"
+        "import torch, spear_fast\n"
+        "from spear_fast import ops\n"
+        "assert any('is not built' in (row.missing or '') for row in ops.available())\n"
+        "model = spear_fast.TextToSemantic(dim=16, source_depth=1, target_depth=1, heads=2, dim_head=8,\n"
+        "    num_text_token_ids=11, num_semantic_token_ids=7, autoset_text_eos_id=True)\n"
+        "out = model.generate(torch.randint(1, 7, (2, 5)), source_type='speech', target_type='text', max_length=4,\n"
+        "    beam_search_decode=True)\n"
+        "print(out.shape[0])\n"
+    )
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2"
+
+
+def test_import_is_light():
+    """`import spear_fast` alone loads not even torch: the command line's --help answers at once."""
+    done = run("import sys, spear_fast; print('torch' in sys.modules, spear_fast.__version__)")
+    assert done.stdout.split() == ["False", PROJECT["version"]], done.stderr
+
+
+def test_bare_kernels_import_says_what_to_import():
+    done = run("import kernels")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("ImportError: This folder is spear_fast's package of kernels")
+    )
+    assert "use `import spear_fast.kernels`" in done.stderr
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the repository", "elsewhere"])
+def test_kernels_resolve(inside, tmp_path):
+    code = "import spear_fast.kernels; print(spear_fast.kernels.__name__)"
+    done = run(code, ROOT if inside else tmp_path)
+    assert done.stdout.strip() == "spear_fast.kernels", done.stderr
+
+
+def built_wheel(folder: Path, **environment: str) -> tuple[zipfile.ZipFile, str]:
+    """Returns a wheel built from a copy of the sources without the extension, and what the build said."""
+    wanted = ("spear_fast", "kernels", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
+    source = folder / "source"
+    source.mkdir()
+    for name in wanted:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json"))
+        elif path.is_file():
+            shutil.copy(path, source / name)
+    code = f"from setuptools.build_meta import build_wheel; print(build_wheel({str(folder)!r}))"
+    done = run(code, source, **environment)
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(next(folder.glob("*.whl"))), done.stderr
+
+
+def test_wheel_without_extension(tmp_path):
+    """Built with no compiler, a wheel says so, and holds every module, the kernels and the typing marker."""
+    wheel, said = built_wheel(tmp_path, SPEAR_FAST_BUILD="off")
+    names = set(wheel.namelist())
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("spear_fast/**/*.py")}
+    assert modules <= names
+    assert {"spear_fast/kernels/__init__.py", "spear_fast/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "csrc/")) or name.endswith(".so")]
+    assert "leaving out the C++ extension" in said
+    entry = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "spear-fast = spear_fast.cli:main" in wheel.read(entry).decode()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_build_without_a_compiler_goes_on_and_says_so(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    _, said = built_wheel(tmp_path, PATH=str(tools), CXX="no-such-compiler")
+    assert "installing without the C++ extension (no C++ compiler found" in said
+
+
+def test_build_stops_where_the_extension_is_required(tmp_path):
+    done = run(
+        "import runpy, sys; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')",
+        PATH=str(tmp_path),
+        CXX="no-such-compiler",
+        SPEAR_FAST_BUILD="require",
+    )
+    assert done.returncode == 1
+    assert "the C++ extension cannot be built: no C++ compiler found" in done.stderr
+
+
+def test_make_help_lists_the_commands():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    listed = [line.split()[1] for line in done.stdout.splitlines()]
+    assert {"demo", "test", "lint", "recipe", "bench", "clean"} <= set(listed)
+
+
+def test_make_asks_for_a_newer_python(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\n[ \"$1\" = -V ] && echo 'Python 3.9.1' && exit 0\nexit 1\n")
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "tests", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert f"spear_fast needs Python 3.11 or newer and {old} is Python 3.9.1" in done.stderr

@@ -1,0 +1,281 @@
+"""The ops as torch sees them, the choice of providers, and what a wrong argument is answered with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ops_inputs import MAKE, OPS, function_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spear_fast import ops
+from spear_fast.ops import extension, providers
+
+PUBLIC = {op: getattr(ops, op) for op in OPS}
+
+
+def overloads(op):
+    packet = getattr(torch.ops.spear_fast, op)
+    return {"default": packet.default, "cpu": packet.cpu}
+
+
+@pytest.mark.parametrize("overload", ["default", "cpu"])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, overload):
+    if overload == "cpu":
+        function_of(op, "cpu")
+    torch.library.opcheck(overloads(op)[overload], MAKE[op]())
+    torch.library.opcheck(overloads(op)[overload], MAKE[op](dtype=torch.bfloat16, strided=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_whole(op, dynamic):
+    """One graph, no break, the same numbers; what is written in place is seen outside."""
+
+    def doubled(first, *others):
+        result = PUBLIC[op](first * 2, *others)
+        return others[-2] * 2 if result is None else result * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for shape in ({}, {"size": 16}):
+        arguments = MAKE[op](**shape)
+        copies = [argument.clone() for argument in arguments]
+        torch.testing.assert_close(compiled(*arguments), doubled(*copies))
+        for argument, copy in zip(arguments, copies, strict=True):
+            torch.testing.assert_close(argument, copy)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor():
+    arguments = MAKE["decode_cross_attention"]()
+    compiled = torch.compile(lambda *tensors: ops.decode_cross_attention(*tensors) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), ops.decode_cross_attention(*arguments) + 1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_tensors_give_shape_and_dtype(op):
+    arguments = MAKE[op](dtype=torch.bfloat16)
+    real = PUBLIC[op](*arguments)
+    with FakeTensorMode() as mode:
+        fake = PUBLIC[op](*map(mode.from_tensor, arguments))
+    if real is not None:
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+WRONG = {
+    "append_kv": [
+        (0, lambda t: t[0], "key must be [rows, kv_heads, head_dim], got [2, 8]"),
+        (0, lambda t: t.long(), "key must be floating point, got torch.int64"),
+        (1, lambda t: t[:, :1], "value must be [rows, kv_heads, head_dim] = [3, 2, 8], got [3, 1, 8]"),
+        (1, lambda t: t.double(), "value must be torch.float32 like key, got torch.float64"),
+        (2, lambda t: t[1:], "freqs must be [head_dim / 2] = [4], got [3]"),
+        (2, lambda t: t.half(), "freqs must be torch.float32, got torch.float16"),
+        (3, lambda t: t.int(), "positions must be torch.int64, got torch.int32"),
+        (3, lambda t: t[:2], "positions must be [rows] = [3], got [2]"),
+        (3, lambda t: t + 7, "positions must lie in 0..6"),
+        (3, lambda t: t - 7, "positions must lie in 0..6"),
+        (4, lambda t: t[0], "cache_key must be [rows, kv_heads, length, head_dim], got [2, 7, 8]"),
+        (4, lambda t: t.to("meta"), "cache_key must be on key's device cpu, got meta"),
+        (
+            5,
+            lambda t: t[:, :, 1:],
+            "cache_value must be [rows, kv_heads, length, head_dim] = [3, 2, 7, 8], got [3, 2, 6, 8]",
+        ),
+    ],
+    "decode_self_attention": [
+        (0, lambda t: t[:, 0], "query must be [utterances, beams, heads, head_dim], got [2, 4, 8]"),
+        (0, lambda t: t[:, :, :3], "kv_heads must be a divisor of the 3 heads, got 2"),
+        (1, lambda t: t[1:], "freqs must be [head_dim / 2] = [4], got [3]"),
+        (2, lambda t: t[:2], "cache_key must be [utterances * beams, kv_heads, length, head_dim] = [6, 2, 11, 8]"),
+        (3, lambda t: t.bfloat16(), "cache_value must be torch.float32 like query, got torch.bfloat16"),
+        (4, lambda t: t.long(), "ancestors must be torch.uint8, got torch.int64"),
+        (4, lambda t: t[:, :, :5], "ancestors must be [utterances, beams, length] = [2, 3, 11], got [2, 3, 5]"),
+        (4, lambda t: torch.full_like(t, 3), "ancestors must"),
+        (5, lambda t: t[0], "lengths must be [utterances, beams] = [2, 3], got [3]"),
+        (5, lambda t: t + 12, "lengths must lie in 0..11"),
+        (5, lambda t: t - 12, "lengths must lie in 0..11"),
+    ],
+    "decode_cross_attention": [
+        (0, lambda t: t[0], "query must be [utterances, beams, heads, head_dim], got [3, 4, 8]"),
+        (1, lambda t: t[0], "key must be [utterances, heads, source, head_dim], got [4, 11, 8]"),
+        (2, lambda t: t[:, :, 1:], "value must be [utterances, heads, source, head_dim] = [2, 4, 11, 8]"),
+        (2, lambda t: t.half(), "value must be torch.float32 like query, got torch.float16"),
+        (3, lambda t: t[1:], "null_key must be [heads, head_dim] = [4, 8], got [3, 8]"),
+        (5, lambda t: t.int(), "lengths must be torch.int64, got torch.int32"),
+        (5, lambda t: t + 12, "lengths must lie in 0..11"),
+        (5, lambda t: t - 12, "lengths must lie in 0..11"),
+    ],
+}
+
+
+@pytest.mark.parametrize("provider", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("op", "index", "spoil", "said"),
+    [(op, *case) for op, cases in WRONG.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_argument(op, index, spoil, said, provider):
+    """One sentence, the same from every provider: what, wanted, got, what to do."""
+    function_of(op, provider)
+    arguments = list(MAKE[op](**({} if op == "append_kv" else {"lengths": full_lengths(op)})))
+    arguments[index] = spoil(arguments[index])
+    with ops.forced(f"{op}={provider}"), pytest.raises(ValueError) as caught:
+        PUBLIC[op](*arguments)
+    text = str(caught.value)
+    assert text.startswith(f"{op}: ")
+    assert said in text
+    assert "\n" not in text
+    assert "; " in text
+
+
+def full_lengths(op):
+    return torch.full((2, 3) if op == "decode_self_attention" else (2,), 11)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_odd_heads_cannot_be_rotated(op):
+    if op == "decode_cross_attention":
+        assert PUBLIC[op](*MAKE[op](size=5)).shape[-1] == 5
+        return
+    first, *others = MAKE[op](size=4)
+    freqs = others[1] if op == "append_kv" else others[0]
+    narrowed = [t if t is freqs or t.dim() < 3 or t.dtype == torch.uint8 else t[..., :3] for t in (first, *others)]
+    narrowed[2 if op == "append_kv" else 1] = freqs[:1]
+    with pytest.raises(ValueError, match="head_dim must be even, got 3"):
+        PUBLIC[op](*narrowed)
+
+
+def test_every_op_has_a_row_for_every_provider():
+    rows = ops.available()
+    assert {(row.op, row.provider) for row in rows} == {(op, name) for op in OPS for name in ("cpu", "reference")}
+    assert all(row.missing is None for row in rows if row.provider == "reference")
+
+
+def test_the_preferred_provider_is_chosen_and_remembered():
+    function_of("append_kv", "cpu")
+    with ops.forced(""):
+        arguments = MAKE["append_kv"]()
+        ops.append_kv(*arguments)
+        memory = providers.chosen("append_kv")
+        assert memory == {(torch.device("cpu"), torch.float32, 8): torch.ops.spear_fast.append_kv.cpu}
+    with ops.forced("*=reference"):
+        ops.append_kv(*arguments)
+        assert [function.__module__ for function in memory.values()] == ["spear_fast.ops.reference"]
+    assert memory == {}
+
+
+def test_an_automatic_choice_falls_through_and_a_forced_one_raises():
+    """float8 is taken by nobody's C++, and meta tensors by no CPU code."""
+    arguments = [tensor.to("meta") for tensor in MAKE["decode_cross_attention"]()]
+    assert ops.decode_cross_attention(*arguments).device.type == "meta"
+    with (
+        ops.forced("decode_cross_attention=cpu"),
+        pytest.raises(RuntimeError, match=r"the provider asked for cannot compute it \(cpu: runs on cpu, not on meta"),
+    ):
+        ops.decode_cross_attention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("append_kv", "wants op=provider"),
+        ("attend=cpu", "wants op=provider with op one of append_kv"),
+        ("append_kv=cublas", "append_kv has no provider 'cublas'; choose from cpu, reference"),
+        ("*=cublas", "has no provider 'cublas'"),
+    ],
+)
+def test_wrong_setting(setting, said):
+    with pytest.raises(ValueError, match=said.replace("*", r"\*")), ops.forced(setting):
+        pass
+
+
+def test_a_provider_is_added_and_preferred():
+    calls = []
+
+    def recording(*arguments):
+        calls.append(len(arguments))
+        return providers.get("append_kv", "reference").function(*arguments)
+
+    providers.register(providers.Provider("append_kv", "recording", recording), before="cpu")
+    try:
+        ops.append_kv(*MAKE["append_kv"]())
+        assert calls == [6]
+        with pytest.raises(ValueError, match="already has a provider"):
+            providers.register(providers.Provider("append_kv", "recording", recording))
+    finally:
+        providers._providers["append_kv"].pop(0)
+        providers.chosen("append_kv").clear()
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_forces_a_provider():
+    code = (
+        "import torch; from spear_fast import ops\n"
+        "ops.decode_cross_attention(*[torch.zeros(1, 1, 1, 2)] * 3, *[torch.zeros(1, 2)] * 2, torch.ones(1).long())\n"
+        "from spear_fast.ops.providers import chosen\n"
+        "print(*[function.__module__ for function in chosen('decode_cross_attention').values()])"
+    )
+    assert "reference" in run(code, SPEAR_FAST_PROVIDER="decode_cross_attention=reference").stdout
+    wrong = run(code, SPEAR_FAST_PROVIDER="decode_cross_attention=triton")
+    assert "decode_cross_attention has no provider 'triton'; choose from cpu, reference" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"torch": "1.0"}, "was built for torch 1.0 and this is"),
+        ({"machine": "pdp11"}, "was built for pdp11 and this is"),
+        ({"features": ["avx9000"]}, "was built for a CPU with avx9000, which this one lacks"),
+        (None, "without a note of what it was built for"),
+    ],
+)
+def test_an_extension_for_another_machine_is_refused_politely(facts, said, monkeypatch, tmp_path):
+    function_of("append_kv", "cpu")
+    built = extension.facts()
+    monkeypatch.setattr(extension, "_FOLDER", tmp_path)
+    (tmp_path / "_build.json").write_text(json.dumps({**built, **facts} if facts else {}))
+    extension.facts.cache_clear()
+    try:
+        reason = extension.missing.__wrapped__()
+    finally:
+        extension.facts.cache_clear()
+    assert said in reason
+    assert reason.endswith("reinstall spear-fast (pip install --no-build-isolation -e .)")
+
+
+def test_an_extension_that_does_not_load_is_refused_politely(monkeypatch, tmp_path):
+    function_of("append_kv", "cpu")
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "_C.so")
+    assert "does not load" in extension.missing.__wrapped__()
+    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "absent.so")
+    assert "is not built" in extension.missing.__wrapped__()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_direct_callers_stay_inside_the_buffers(op):
+    """The native overload has no Python in front of it: it must refuse, not read past the end."""
+    function_of(op, "cpu")
+    for index in range(6):
+        arguments = list(MAKE[op]())
+        arguments[index] = arguments[index][..., :1]
+        with pytest.raises(RuntimeError, match="do not fit each other"):
+            overloads(op)["cpu"](*arguments)
+    for index, tensor in enumerate(MAKE[op]()):
+        # frequencies alone may be of another precision
+        if tensor.is_floating_point() and tensor.dim() > 1:
+            arguments = list(MAKE[op]())
+            arguments[index] = tensor.double()
+            with pytest.raises(RuntimeError):
+                overloads(op)["cpu"](*arguments)
