@@ -217,7 +217,7 @@ def _fake_decode_cross_attention(query: Tensor, *arguments: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Tensor | None]] = {
     "append_kv": _fake_append_kv,
     "decode_self_attention": _fake_decode_self_attention,
     "decode_cross_attention": _fake_decode_cross_attention,
