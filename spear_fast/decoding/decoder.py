@@ -15,6 +15,8 @@ from spear_fast.decoding.linear import FeedForward, Linear
 
 # elements of the projected memory that are held besides the result
 CHUNK = 1 << 24
+# values of each parameter that show whether it has changed
+SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Decoder:
     start_id: int
     eos_id: int | None
     pad_id: int
+    _sources: list[Any]
+    _tensors: list[Tensor]
+    _signature: list[tuple]
+    _samples: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -104,7 +110,7 @@ class Decoder:
         self = object.__new__(cls)
         self._sources = [target_transformer, *([] if early_exit is None else [early_exit[1]])]
         self._tensors = [token_embedding, start_token]
-        self._signature = self._current_signature()
+        self._signature, self._samples = self._current_signature(), self._current_samples()
         if not len(target_transformer.layers) or any(layer[1] is None for layer in target_transformer.layers):
             raise ValueError("a decoder needs layers with cross-attention, got a transformer without; pass the target's.")
         attention = target_transformer.layers[0][0]
@@ -133,16 +139,28 @@ class Decoder:
     def device(self) -> torch.device:
         return self.embedding.device
 
+    def _current_tensors(self) -> list[Tensor]:
+        return [*self._tensors, *(parameter for module in self._sources for parameter in module.parameters())]
+
+    def _current_samples(self) -> Tensor:
+        """Returns a few values of every packed parameter, `[values]` float32."""
+        flat = [tensor.detach().reshape(-1) for tensor in self._current_tensors()]
+        return torch.cat([values[:: max(1, len(values) // SAMPLES)].float() for values in flat])
+
     def _current_signature(self) -> list[tuple]:
-        tensors = [*self._tensors, *(parameter for module in self._sources for parameter in module.parameters())]
+        tensors = self._current_tensors()
         return [
             (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
             for tensor in tensors
         ]
 
     def is_stale(self) -> bool:
-        """Returns whether a parameter that was packed has since been changed, moved or replaced."""
-        return self._signature != self._current_signature()
+        """Returns whether a parameter that was packed has since been changed, moved or replaced.
+
+        Writing through `.data`, as moving averages and some optimizers do, leaves no trace but the values: a sample of
+        them is compared, which shows every change of whole tensors, not that of a single element by hand.
+        """
+        return self._signature != self._current_signature() or not torch.equal(self._samples, self._current_samples())
 
     def project_memory(self, memory: Tensor, mask: Tensor) -> ProjectedMemory:
         """Returns the cross-attention keys and values of all layers, masked positions left out.

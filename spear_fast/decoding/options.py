@@ -70,7 +70,7 @@ class DecodingOptions:
         _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", "0 or more", self.temperature)
         _check(_is_number(self.cond_scale) and self.cond_scale >= 1, "cond_scale", "1 or more", self.cond_scale)
         _check(_is_number(self.length_penalty), "length_penalty", "a finite number", self.length_penalty)
-        _check(_is_number(self.lenience) and self.lenience > 0, "lenience", "above 0", self.lenience)
+        _check(_is_number(self.lenience) and 0 < self.lenience <= 1, "lenience", "above 0 and at most 1", self.lenience)
         _check(self.early_stopping in (True, False, "never"), "early_stopping", "True, False or 'never'", self.early_stopping)
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
