@@ -81,13 +81,13 @@ def _share_parameters(fast: nn.Module, reference_model: nn.Module) -> None:
 
 @functools.cache
 def _combined_class(reference_class: type) -> type:
-    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
-    def __reduce__(self: Any) -> tuple[Any, ...]:
+    def __reduce__(self: Any) -> tuple[Any, ...]:  # noqa: N807
         # the combined class exists in this process only: elsewhere it is the plain fast model
         return _restore, (self.__dict__,)
 

@@ -35,16 +35,19 @@ def check_modality(modality: object, name: str) -> None:
 
 
 @torch.no_grad()
-def from_audio(wav2vec: nn.Module | None, audio: Tensor, name: str, *, input_sample_hz: int | None = None, **kwargs: Any) -> Tensor:
+def from_audio(
+    wav2vec: nn.Module | None, audio: Tensor, name: str, *, input_sample_hz: int | None = None, **kwargs: Any
+) -> Tensor:
     """Returns what `wav2vec` makes of raw audio: ids `[batch, length]`.
 
-    audio: `[batch, samples]` or `[samples]`, of any float type. input_sample_hz: its sample rate, passed on, as are `kwargs`.
+    audio: `[batch, samples]` or `[samples]`, of any float type.
+    input_sample_hz: its sample rate, passed on, as are `kwargs`.
     Raises ValueError when there is no `wav2vec`, or shape, rate or values are none of audio.
     """
     if wav2vec is None:
         raise ValueError(f"{name} is raw audio, but there is no wav2vec module; pass semantic token ids.")
     if audio.ndim not in (1, 2):
-        raise ValueError(f"{name} must be audio of shape [batch, samples], got {list(audio.shape)}; mix channels down to one.")
+        raise ValueError(f"{name} must be audio [batch, samples], got {list(audio.shape)}; mix channels down to one.")
     if not bool(torch.isfinite(audio).all()):
         raise ValueError(f"{name} must be finite, got audio with NaN or infinite samples; read the file again.")
     if input_sample_hz is not None:

@@ -289,8 +289,9 @@ class TextToSemantic(HubModel):
         """Returns logits `[batch, target length + 1, vocabulary]`, or with `return_loss` the loss.
 
         source, target: ids, strings, or for the source raw audio; see `encode`.
-        source_mask, target_mask: `[batch, length]`, bool, over the ids as given. The reference's form is taken too: over
-            source and its end-of-sequence; over start vector, target and, with `return_loss`, its end-of-sequence.
+        source_mask, target_mask: `[batch, length]`, bool, over the ids as given. The reference's form is taken
+            too: over source and its end-of-sequence; over start vector, target and, with `return_loss`, its
+            end-of-sequence.
             That one restricts attention only: the loss still counts every id but the pads.
         return_loss: mean cross-entropy in nats per token, end-of-sequence included.
         return_logits: with the loss also the logits it was taken of, `[batch, vocabulary, labels]` as in the reference.
@@ -308,7 +309,8 @@ class TextToSemantic(HubModel):
             raise ValueError("target must hold at least one id in training, got an empty one.")
         add_eos = self.autoset_eos_id[target_type] and return_loss
         wide_mask = target_mask if token_ids.is_wide_mask(target_mask, target, 1 + int(add_eos)) else None
-        target, target_mask = self._with_eos(target, None if wide_mask is not None else target_mask, target_type, "target", add_eos)
+        given_mask = None if wide_mask is not None else target_mask
+        target, target_mask = self._with_eos(target, given_mask, target_type, "target", add_eos)
 
         drop_prob = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
         dropped = torch.rand(memory.shape[0], device=memory.device) < drop_prob if drop_prob > 0 else None
@@ -316,7 +318,9 @@ class TextToSemantic(HubModel):
 
         start = self.start_token[target_type].expand(memory.shape[0], 1, -1)
         embedded = torch.cat((start, self._embed(target, target_mask, target_type)), dim=1)
-        decoder_mask = F.pad(target_mask, (1, 0), value=True) if wide_mask is None else wide_mask.to(self.device, torch.bool)
+        decoder_mask = F.pad(target_mask, (1, 0), value=True)
+        if wide_mask is not None:
+            decoder_mask = wide_mask.to(self.device, torch.bool)
         hidden, hiddens = self.target_transformer(
             embedded, mask=decoder_mask, context=memory, context_mask=context_mask, return_hiddens=True
         )
@@ -376,8 +380,8 @@ class TextToSemantic(HubModel):
         token_ids.check_modality(target_type, "target")
         if options.cond_scale > 1 and self.cond_drop_prob == 0:
             raise ValueError(
-                f"cond_scale must be 1 for a model trained with cond_drop_prob 0, got {options.cond_scale}; guidance needs "
-                "training with condition dropout."
+                f"cond_scale must be 1 for a model trained with cond_drop_prob 0, got {options.cond_scale}; guidance "
+                "needs training with condition dropout."
             )
         if options.method == "speculative" and target_type != "speech":
             raise ValueError("speculative decoding is from text to speech only, since only speech has an early exit.")
@@ -419,7 +423,8 @@ class TextToSemantic(HubModel):
             "standard" keeps a pool of finished hypotheses and knows `length_penalty`, `early_stopping` and
             `num_return_sequences` (ids then `[batch * num_return_sequences, length]`, best first).
         spec_decode: drafts with the early exit, `spec_decode_gamma` tokens at a time; same distribution as sampling.
-        return_source: ids of the source, end-of-sequence included, come first. return_target_mask: `ids != pad` comes last.
+        return_source: ids of the source, end-of-sequence included, come first.
+        return_target_mask: what is no padding comes last.
         cond_scale: classifier-free guidance; needs a model trained with condition dropout.
         generator: for reproducible draws. return_result: return the whole `DecodingResult` instead of ids.
 
@@ -469,8 +474,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_sizes(config: dict[str, Any]) -> None:
-    counts = ("dim", "source_depth", "target_depth", "dim_head", "heads", "num_text_token_ids", "num_semantic_token_ids")
-    for name in counts:
+    vocabularies = ("num_text_token_ids", "num_semantic_token_ids")
+    for name in ("dim", "source_depth", "target_depth", "dim_head", "heads", *vocabularies):
         if not isinstance(config[name], int) or config[name] < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {config[name]!r}.")
     if config["dim_head"] % 2:

@@ -35,7 +35,7 @@ def read_package(path: str | Path) -> dict[str, Any]:
     state = package.get("model")
     if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
         return package
-    raise ValueError(f"{path} must hold tensors by name under 'model', got the entries {sorted(map(str, package))[:8]}.")
+    raise ValueError(f"{path} must hold tensors by name under 'model', got entries {sorted(map(str, package))[:8]}.")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def write_state(model: nn.Module, path: Path, *, without: str) -> None:
-    """Writes the model's state dict as safetensors, each tied tensor once, leaving out names that begin with `without`."""
+    """Writes the model's state dict as safetensors, each tied tensor once, without names that begin with `without`."""
     tied = tied_names(model)
     state = {
         name: tensor.detach().contiguous()

@@ -12,7 +12,7 @@ from spear_fast.model import TextToSemantic
 
 
 def subset_mask(mask: Tensor, fraction: float) -> Tensor:
-    """Returns a bool mask like `mask` `[batch, length]` with `fraction` of each row's True positions, drawn at random."""
+    """Returns a bool mask like `mask` `[batch, length]` with `fraction` of each row's True positions, at random."""
     count = mask.sum(dim=-1, keepdim=True) * fraction
     order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1).argsort(dim=-1)
     # in a full row the order is a random permutation, and the reference's draw for the same seed; where pads sort in
@@ -30,7 +30,7 @@ def _pack_left(ids: Tensor, keep: Tensor, pad_id: int) -> Tensor:
 
 
 class SpeechSpeechPretrainWrapper(nn.Module):
-    """Denoising pretraining on speech tokens: the target is what was deleted, or the whole sequence (reference line 1052).
+    """Denoising pretraining on speech tokens: the target is what was deleted, or the whole (reference line 1052).
 
     deletion_prob: fraction of each row's tokens that is deleted (the paper: 0.6).
     reconstruct_seq: the target is the whole sequence. mask_id: deleted tokens become this id and stay in place.
@@ -50,7 +50,7 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         if not 0 <= deletion_prob <= 1:
             raise ValueError(f"deletion_prob must be in [0, 1], got {deletion_prob}.")
         if mask_id is not None and not 0 <= mask_id < model.semantic_token_emb.num_embeddings:
-            raise ValueError(f"mask_id must be one of the model's {model.semantic_token_emb.num_embeddings} ids, got {mask_id}.")
+            raise ValueError(f"mask_id must be an id that the model has, got {mask_id}.")
         self.model = model
         self.wav2vec = model.wav2vec if wav2vec is None else wav2vec
         self.deletion_prob = deletion_prob

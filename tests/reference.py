@@ -1,10 +1,11 @@
-"""The real spear-tts-pytorch 0.4.8, loaded behind stubs of the four modules that it takes from packages which no longer import.
+"""The real spear-tts-pytorch 0.4.8, loaded behind stubs of four modules of packages that no longer import.
 
     from reference import load_reference, build_pair
 
-`load_reference()` returns the module `spear_tts_pytorch` itself. The stubs are in `sys.modules` only while it is imported, so they
-can neither hide a missing package from another test nor stand in for an installed one.
+`load_reference()` returns the module `spear_tts_pytorch` itself. The stubs are in `sys.modules` only while it is
+imported, so they can neither hide a missing package from another test nor stand in for an installed one.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -26,10 +27,10 @@ SAMPLES_PER_TOKEN = 80
 
 
 class FairseqVQWav2Vec(nn.Module):
-    """A stand-in with the interface of audiolm-pytorch's class: `forward(wave [b, n] float32) -> ids [b, n // 80] int64`.
+    """A stand-in for audiolm-pytorch's class: `forward(wave [b, n] float32) -> ids [b, n // 80] int64`.
 
-    Deterministic: a token is the cluster whose centre is nearest to a fixed projection of its frame of samples. As in the real one,
-    the weights belong to the state dict, and a sample rate is believed only when it is passed in.
+    Deterministic: a token is the cluster whose centre is nearest to a fixed projection of its frame of samples. As in
+    the real one, the weights belong to the state dict, and a sample rate is believed only when it is passed in.
     """
 
     def __init__(self, codebook_size: int = 20, *, target_sample_hz: int = 16000) -> None:
@@ -52,7 +53,9 @@ class FairseqVQWav2Vec(nn.Module):
         if input_sample_hz is not None and input_sample_hz != self.target_sample_hz:
             length = round(wave.shape[-1] * self.target_sample_hz / input_sample_hz)
             wave = F.interpolate(wave[:, None], size=length, mode="linear")[:, 0]
-        frames = wave[:, : wave.shape[-1] // SAMPLES_PER_TOKEN * SAMPLES_PER_TOKEN].unflatten(-1, (-1, SAMPLES_PER_TOKEN))
+        frames = wave[:, : wave.shape[-1] // SAMPLES_PER_TOKEN * SAMPLES_PER_TOKEN].unflatten(
+            -1, (-1, SAMPLES_PER_TOKEN)
+        )
         return ((frames @ self.projection)[..., None] - self.centres).abs().argmin(dim=-1)
 
 
@@ -78,8 +81,16 @@ def get_dataloader(dataset: Any, pad_to_longest: bool = True, **kwargs: Any) -> 
     return DataLoader(dataset, collate_fn=collate, **kwargs)
 
 
-def get_optimizer(parameters: Any, lr: float = 1e-4, wd: float = 1e-2, betas: tuple = (0.9, 0.99), eps: float = 1e-8,
-                  filter_by_requires_grad: bool = False, group_wd_params: bool = True, **_: Any) -> torch.optim.Optimizer:
+def get_optimizer(
+    parameters: Any,
+    lr: float = 1e-4,
+    wd: float = 1e-2,
+    betas: tuple = (0.9, 0.99),
+    eps: float = 1e-8,
+    filter_by_requires_grad: bool = False,
+    group_wd_params: bool = True,
+    **_: Any,
+) -> torch.optim.Optimizer:
     """Adam, or AdamW when `wd` is positive, over `parameters`."""
     chosen = [p for p in parameters if p.requires_grad or not filter_by_requires_grad]
     if wd == 0:
@@ -108,7 +119,9 @@ def _module(name: str, **attributes: Any) -> ModuleType:
 def _stubs():
     """Puts the stubs in `sys.modules`, and afterwards whatever was there before."""
     stubs = {
-        "audiolm_pytorch": _module("audiolm_pytorch", FairseqVQWav2Vec=FairseqVQWav2Vec, HubertWithKmeans=HubertWithKmeans, __path__=[]),
+        "audiolm_pytorch": _module(
+            "audiolm_pytorch", FairseqVQWav2Vec=FairseqVQWav2Vec, HubertWithKmeans=HubertWithKmeans, __path__=[]
+        ),
         "audiolm_pytorch.data": _module("audiolm_pytorch.data", get_dataloader=get_dataloader),
         "audiolm_pytorch.optimizer": _module("audiolm_pytorch.optimizer", get_optimizer=get_optimizer),
         "x_clip": _module("x_clip", __path__=[]),
@@ -127,9 +140,9 @@ def _stubs():
 
 
 def load_reference() -> ModuleType:
-    """The package spear_tts_pytorch 0.4.8 with its progress lines off; `.spear_tts_pytorch` and `.attend` are its inner modules.
+    """The package spear_tts_pytorch 0.4.8 with its progress lines off; `.spear_tts_pytorch` is its inner module.
 
-    Raises RuntimeError when it is missing or is another version: a parity test must never be skipped for want of the reference.
+    Raises RuntimeError when it is missing or is another version: a parity test must never be skipped for want of it.
     """
     try:
         found = importlib.metadata.version(DISTRIBUTION)
@@ -138,7 +151,8 @@ def load_reference() -> ModuleType:
     if found != VERSION:
         raise RuntimeError(
             f"the parity tests need {DISTRIBUTION} {VERSION}, but {found or 'none'} is installed; run: "
-            f"pip install --no-deps {DISTRIBUTION}=={VERSION} and pip install einops beartype rotary-embedding-torch accelerate packaging tqdm"
+            f"pip install --no-deps {DISTRIBUTION}=={VERSION} and "
+            "pip install einops beartype rotary-embedding-torch accelerate packaging tqdm"
         )
     if "spear_tts_pytorch" not in sys.modules:
         with _stubs():
@@ -155,11 +169,13 @@ def fake_speech_tokenizer(codebook_size: int = 20, **kwargs: Any) -> nn.Module:
     return inner.HubertWithKmeans(codebook_size, **kwargs)
 
 
-SMALL: dict[str, Any] = dict(dim=32, source_depth=2, target_depth=2, num_text_token_ids=13, num_semantic_token_ids=17, dim_head=8, heads=4)
+SMALL: dict[str, Any] = dict(
+    dim=32, source_depth=2, target_depth=2, num_text_token_ids=13, num_semantic_token_ids=17, dim_head=8, heads=4
+)
 
 
 def randomise_(model: nn.Module, seed: int) -> nn.Module:
-    """Gives every parameter but the rotary frequencies values at which nothing is trivially zero, one or overwhelming."""
+    """Gives every parameter but the rotary frequencies values that are neither trivial nor overwhelming."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -205,8 +221,10 @@ def pad_rows(ids: Tensor, lengths: list[int], pad_id: int) -> Tensor:
 
 
 def assert_as_exact(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: float = 2.0, floor: float = 1e-6) -> None:
-    """Ours may err from `truth` (the reference in float64) at most `factor` times as far as the reference itself, plus `floor` of its size."""
-    assert ours.shape == theirs.shape == truth.shape, f"shapes {tuple(ours.shape)}, {tuple(theirs.shape)}, {tuple(truth.shape)}"
+    """Fails when ours is off `truth` (float64) by more than `factor` times what theirs is, plus `floor` of its size."""
+    assert ours.shape == theirs.shape == truth.shape, (
+        f"shapes {tuple(ours.shape)}, {tuple(theirs.shape)}, {tuple(truth.shape)}"
+    )
     assert torch.isfinite(ours).all(), "ours is not finite"
     if truth.numel() == 0:
         return

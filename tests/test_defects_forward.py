@@ -1,4 +1,5 @@
 """Defects of the reference in `forward` and training: each test shows the reference failing, and ours right."""
+
 from __future__ import annotations
 
 import random
@@ -18,7 +19,7 @@ def loss_of(model, source, target, source_type="speech", target_type="text", **k
 
 
 def test_training_with_flash_attention() -> None:
-    # with attention dropout, or on another device than the CPU; without it torch's CPU kernel happens to take mask and causality together
+    # with attention dropout, or off the CPU; without dropout torch's CPU kernel happens to take mask and causality both
     reference, ours = build_pair(attn_flash=True, attn_dropout=0.1)
     source, target = random_ids(2, 6, 17), random_ids(2, 5, 13)
     with pytest.raises(RuntimeError, match="Explicit attn_mask should not be set when is_causal=True"):
@@ -58,7 +59,8 @@ def test_padded_batch_of_speech_in_pretraining() -> None:
         load_reference().SpeechSpeechPretrainWrapper(reference, mask_id=3, reconstruct_seq=True)(rows)
     for options in ({}, dict(reconstruct_seq=True), dict(reconstruct_seq=True, mask_id=3)):
         loss, _ = spear_fast.SpeechSpeechPretrainWrapper(ours, **options)(rows)
-        assert torch.isfinite(loss) and loss > 0
+        assert torch.isfinite(loss)
+        assert loss > 0
 
 
 def test_pretraining_never_deletes_or_predicts_pads() -> None:
@@ -83,12 +85,13 @@ def test_pretraining_never_deletes_or_predicts_pads() -> None:
 
 
 def test_eos_goes_behind_the_last_token_not_over_a_pad_inside() -> None:
-    reference, ours = build_pair()
+    _reference, ours = build_pair()
     row = torch.tensor([[7, 0, 9, 4]])
     broken = load_reference().spear_tts_pytorch.set_eos_id(row, 13, pad_id=0)
     assert broken.tolist() == [[7, 13, 9, 4, 0]]
     _, mask, ids = ours.encode(row, source_type="text")
-    assert ids.tolist() == [[7, 0, 9, 4, 13]] and mask.tolist() == [[True] * 5]
+    assert ids.tolist() == [[7, 0, 9, 4, 13]]
+    assert mask.tolist() == [[True] * 5]
     _, mask, ids = ours.encode(torch.tensor([[7, 0, 9, 0, 0], [0, 0, 0, 0, 0]]), source_type="text")
     assert ids.tolist() == [[7, 0, 9, 13, 0, 0], [13, 0, 0, 0, 0, 0]]
     assert mask.tolist() == [[True] * 4 + [False] * 2, [True] + [False] * 5]
@@ -104,7 +107,10 @@ def test_text_id_zero_is_usable_with_a_pad_that_is_no_token() -> None:
     speech = random_ids(2, 4, 17)
     with pytest.raises(IndexError, match="index out of range"):
         loss_of(reference, text, speech, "text", "speech")
-    alone = [loss_of(reference, row[row != -1][None], target[None], "text", "speech") for row, target in zip(text, speech, strict=True)]
+    alone = [
+        loss_of(reference, row[row != -1][None], target[None], "text", "speech")
+        for row, target in zip(text, speech, strict=True)
+    ]
     torch.testing.assert_close(loss_of(ours, text, speech, "text", "speech"), sum(alone) / 2)
 
 
@@ -144,7 +150,9 @@ def test_narrow_integer_ids(dtype: torch.dtype) -> None:
             reference.generate(source.int(), source_type="text", target_type="speech", max_length=3, cond_scale=2.0)
     torch.testing.assert_close(ours(source.to(dtype), target.to(dtype), **kwargs), right, rtol=1e-5, atol=1e-5)
     generated = [
-        ours.generate(ids, source_type="text", target_type="speech", max_length=6, cond_scale=2.0, temperature=0.0).tolist()
+        ours.generate(
+            ids, source_type="text", target_type="speech", max_length=6, cond_scale=2.0, temperature=0.0
+        ).tolist()
         for ids in (source, source.to(dtype))
     ]
     assert generated[0] == generated[1]
@@ -157,7 +165,9 @@ def test_condition_is_dropped_row_by_row() -> None:
     random.seed(0)
     for _ in range(4):
         logits = reference(source, target, **kwargs)
-        assert (logits - logits[:1]).abs().max() < 1e-12, "the reference would have to drop rows one by one for this to fail"
+        assert (logits - logits[:1]).abs().max() < 1e-12, (
+            "the reference would have to drop rows one by one for this to fail"
+        )
     torch.manual_seed(0)
     logits = ours(source, target, **kwargs)
     kept = reference(source[:1], target[:1], source_type="speech", target_type="text")
@@ -174,13 +184,15 @@ def test_regulariser_of_a_single_row(logsumexp: bool) -> None:
     source, target = random_ids(1, 6, 17), random_ids(1, 5, 13)
     assert torch.isnan(loss_of(reference, source, target, cond_drop_prob=1.0))
     loss = loss_of(ours, source, target, cond_drop_prob=1.0)
-    torch.testing.assert_close(loss, loss_of(reference, source, target, cond_drop_prob=1.0, should_sim_regularize=False))
+    torch.testing.assert_close(
+        loss, loss_of(reference, source, target, cond_drop_prob=1.0, should_sim_regularize=False)
+    )
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
 
 
 def test_rotary_positions_in_bfloat16() -> None:
-    # the first pair turns by one radian a position, of which bf16 keeps 8 bits: off by one radian past 256, by two past 512
+    # the first pair turns one radian a position, of which bf16 keeps 8 bits: one radian off past 256, two past 512
     inner = load_reference().spear_tts_pytorch
     rotary = inner.RotaryEmbedding(64)
     vector = torch.eye(64)[0].expand(1, 1, 700, 64)
@@ -190,20 +202,27 @@ def test_rotary_positions_in_bfloat16() -> None:
 
     ours = rotate(vector.bfloat16(), RotaryEmbedding(64).bfloat16()(700))[0, 0].float()
     errors = [(value - truth).norm(dim=-1) for value in (shipped, ours)]
-    assert errors[0][:257].max() < 0.01 and errors[0][257:512].max() > 0.95 and errors[0][512:].max() > 1.6
+    assert errors[0][:257].max() < 0.01
+    assert errors[0][257:512].max() > 0.95
+    assert errors[0][512:].max() > 1.6
     assert errors[1].max() < 0.01
     # through a whole model: half the parameters' precision, not half the positions'
     reference, model = build_pair(dim_head=32)
     source, target = random_ids(1, 4, 17), random_ids(1, 600, 13)
     kwargs = dict(source_type="speech", target_type="text")
     exact = reference(source, target, **kwargs)[:, 300:]
-    theirs, found = ((m.bfloat16()(source, target, **kwargs).float()[:, 300:] - exact).square().mean().sqrt() for m in (reference, model))
+    theirs, found = (
+        (m.bfloat16()(source, target, **kwargs).float()[:, 300:] - exact).square().mean().sqrt()
+        for m in (reference, model)
+    )
     assert found < 0.7 * theirs
 
 
 def test_regulariser_uses_no_undefined_names_across_processes(tmp_path) -> None:
     reference_distributed = __import__("sys").modules[load_reference().__name__ + ".distributed"]
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "one"), 1), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "one"), 1), rank=0, world_size=1
+    )
     try:
         with pytest.raises(NameError, match="exists"):
             reference_distributed.all_gather_variable_dim(torch.zeros(2, 3))
@@ -223,14 +242,22 @@ def test_regulariser_uses_no_undefined_names_across_processes(tmp_path) -> None:
             continue
         for name, gradient in found["gradients"].items():
             # averaged over processes, as DistributedDataParallel does
-            torch.testing.assert_close((total[name] + gradient) / 2, gradients[name], rtol=1e-6, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                (total[name] + gradient) / 2,
+                gradients[name],
+                rtol=1e-6,
+                atol=1e-9,
+                msg=lambda text, n=name: f"{n}: {text}",
+            )
 
 
 def _regularised(model, rows: slice) -> tuple:
     """The regulariser alone, by difference, over `rows` of a batch of five."""
     source, target = pad_rows(random_ids(5, 7, 17), [7, 5, 3, 6, 2], -1)[rows], random_ids(5, 4, 13)[rows]
     model.zero_grad()
-    term = loss_of(model, source, target, cond_drop_prob=1.0) - loss_of(model, source, target, cond_drop_prob=1.0, should_sim_regularize=False)
+    term = loss_of(model, source, target, cond_drop_prob=1.0) - loss_of(
+        model, source, target, cond_drop_prob=1.0, should_sim_regularize=False
+    )
     term.backward()
     return term.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -280,7 +307,9 @@ def test_interior_pads_and_masks_keep_float64_exactness() -> None:
     source, target = pad_rows(random_ids(3, 9, 17, seed=4), [9, 1, 5], -1), random_ids(3, 4, 13, seed=5)
     kwargs = dict(source_type="speech", target_type="text")
     alone = {
-        name: torch.cat([model(row[row != -1][None], ids[None], **kwargs) for row, ids in zip(source, target, strict=True)])
+        name: torch.cat(
+            [model(row[row != -1][None], ids[None], **kwargs) for row, ids in zip(source, target, strict=True)]
+        )
         for name, model in (("truth", truth), ("theirs", theirs))
     }
     torch.testing.assert_close(ours_double(source, target, **kwargs), alone["truth"], rtol=1e-10, atol=1e-10)

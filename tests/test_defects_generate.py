@@ -1,4 +1,5 @@
 """Defects of the reference in `generate`: each test shows the reference failing, and ours right."""
+
 from __future__ import annotations
 
 import subprocess
@@ -14,7 +15,7 @@ TO_SPEECH = dict(source_type="text", target_type="speech")
 
 
 def score_of(model, source: Tensor, tokens: list[int], eos_id: int) -> float:
-    """The sum of log-probabilities of one text hypothesis up to and with its first EOS, by the reference's own forward."""
+    """The log-probability of one text hypothesis up to and with its first EOS, by the reference's own forward."""
     kept = tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
     logits = model(source, torch.tensor([kept]), **TO_TEXT)[0, : len(kept)]
     return logits.log_softmax(dim=-1)[torch.arange(len(kept)), torch.tensor(kept)].sum().item()
@@ -104,7 +105,8 @@ def test_padded_batch_of_speech() -> None:
             if options.get("beam_search_decode") and 13 in wanted:
                 # reference mode keeps scoring past EOS, so the number of steps decides between finished hypotheses
                 continue
-            assert got[: len(wanted)] == wanted and set(got[len(wanted) :]) <= {0}
+            assert got[: len(wanted)] == wanted
+            assert set(got[len(wanted) :]) <= {0}
 
 
 @pytest.mark.parametrize("beam", [False, True])
@@ -127,16 +129,19 @@ def test_raw_audio_with_its_sample_rate() -> None:
     at_48k = torch.nn.functional.interpolate(at_16k[:, None], scale_factor=3, mode="linear")[:, 0]
     kwargs = dict(**TO_TEXT, max_length=8, temperature=0.0, return_source=True)
     right, tokens = reference.generate(at_16k, **kwargs)
-    assert right.shape == (1, 51) and len(set(right[0].tolist())) > 3
+    assert right.shape == (1, 51)
+    assert len(set(right[0].tolist())) > 3
     assert "input_sample_hz" not in str(reference.generate.__wrapped__.__code__.co_varnames)
     silently_wrong, _ = reference.generate(at_48k, **kwargs)
     assert silently_wrong.shape == (1, 151), "three times the tokens for the same second of speech"
     found, found_tokens = ours.generate(at_48k, input_sample_hz=48000, **kwargs)
-    assert found.shape == right.shape and (found == right).float().mean() > 0.95
+    assert found.shape == right.shape
+    assert (found == right).float().mean() > 0.95
     if torch.equal(found, right):
         assert found_tokens.tolist() == tokens.tolist()
     same, same_tokens = ours.generate(at_16k, input_sample_hz=16000, **kwargs)
-    assert torch.equal(same, right) and torch.equal(same_tokens, cut_after_eos(tokens, 13, 0))
+    assert torch.equal(same, right)
+    assert torch.equal(same_tokens, cut_after_eos(tokens, 13, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -164,7 +169,8 @@ def test_no_progress_lines_in_other_people_s_logs(capfd, beam: bool) -> None:
     assert "it/s" in capfd.readouterr().err
     ours.generate(random_ids(1, 4, 17), **kwargs)
     captured = capfd.readouterr()
-    assert captured.err == "" and captured.out == ""
+    assert captured.err == ""
+    assert captured.out == ""
 
 
 def test_text_id_zero_in_what_is_generated() -> None:
@@ -176,9 +182,11 @@ def test_text_id_zero_in_what_is_generated() -> None:
     source = random_ids(4, 6, 17)
     kwargs = dict(**TO_TEXT, max_length=10, temperature=0.0, return_target_mask=True)
     shipped, shipped_mask = reference.generate(source, **kwargs)
-    assert (shipped == 0).any() and not shipped_mask.all(), "the case generates no id 0"
+    assert (shipped == 0).any(), "the case generates no id 0"
+    assert not shipped_mask.all()
     tokens, mask = ours.generate(source, **kwargs)
-    assert torch.equal(tokens, shipped) and mask.all()
+    assert torch.equal(tokens, shipped)
+    assert mask.all()
 
 
 def test_row_without_a_source_token() -> None:
@@ -187,11 +195,22 @@ def test_row_without_a_source_token() -> None:
     source = torch.tensor([[3, 4, 5], [0, 0, 0]])
     for options in (dict(temperature=0.0), dict(beam_search_decode=True)):
         found = ours.generate(source, **TO_SPEECH, max_length=6, **options)
-        assert found.shape[0] == 2 and (found[:, 0] >= 0).all()
+        assert found.shape[0] == 2
+        assert (found[:, 0] >= 0).all()
 
 
 def test_importing_needs_none_of_the_reference_s_dependencies() -> None:
-    blocked = ["audiolm_pytorch", "fairseq", "x_clip", "einops", "beartype", "rotary_embedding_torch", "accelerate", "spear_tts_pytorch", "torchaudio"]
+    blocked = [
+        "audiolm_pytorch",
+        "fairseq",
+        "x_clip",
+        "einops",
+        "beartype",
+        "rotary_embedding_torch",
+        "accelerate",
+        "spear_tts_pytorch",
+        "torchaudio",
+    ]
     program = f"""
 import importlib.abc, sys
 class Blocker(importlib.abc.MetaPathFinder):
@@ -206,12 +225,18 @@ except ModuleNotFoundError:
 else:
     raise SystemExit("the blocker does not block")
 import torch
-from spear_fast import TextToSemantic, SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemanticWrapper, accelerate
-model = TextToSemantic(16, source_depth=1, target_depth=1, num_text_token_ids=5, num_semantic_token_ids=5, dim_head=8, heads=2)
+from spear_fast import SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemanticWrapper, accelerate
+from spear_fast import TextToSemantic
+sizes = dict(source_depth=1, target_depth=1, dim_head=8, heads=2)
+model = TextToSemantic(16, num_text_token_ids=5, num_semantic_token_ids=5, **sizes)
 print(model.generate(torch.tensor([[1, 2]]), source_type="speech", target_type="text", max_length=3).shape[0])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.split() == ["1"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
     # and the reference as pip installs it does not import here without what its own dependencies break on
-    done = subprocess.run([sys.executable, "-c", "import spear_tts_pytorch"], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and ("audiolm_pytorch" in done.stderr or "mutable default" in done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-c", "import spear_tts_pytorch"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "audiolm_pytorch" in done.stderr or "mutable default" in done.stderr

@@ -1,4 +1,5 @@
-"""Bad input to the model: where the reference fails deep inside, or goes on silently, ours says in one sentence what is wrong."""
+"""Bad input to the model: where the reference fails deep inside or goes on silently, ours says what is wrong."""
+
 from __future__ import annotations
 
 import re
@@ -20,12 +21,14 @@ def pair():
 
 
 def refused(match: str, call, *arguments, **kwargs) -> None:
-    """`call` raises ValueError, or TypeError for a wrong type, with a one-sentence message that has `match` in it, and no library's words around it."""
+    """`call` raises ValueError, or TypeError for a wrong type, with `match` in one sentence of our own words."""
     with pytest.raises((ValueError, TypeError), match=match) as caught:
         call(*arguments, **kwargs)
     assert type(caught.value) in (ValueError, TypeError)
     text = str(caught.value)
-    assert "\n" not in text and text.endswith(".") and len(text) < 300, text
+    assert "\n" not in text, text
+    assert text.endswith("."), text
+    assert len(text) < 300, text
     # one sentence, which may hold clauses, numbers and file names
     assert not re.search(r"[.!?] [A-Z]", text), text
     for foreign in ("NoneType", "Traceback", "einops", "size of tensor", "index out of range"):
@@ -67,14 +70,18 @@ def test_bad_source(pair, kind: str, where: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         calls[where]()
     text = str(caught.value)
-    assert "source" in text and "\n" not in text and text.endswith("."), text
+    assert "source" in text, text
+    assert "\n" not in text, text
+    assert text.endswith("."), text
     if kind in ("past the vocabulary", "negative", "three dimensions"):
         with pytest.raises(Exception) as theirs:
             reference.generate(source, max_length=2, **TO_TEXT)
         assert "source" not in str(theirs.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("kind", ["past the vocabulary", "negative", "floats", "booleans", "three dimensions", "a list of numbers"])
+@pytest.mark.parametrize(
+    "kind", ["past the vocabulary", "negative", "floats", "booleans", "three dimensions", "a list of numbers"]
+)
 def test_bad_target(pair, kind: str) -> None:
     target, _ = BAD_IDS[kind]
     refused("target", pair[1], random_ids(1, 4, 17), target, **TO_TEXT)
@@ -84,7 +91,9 @@ def test_end_of_sequence_is_an_id_and_the_next_one_is_not(pair) -> None:
     _, ours = pair
     assert ours.encode(torch.tensor([[17, 3]]), source_type="speech")[2].tolist() == [[17, 3, 17]]
     refused("0 to 13.*14", ours, GOOD["source"], torch.tensor([[1], [14]]), **TO_TEXT)
-    refused("0 to 12.*13", build_pair(autoset_text_eos_id=False)[1], GOOD["source"], torch.tensor([[1], [13]]), **TO_TEXT)
+    refused(
+        "0 to 12.*13", build_pair(autoset_text_eos_id=False)[1], GOOD["source"], torch.tensor([[1], [13]]), **TO_TEXT
+    )
 
 
 def test_what_stands_outside_an_explicit_mask_is_not_read(pair) -> None:
@@ -135,7 +144,7 @@ def test_unknown_modality(pair, which: str, value) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    ("arguments", "said"),
     [
         (dict(cond_scale=0.5), "cond_scale.*1 or more.*0.5"),
         (dict(cond_scale=2.0), "cond_scale.*cond_drop_prob"),
@@ -161,14 +170,37 @@ def test_bad_arguments_of_generate(pair, arguments: dict, said: str) -> None:
 
 
 def test_speculative_decoding_without_an_early_exit(pair) -> None:
-    refused("target_early_exit_layer|early exit", pair[1].generate, random_ids(1, 3, 13), max_length=3, spec_decode=True, **TO_SPEECH)
-    refused("target_early_exit_layer", pair[1], random_ids(2, 3, 13), random_ids(2, 3, 17), return_loss=True, return_early_exit_loss=True, **TO_SPEECH)
+    refused(
+        "target_early_exit_layer|early exit",
+        pair[1].generate,
+        random_ids(1, 3, 13),
+        max_length=3,
+        spec_decode=True,
+        **TO_SPEECH,
+    )
+    refused(
+        "target_early_exit_layer",
+        pair[1],
+        random_ids(2, 3, 13),
+        random_ids(2, 3, 17),
+        return_loss=True,
+        return_early_exit_loss=True,
+        **TO_SPEECH,
+    )
     exiting = build_pair(target_early_exit_layer=1)[1]
-    refused("text to speech", exiting, GOOD["source"], GOOD["target"], return_loss=True, return_early_exit_loss=True, **TO_TEXT)
+    refused(
+        "text to speech",
+        exiting,
+        GOOD["source"],
+        GOOD["target"],
+        return_loss=True,
+        return_early_exit_loss=True,
+        **TO_TEXT,
+    )
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    ("changes", "said"),
     [
         (dict(dim=0), "dim"),
         (dict(dim=31.5), "dim"),

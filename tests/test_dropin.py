@@ -1,4 +1,5 @@
 """`spear_fast.accelerate`: a live model of the reference made fast, and the packages that take one and call it."""
+
 from __future__ import annotations
 
 import copy
@@ -11,7 +12,15 @@ import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintParamViolation
 from beartype.typing import List, Optional, Union
-from reference import ByteTokenizer, build_reference, cut_after_eos, fake_speech_tokenizer, load_reference, pad_rows, random_ids
+from reference import (
+    ByteTokenizer,
+    build_reference,
+    cut_after_eos,
+    fake_speech_tokenizer,
+    load_reference,
+    pad_rows,
+    random_ids,
+)
 from torch import Tensor, nn
 
 import spear_fast
@@ -28,7 +37,9 @@ VARIANTS = {
     "ratio that is no whole number": dict(dim=28, ff_mult=2.3),
     "no eos": dict(autoset_text_eos_id=False, autoset_semantic_eos_id=False),
     "other pads": dict(semantic_pad_id=-5, text_pad_id=3),
-    "other regulariser": dict(align_reg_loss_weight=0.9, align_reg_use_logsumexp_pool=False, align_reg_logsumexp_pool_temp=0.7),
+    "other regulariser": dict(
+        align_reg_loss_weight=0.9, align_reg_use_logsumexp_pool=False, align_reg_logsumexp_pool_temp=0.7
+    ),
     "dropout": dict(attn_dropout=0.3, ff_dropout=0.2),
     "flash": dict(attn_flash=True),
 }
@@ -38,21 +49,40 @@ VARIANTS = {
 def test_same_model(variant: str) -> None:
     reference = build_reference(**VARIANTS[variant])
     fast = spear_fast.accelerate(reference)
-    assert isinstance(fast, TextToSemanticOfReference) and isinstance(fast, spear_fast.TextToSemantic) and isinstance(fast, nn.Module)
+    assert isinstance(fast, TextToSemanticOfReference)
+    assert isinstance(fast, spear_fast.TextToSemantic)
+    assert isinstance(fast, nn.Module)
     plain = build_reference(**{**VARIANTS[variant], "attn_flash": False})
     source, target = random_ids(2, 6, 17, lowest=4), random_ids(2, 5, 13, lowest=4)
-    for kwargs in (dict(cond_drop_prob=0.0), dict(cond_drop_prob=0.0, return_loss=True), dict(cond_drop_prob=1.0, return_loss=True)):
+    for kwargs in (
+        dict(cond_drop_prob=0.0),
+        dict(cond_drop_prob=0.0, return_loss=True),
+        dict(cond_drop_prob=1.0, return_loss=True),
+    ):
         torch.testing.assert_close(
             fast(source, target, **TO_TEXT, **kwargs), plain(source, target, **TO_TEXT, **kwargs), rtol=1e-4, atol=2e-5
         )
     for kwargs in (dict(temperature=0.0), dict(beam_search_decode=True)):
         found = fast.generate(source, max_length=8, **TO_TEXT, **kwargs)
         expected = plain.generate(source, max_length=8, **TO_TEXT, **kwargs)
-        if not VARIANTS[variant].get("autoset_text_eos_id") is False:
+        if VARIANTS[variant].get("autoset_text_eos_id") is not False:
             expected = cut_after_eos(expected, 13, plain.text_pad_id)
         assert found.tolist() == expected.tolist()
-    for name in ("dim", "pad_id", "eos_id", "autoset_eos_id", "cond_drop_prob", "early_exit_layer", "target_has_early_exit", "align_reg_loss_weight",
-                 "align_reg_use_logsumexp_pool", "align_reg_logsumexp_pool_temp", "num_text_token_ids", "num_semantic_token_ids", "device"):
+    for name in (
+        "dim",
+        "pad_id",
+        "eos_id",
+        "autoset_eos_id",
+        "cond_drop_prob",
+        "early_exit_layer",
+        "target_has_early_exit",
+        "align_reg_loss_weight",
+        "align_reg_use_logsumexp_pool",
+        "align_reg_logsumexp_pool_temp",
+        "num_text_token_ids",
+        "num_semantic_token_ids",
+        "device",
+    ):
         assert getattr(fast, name) == getattr(reference, name), name
     assert [n for n, _ in fast.named_parameters()] == [n for n, _ in reference.named_parameters()]
 
@@ -86,7 +116,20 @@ def test_a_training_step_on_either_side_shows_on_the_other(who: str) -> None:
     found = fast.generate(source, **kwargs)
     assert found.tolist() == expected.tolist() != before.tolist()
     assert (fast(source, target, **TO_TEXT) - untouched(source, target, **TO_TEXT)).abs().max() > 0.1
-    torch.testing.assert_close(fast(source, target, **TO_TEXT), reference(source, target, **TO_TEXT), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fast(source, target, **TO_TEXT), reference(source, target, **TO_TEXT), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_moving_average_written_through_data_shows() -> None:
+    # ema-pytorch and several optimizers write `.data`, which counts no version
+    reference, other = build_reference(1), build_reference(2)
+    fast = spear_fast.accelerate(reference)
+    source, kwargs = random_ids(3, 6, 17), dict(**TO_TEXT, max_length=8, beam_search_decode=True)
+    before = fast.generate(source, **kwargs)
+    for average, parameter in zip(reference.parameters(), other.parameters(), strict=True):
+        average.data.lerp_(parameter.data, 0.9)
+    assert fast.generate(source, **kwargs).tolist() == reference.generate(source, **kwargs).tolist() != before.tolist()
 
 
 def test_load_state_dict_on_either_side_shows_on_the_other() -> None:
@@ -116,7 +159,8 @@ def test_state_dict_loads_into_both() -> None:
 def test_training_mode_comes_along(training: bool) -> None:
     reference = build_reference(attn_dropout=0.5).train(training)
     fast = spear_fast.accelerate(reference)
-    assert fast.training is training and fast.target_transformer.training is training
+    assert fast.training is training
+    assert fast.target_transformer.training is training
     assert reference.training is training
     source, target = random_ids(2, 6, 17), random_ids(2, 5, 13)
     one, two = (fast(source, target, **TO_TEXT) for _ in range(2))
@@ -133,12 +177,20 @@ def test_freezing_on_one_side_shows_on_the_other() -> None:
 
 
 def test_sources_of_every_kind() -> None:
-    reference = build_reference(4, wav2vec=fake_speech_tokenizer(17), num_text_token_ids=257, tokenizer_encode=ByteTokenizer().tokenize)
+    reference = build_reference(
+        4, wav2vec=fake_speech_tokenizer(17), num_text_token_ids=257, tokenizer_encode=ByteTokenizer().tokenize
+    )
     fast = spear_fast.accelerate(reference)
     wave = torch.randn(2, 900, generator=torch.Generator().manual_seed(0))
-    for source, types in ((wave, TO_TEXT), (["so", "it goes"], TO_SPEECH), (pad_rows(random_ids(2, 5, 257), [5, 2], 0), TO_SPEECH)):
+    for source, types in (
+        (wave, TO_TEXT),
+        (["so", "it goes"], TO_SPEECH),
+        (pad_rows(random_ids(2, 5, 257), [5, 2], 0), TO_SPEECH),
+    ):
         kwargs = dict(**types, max_length=7, beam_search_decode=True, return_source=True)
-        assert [value.tolist() for value in fast.generate(source, **kwargs)] == [value.tolist() for value in reference.generate(source, **kwargs)]
+        assert [value.tolist() for value in fast.generate(source, **kwargs)] == [
+            value.tolist() for value in reference.generate(source, **kwargs)
+        ]
 
 
 def test_deepcopy_is_a_model_of_its_own() -> None:
@@ -147,7 +199,8 @@ def test_deepcopy_is_a_model_of_its_own() -> None:
     source, target = random_ids(2, 6, 17), random_ids(2, 5, 13)
     expected, tokens = fast(source, target, **TO_TEXT), fast.generate(source, **TO_TEXT, max_length=6, temperature=0.0)
     copied = copy.deepcopy(fast)
-    assert isinstance(copied, TextToSemanticOfReference) and isinstance(copied, spear_fast.TextToSemantic)
+    assert isinstance(copied, TextToSemanticOfReference)
+    assert isinstance(copied, spear_fast.TextToSemantic)
     assert copied.to_logits["text"].weight is copied.token_emb["text"].weight
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -201,11 +254,16 @@ def test_saving_an_accelerated_model(tmp_path) -> None:
         assert torch.equal(again.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), None, "model", nn.Transformer(8, 2, 1, 1, 8)], ids=["layer", "none", "text", "transformer"])
+@pytest.mark.parametrize(
+    "wrong",
+    [nn.Linear(2, 2), None, "model", nn.Transformer(8, 2, 1, 1, 8)],
+    ids=["layer", "none", "text", "transformer"],
+)
 def test_anything_else_is_refused(wrong) -> None:
     with pytest.raises(ValueError, match="TextToSemantic") as caught:
         spear_fast.accelerate(wrong)
-    assert "\n" not in str(caught.value) and type(wrong).__name__ in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert type(wrong).__name__ in str(caught.value)
 
 
 def test_nothing_keeps_a_dropped_model_alive() -> None:
@@ -237,12 +295,19 @@ class SoundStormOf(nn.Module):
 
     @beartype
     @torch.no_grad()
-    def generate(self, texts: Union[List[str], Tensor], *, spec_decode: bool = False, spec_decode_gamma: int = 5, **kwargs) -> tuple:
+    def generate(
+        self, texts: Union[List[str], Tensor], *, spec_decode: bool = False, spec_decode_gamma: int = 5, **kwargs
+    ) -> tuple:
         if isinstance(texts, list):
             assert self.text_to_semantic.tokenizer_encode is not None
             texts = self.text_to_semantic.tokenizer_encode(texts)
         ids = self.text_to_semantic.generate(
-            texts, source_type="text", target_type="speech", spec_decode=spec_decode, spec_decode_gamma=spec_decode_gamma, **kwargs
+            texts,
+            source_type="text",
+            target_type="speech",
+            spec_decode=spec_decode,
+            spec_decode_gamma=spec_decode_gamma,
+            **kwargs,
         )
         mask = ids != self.semantic_pad_id
         condition = self.semantic_token_emb(ids.masked_fill(~mask, 0)) * mask[..., None]
@@ -261,15 +326,28 @@ class VoiceBoxOf(nn.Module):
 
     @beartype
     @torch.no_grad()
-    def sample(self, texts: Union[List[str], Tensor], spec_decode: bool = False, max_length: int = 12, **kwargs) -> tuple:
+    def sample(
+        self, texts: Union[List[str], Tensor], spec_decode: bool = False, max_length: int = 12, **kwargs
+    ) -> tuple:
         return self.text_to_semantic.generate(
-            source=texts, source_type="text", target_type="speech", max_length=max_length, return_target_mask=True, spec_decode=spec_decode, **kwargs
+            source=texts,
+            source_type="text",
+            target_type="speech",
+            max_length=max_length,
+            return_target_mask=True,
+            spec_decode=spec_decode,
+            **kwargs,
         )
 
 
 @pytest.fixture(scope="module")
 def pair():
-    kwargs = dict(wav2vec=fake_speech_tokenizer(17), num_text_token_ids=257, tokenizer_encode=ByteTokenizer().tokenize, target_early_exit_layer=1)
+    kwargs = dict(
+        wav2vec=fake_speech_tokenizer(17),
+        num_text_token_ids=257,
+        tokenizer_encode=ByteTokenizer().tokenize,
+        target_early_exit_layer=1,
+    )
     return build_reference(4, **kwargs), spear_fast.accelerate(build_reference(4, **kwargs))
 
 
@@ -281,7 +359,9 @@ def test_soundstorm(pair) -> None:
     # rows that end together or not at all: the reference leaves tokens behind an EOS
     expected = cut_after_eos(reference.generate(texts, **kwargs)[0], 17, -1)
     found, condition = fast.generate(texts, **kwargs)
-    assert found.tolist() == expected.tolist() and condition.shape == (*found.shape, 24) and torch.isfinite(condition).all()
+    assert found.tolist() == expected.tolist()
+    assert condition.shape == (*found.shape, 24)
+    assert torch.isfinite(condition).all()
     drafted, _ = fast.generate(texts, spec_decode=True, spec_decode_gamma=3, **kwargs)
     assert drafted.tolist() == expected.tolist()
     # the model is a submodule there: its parameters appear, move and are saved with the whole
@@ -293,9 +373,11 @@ def test_voicebox(pair) -> None:
     for kwargs in (dict(temperature=0.0), dict(beam_search_decode=True, beam_size=2)):
         tokens, mask = fast.sample(["so", "it goes"], **kwargs)
         expected = cut_after_eos(reference.sample(["so", "it goes"], **kwargs)[0], 17, -1)
-        assert tokens.tolist() == expected.tolist() and mask.tolist() == (expected != -1).tolist()
+        assert tokens.tolist() == expected.tolist()
+        assert mask.tolist() == (expected != -1).tolist()
     tokens, mask = fast.sample(["so"], spec_decode=True)
-    assert mask.dtype == torch.bool and tokens.shape == mask.shape
+    assert mask.dtype == torch.bool
+    assert tokens.shape == mask.shape
 
 
 def test_callers_that_check_types_refuse_our_plain_class() -> None:
@@ -329,10 +411,13 @@ def test_the_reference_s_own_wrappers_and_generator_take_it(pair, tmp_path) -> N
     waves = Rows(torch.randn(800, generator=torch.Generator().manual_seed(i)) for i in range(3))
     rows = {}
     for name, model in zip(("reference", "fast"), pair, strict=True):
-        generator = package.SemanticToTextDatasetGenerator(model, dataset=waves, folder=str(tmp_path / name), batch_size=3)
+        generator = package.SemanticToTextDatasetGenerator(
+            model, dataset=waves, folder=str(tmp_path / name), batch_size=3
+        )
         generator(max_length=6, beam_size=2)
         rows[name] = [torch.load(path).tolist() for path in sorted((tmp_path / name).iterdir())]
-    assert rows["fast"] == rows["reference"] and len(rows["fast"]) == 3
+    assert rows["fast"] == rows["reference"]
+    assert len(rows["fast"]) == 3
 
 
 def test_annotation_of_callables() -> None:

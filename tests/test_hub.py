@@ -1,4 +1,5 @@
-"""Model folders and checkpoint files: what is saved comes back, and what is damaged or dangerous is refused in one sentence."""
+"""Model folders and checkpoint files: what is saved comes back; what is damaged or dangerous is refused."""
+
 from __future__ import annotations
 
 import json
@@ -16,9 +17,25 @@ import spear_fast
 from spear_fast.checkpoint import load_model
 
 RARE = dict(
-    dim=20, source_depth=1, target_depth=3, dim_head=6, heads=6, target_kv_heads=3, ff_mult=3, attn_dropout=0.1, ff_dropout=0.2, semantic_pad_id=-7,
-    text_pad_id=2, autoset_semantic_eos_id=False, attn_flash=True, cond_drop_prob=0.25, target_early_exit_layer=2, detach_early_exit_embed=True,
-    align_reg_loss_weight=0.3, align_reg_use_logsumexp_pool=False, align_reg_logsumexp_pool_temp=0.4,
+    dim=20,
+    source_depth=1,
+    target_depth=3,
+    dim_head=6,
+    heads=6,
+    target_kv_heads=3,
+    ff_mult=3,
+    attn_dropout=0.1,
+    ff_dropout=0.2,
+    semantic_pad_id=-7,
+    text_pad_id=2,
+    autoset_semantic_eos_id=False,
+    attn_flash=True,
+    cond_drop_prob=0.25,
+    target_early_exit_layer=2,
+    detach_early_exit_embed=True,
+    align_reg_loss_weight=0.3,
+    align_reg_use_logsumexp_pool=False,
+    align_reg_logsumexp_pool_temp=0.4,
 )
 
 
@@ -43,7 +60,9 @@ def assert_equal_states(one, two) -> None:
 def one_sentence(error: BaseException) -> str:
     """The message, which must be a single sentence that ends in a full stop."""
     text = str(error)
-    assert "\n" not in text and text.endswith((".", "!")) and len(text) < 500, text
+    assert "\n" not in text, text
+    assert text.endswith("."), text
+    assert len(text) < 500, text
     return text
 
 
@@ -53,8 +72,17 @@ def test_round_trip(tmp_path: Path, sizes: dict) -> None:
     model.save_pretrained(tmp_path / "model")
     again = spear_fast.TextToSemantic.from_pretrained(tmp_path / "model")
     assert_equal_states(model, again)
-    assert again.config == model.config and not again.training
-    for name in ("dim", "pad_id", "eos_id", "autoset_eos_id", "cond_drop_prob", "early_exit_layer", "align_reg_loss_weight"):
+    assert again.config == model.config
+    assert not again.training
+    for name in (
+        "dim",
+        "pad_id",
+        "eos_id",
+        "autoset_eos_id",
+        "cond_drop_prob",
+        "early_exit_layer",
+        "align_reg_loss_weight",
+    ):
         assert getattr(again, name) == getattr(model, name), name
     source, target = random_ids(2, 6, 17), random_ids(2, 5, 13)
     kwargs = dict(source_type="speech", target_type="text", cond_drop_prob=0.0)
@@ -71,10 +99,13 @@ def test_what_is_in_the_folder(tmp_path: Path) -> None:
     model = ours(**RARE)
     model.attach_tokenizer(characters(13))
     model.save_pretrained(tmp_path)
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} == {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} == {
+        path.name for path in tmp_path.iterdir()
+    }
     config = json.loads((tmp_path / "config.json").read_text())
     assert {key: config[key] for key in RARE} == RARE
-    assert config["num_text_token_ids"] == 13 and config["num_semantic_token_ids"] == 17
+    assert config["num_text_token_ids"] == 13
+    assert config["num_semantic_token_ids"] == 17
     assert not any(key in config for key in ("wav2vec", "tokenizer_encode"))
     # any reader of the format finds plain tensors and their names
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -89,7 +120,9 @@ def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "model.safetensors")
     shape = model.token_emb["text"].weight.shape
     assert sum(tensor.shape == shape for tensor in saved.values()) == 1
-    unique = {id(tensor): tensor.numel() * tensor.element_size() for tensor in model.state_dict(keep_vars=True).values()}
+    unique = {
+        id(tensor): tensor.numel() * tensor.element_size() for tensor in model.state_dict(keep_vars=True).values()
+    }
     assert sum(tensor.numel() * tensor.element_size() for tensor in saved.values()) == sum(unique.values())
     again = spear_fast.TextToSemantic.from_pretrained(tmp_path)
     assert again.to_logits["text"].weight is again.token_emb["text"].weight
@@ -105,8 +138,9 @@ def test_text_tokenizer_comes_along(tmp_path: Path) -> None:
     assert again.tokenizer.to_str() == model.tokenizer.to_str()
     assert again.tokenizer_encode(["abc", "l"]).tolist() == [[1, 2, 3], [12, 0, 0]]
     _, mask, ids = again.encode(["abc", "l"], source_type="text")
-    assert ids.tolist() == [[1, 2, 3, 13], [12, 13, 0, 0]] and mask.sum().item() == 6
-    with pytest.raises(ValueError, match="13.*9") as caught:
+    assert ids.tolist() == [[1, 2, 3, 13], [12, 13, 0, 0]]
+    assert mask.sum().item() == 6
+    with pytest.raises(ValueError, match=r"13.*9") as caught:
         model.attach_tokenizer(characters(9))
     one_sentence(caught.value)
 
@@ -123,7 +157,9 @@ def test_speech_tokenizer_comes_along(tmp_path: Path) -> None:
     assert again.wav2vec.fingerprint() == model.wav2vec.fingerprint()
     wave = torch.randn(1, 8000, generator=torch.Generator().manual_seed(1)) * 0.1
     kwargs = dict(source_type="speech", target_type="text", max_length=5, temperature=0.0, return_source=True)
-    assert [value.tolist() for value in again.generate(wave, **kwargs)] == [value.tolist() for value in model.eval().generate(wave, **kwargs)]
+    assert [value.tolist() for value in again.generate(wave, **kwargs)] == [
+        value.tolist() for value in model.eval().generate(wave, **kwargs)
+    ]
     other = fake_speech_tokenizer(17)
     assert spear_fast.TextToSemantic.from_pretrained(tmp_path, wav2vec=other).wav2vec is other
 
@@ -134,7 +170,13 @@ def test_other_types_keep_their_values(tmp_path: Path, dtype: torch.dtype) -> No
     model.save_pretrained(tmp_path)
     again = spear_fast.TextToSemantic.from_pretrained(tmp_path)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name].double(), value.double(), rtol=1e-7, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            again.state_dict()[name].double(),
+            value.double(),
+            rtol=1e-7,
+            atol=0,
+            msg=lambda text, n=name: f"{n}: {text}",
+        )
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -147,7 +189,8 @@ def test_reference_checkpoint_file(tmp_path: Path, suffix: str) -> None:
         save_file({name: value.clone() for name, value in reference.state_dict().items()}, path)
     for model in (load_model(path), load_model(str(path), cond_drop_prob=0.1)):
         assert_equal_states(reference, model)
-        assert model.target_transformer.layers[0][0].kv_heads == 2 and not model.training
+        assert model.target_transformer.layers[0][0].kv_heads == 2
+        assert not model.training
     assert model.cond_drop_prob == 0.1
     source = random_ids(2, 6, 17)
     kwargs = dict(source_type="speech", target_type="text", beam_search_decode=True, max_length=6)
@@ -161,10 +204,15 @@ def test_reference_checkpoint_with_its_configuration_beside_it(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     model = load_model(tmp_path / "model.pt")
     assert_equal_states(reference, model)
-    assert model.pad_id == {"speech": -7, "text": 2} and model.early_exit_layer == 2
+    assert model.pad_id == {"speech": -7, "text": 2}
+    assert model.early_exit_layer == 2
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(ff_mult=3), dict(ff_mult=2.7, dim=24), dict(heads=2, dim_head=12), dict(source_depth=3, target_depth=1)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, dict(ff_mult=3), dict(ff_mult=2.7, dim=24), dict(heads=2, dim_head=12), dict(source_depth=3, target_depth=1)],
+    ids=str,
+)
 def test_sizes_are_read_off_a_reference_checkpoint(tmp_path: Path, sizes: dict) -> None:
     if isinstance(sizes.get("ff_mult"), float):
         state = ours(3, **sizes).state_dict()
@@ -236,7 +284,7 @@ def damaged(kind: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "kind, said",
+    ("kind", "said"),
     [
         ("wrong size", r"layers\.1\.2\.4\.bias.*33.*32"),
         ("missing tensor", r"source_transformer\.final_norm\.gamma"),
@@ -274,7 +322,16 @@ def test_truncated_file(tmp_path: Path, kept: float, name: str) -> None:
 
 @pytest.mark.parametrize(
     "package",
-    [torch.zeros(3), [1, 2], {"weights": 1}, {"model": torch.zeros(3)}, {"model": {}}, {"model": {"a": 1}}, {}, {"model": {"start_token.text": "no"}}],
+    [
+        torch.zeros(3),
+        [1, 2],
+        {"weights": 1},
+        {"model": torch.zeros(3)},
+        {"model": {}},
+        {"model": {"a": 1}},
+        {},
+        {"model": {"start_token.text": "no"}},
+    ],
     ids=str,
 )
 def test_checkpoint_that_is_something_else(tmp_path: Path, package) -> None:
@@ -286,7 +343,7 @@ def test_checkpoint_that_is_something_else(tmp_path: Path, package) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    ("text", "said"),
     [
         ("{", "not valid JSON"),
         ("[1, 2]", "config.json"),

@@ -1,4 +1,5 @@
-"""`generate` against the reference, token for token: one at a time and beam search, guidance, every kind of source and return."""
+"""`generate` against the reference, token for token: one by one, beam search, guidance, every source and return."""
+
 from __future__ import annotations
 
 import pytest
@@ -13,7 +14,7 @@ GUIDED = dict(cond_drop_prob=0.2)
 
 
 def source_of(kind: str, rows: int, seed: int = 0) -> torch.Tensor:
-    """ids of `rows` different lengths where the reference can pad them (text), of one length where it cannot (speech)."""
+    """ids in `rows` of different lengths where the reference can pad them (text), else of one length (speech)."""
     ids = random_ids(rows, 8, VOCABULARY[kind], seed=seed)
     return pad_rows(ids, [8 - 3 * row % 7 for row in range(rows)], 0) if kind == "text" else ids
 
@@ -37,38 +38,75 @@ GREEDY = {
     "no noise": dict(temperature=0.0),
     "cold": dict(temperature=1e-9),
     "one candidate": dict(filter_fn_kwargs=dict(k=1)),
-    "own filter": dict(filter_logits_fn=lambda logits: logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)),
+    "own filter": dict(
+        filter_logits_fn=lambda logits: logits.masked_fill(logits < logits.amax(-1, keepdim=True), -torch.inf)
+    ),
     "share": dict(filter_fn_kwargs=dict(thres=0.01)),
 }
 
 
 @pytest.mark.parametrize("how", GREEDY)
-@pytest.mark.parametrize("types", [("speech", "text"), ("text", "speech"), ("speech", "speech"), ("text", "text")], ids="-".join)
+@pytest.mark.parametrize(
+    "types", [("speech", "text"), ("text", "speech"), ("speech", "speech"), ("text", "text")], ids="-".join
+)
 def test_one_at_a_time(how: str, types: tuple[str, str]) -> None:
     pair = build_pair(0, **GUIDED)
     for rows, max_length in ((1, 6), (3, 14)):
-        assert_same(pair, source_of(types[0], rows), source_type=types[0], target_type=types[1], max_length=max_length, **GREEDY[how])
+        assert_same(
+            pair,
+            source_of(types[0], rows),
+            source_type=types[0],
+            target_type=types[1],
+            max_length=max_length,
+            **GREEDY[how],
+        )
 
 
-@pytest.mark.parametrize("size", [dict(target_kv_heads=1), dict(target_kv_heads=2), dict(dim=20, ff_mult=3, heads=2), dict(target_depth=4), dict(dim_head=16)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        dict(target_kv_heads=1),
+        dict(target_kv_heads=2),
+        dict(dim=20, ff_mult=3, heads=2),
+        dict(target_depth=4),
+        dict(dim_head=16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("cond_scale", [1.0, 1.7, 4.0])
 @pytest.mark.parametrize("flash", [False, True])
 def test_one_at_a_time_over_sizes_and_guidance(size: dict, cond_scale: float, flash: bool) -> None:
     pair = build_pair(1, attn_flash=flash, **size, **GUIDED)
-    tokens = assert_same(pair, source_of("text", 4), source_type="text", target_type="speech", max_length=12, temperature=0.0, cond_scale=cond_scale)
+    tokens = assert_same(
+        pair,
+        source_of("text", 4),
+        source_type="text",
+        target_type="speech",
+        max_length=12,
+        temperature=0.0,
+        cond_scale=cond_scale,
+    )
     assert len(set(tokens.flatten().tolist())) > 3, "the case decodes next to nothing"
 
 
 def test_longer_than_the_rotary_tables_of_short_runs() -> None:
     assert_same(
-        build_pair(2, autoset_text_eos_id=False), source_of("speech", 2), source_type="speech", target_type="text", max_length=90, temperature=0.0
+        build_pair(2, autoset_text_eos_id=False),
+        source_of("speech", 2),
+        source_type="speech",
+        target_type="text",
+        max_length=90,
+        temperature=0.0,
     )
 
 
 def test_stops_when_every_row_has_ended() -> None:
     pair = build_pair(0)
-    found = assert_same(pair, source_of("speech", 3, seed=5), source_type="speech", target_type="text", max_length=400, temperature=0.0)
-    assert found.shape[1] < 400 and (found == 13).any(dim=-1).all()
+    found = assert_same(
+        pair, source_of("speech", 3, seed=5), source_type="speech", target_type="text", max_length=400, temperature=0.0
+    )
+    assert found.shape[1] < 400
+    assert (found == 13).any(dim=-1).all()
     for row in found.tolist():
         assert set(row[row.index(13) + 1 :]) <= {0}
 
@@ -77,7 +115,12 @@ def test_stops_when_every_row_has_ended() -> None:
 def test_without_eos_runs_to_the_limit(beam: bool) -> None:
     pair = build_pair(3, autoset_text_eos_id=False, autoset_semantic_eos_id=False)
     found = assert_same(
-        pair, source_of("speech", 2), source_type="speech", target_type="text", max_length=9, temperature=0.0 if not beam else 1.0,
+        pair,
+        source_of("speech", 2),
+        source_type="speech",
+        target_type="text",
+        max_length=9,
+        temperature=0.0 if not beam else 1.0,
         beam_search_decode=beam,
     )
     assert found.shape == (2, 9)
@@ -107,21 +150,32 @@ BEAMS = [
 ]
 
 
-@pytest.mark.parametrize("beam_size, rows, cond_scale, max_length, kv_heads, temperature, direction", BEAMS)
+@pytest.mark.parametrize(
+    ("beam_size", "rows", "cond_scale", "max_length", "kv_heads", "temperature", "direction"), BEAMS
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_beam_search(beam_size, rows, cond_scale, max_length, kv_heads, temperature, direction, seed) -> None:
     source_type, target_type = direction.split("-")
     pair = build_pair(10 + seed, target_kv_heads=kv_heads, **GUIDED)
     assert_same(
-        pair, source_of(source_type, rows, seed), source_type=source_type, target_type=target_type, max_length=max_length,
-        beam_search_decode=True, beam_size=beam_size, cond_scale=cond_scale, temperature=temperature,
+        pair,
+        source_of(source_type, rows, seed),
+        source_type=source_type,
+        target_type=target_type,
+        max_length=max_length,
+        beam_search_decode=True,
+        beam_size=beam_size,
+        cond_scale=cond_scale,
+        temperature=temperature,
     )
 
 
 @pytest.mark.parametrize("flash", [False, True])
 def test_beam_search_in_other_sizes_and_types(flash: bool) -> None:
     pair = build_pair(20, dtype=torch.float64, attn_flash=flash, dim=20, ff_mult=3, heads=2, target_depth=3)
-    assert_same(pair, source_of("text", 3), source_type="text", target_type="speech", beam_search_decode=True, max_length=10)
+    assert_same(
+        pair, source_of("text", 3), source_type="text", target_type="speech", beam_search_decode=True, max_length=10
+    )
 
 
 def test_beam_search_goes_on_past_eos_until_every_beam_has_one() -> None:
@@ -129,7 +183,15 @@ def test_beam_search_goes_on_past_eos_until_every_beam_has_one() -> None:
     with torch.no_grad():
         for model in pair:
             model.token_emb["text"].weight[13] += 0.5 * model.target_transformer.final_norm.gamma
-    found = assert_same(pair, source_of("speech", 3), source_type="speech", target_type="text", beam_search_decode=True, max_length=60, beam_size=3)
+    found = assert_same(
+        pair,
+        source_of("speech", 3),
+        source_type="speech",
+        target_type="text",
+        beam_search_decode=True,
+        max_length=60,
+        beam_size=3,
+    )
     assert (found == 13).any(), "no hypothesis ended: the case shows nothing"
 
 
@@ -147,9 +209,14 @@ def test_everything_that_can_be_returned(beam: bool) -> None:
     if not beam:
         kwargs["temperature"] = 0.0
     source = source_of("text", 3)
-    for options in (dict(return_source=True), dict(return_target_mask=True), dict(return_source=True, return_target_mask=True)):
+    for options in (
+        dict(return_source=True),
+        dict(return_target_mask=True),
+        dict(return_source=True, return_target_mask=True),
+    ):
         ours, theirs = both(pair, source, **kwargs, **options)
-        assert isinstance(ours, tuple) and len(ours) == len(theirs) == 1 + len(options)
+        assert isinstance(ours, tuple)
+        assert len(ours) == len(theirs) == 1 + len(options)
         if bool((theirs[-1] == 17).any(dim=-1).all()) or options == dict(return_source=True):
             assert ours[0].tolist() == theirs[0].tolist()
         for index in range(len(ours)):
@@ -162,14 +229,20 @@ def test_everything_that_can_be_returned(beam: bool) -> None:
         assert [value.tolist() for value in ours] == [value.tolist() for value in expected]
     # the source comes back with its EOS behind the last token of each row
     returned, _ = pair[1].generate(source, **kwargs, return_source=True)
-    assert returned.shape == (3, 9) and (returned == 13).sum(dim=-1).tolist() == [1, 1, 1]
+    assert returned.shape == (3, 9)
+    assert (returned == 13).sum(dim=-1).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("beam", [False, True])
 def test_strings_through_tokenizer_encode(beam: bool) -> None:
     pair = build_pair(6, num_text_token_ids=257, tokenizer_encode=ByteTokenizer().tokenize)
     assert_same(
-        pair, ["to be or", "not", "to be"], source_type="text", target_type="speech", max_length=10, temperature=1.0 if beam else 0.0,
+        pair,
+        ["to be or", "not", "to be"],
+        source_type="text",
+        target_type="speech",
+        max_length=10,
+        temperature=1.0 if beam else 0.0,
         beam_search_decode=beam,
     )
 
@@ -178,7 +251,13 @@ def test_strings_through_tokenizer_encode(beam: bool) -> None:
 def test_raw_audio_through_wav2vec(beam: bool) -> None:
     pair = build_pair(7, wav2vec=fake_speech_tokenizer(17))
     wave = torch.randn(2, 80 * 9 + 11, generator=torch.Generator().manual_seed(1))
-    kwargs = dict(source_type="speech", target_type="text", max_length=10, temperature=1.0 if beam else 0.0, beam_search_decode=beam)
+    kwargs = dict(
+        source_type="speech",
+        target_type="text",
+        max_length=10,
+        temperature=1.0 if beam else 0.0,
+        beam_search_decode=beam,
+    )
     assert_same(pair, wave, **kwargs)
     returned, _ = pair[1].generate(wave, return_source=True, **kwargs)
     assert returned.tolist() == pair[0].generate(wave, return_source=True, **kwargs)[0].tolist()
@@ -190,12 +269,21 @@ def test_raw_audio_through_wav2vec(beam: bool) -> None:
 def test_explicit_source_masks(beam: bool, cond_scale: float) -> None:
     source = random_ids(3, 8, 17, seed=3)
     mask = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) > 0.5
-    kwargs = dict(source_type="speech", target_type="text", max_length=10, temperature=1.0 if beam else 0.0, beam_search_decode=beam, cond_scale=cond_scale)
+    kwargs = dict(
+        source_type="speech",
+        target_type="text",
+        max_length=10,
+        temperature=1.0 if beam else 0.0,
+        beam_search_decode=beam,
+        cond_scale=cond_scale,
+    )
     without_eos = build_pair(8, autoset_semantic_eos_id=False, autoset_text_eos_id=True, **GUIDED)
     masked = assert_same(without_eos, source, source_mask=mask, **kwargs)
     assert masked.tolist() != assert_same(without_eos, source, **kwargs).tolist()
     # with EOS the reference wants the mask to cover it
-    assert_same(build_pair(8, **GUIDED), source, source_mask=torch.cat((mask, torch.ones(3, 1).bool()), dim=-1), **kwargs)
+    assert_same(
+        build_pair(8, **GUIDED), source, source_mask=torch.cat((mask, torch.ones(3, 1).bool()), dim=-1), **kwargs
+    )
 
 
 def test_draws_follow_the_same_distribution() -> None:
@@ -220,7 +308,8 @@ def test_draws_repeat_with_a_generator() -> None:
     _, ours = build_pair(9)
     kwargs = dict(source_type="speech", target_type="text", max_length=12)
     one, two, other = (
-        ours.generate(source_of("speech", 4), generator=torch.Generator().manual_seed(seed), **kwargs).tolist() for seed in (1, 1, 2)
+        ours.generate(source_of("speech", 4), generator=torch.Generator().manual_seed(seed), **kwargs).tolist()
+        for seed in (1, 1, 2)
     )
     assert one == two != other
 
@@ -242,4 +331,12 @@ def test_any_batch(kv_heads, lengths, beam_size, cond_scale, max_length, seed) -
         PAIRS[kv_heads] = build_pair(30, dtype=torch.float64, target_kv_heads=kv_heads, **GUIDED)
     source = pad_rows(random_ids(len(lengths), max(1, *lengths), 13, seed=seed), lengths, 0)
     how = dict(beam_search_decode=True, beam_size=beam_size) if beam_size else dict(temperature=0.0)
-    assert_same(PAIRS[kv_heads], source, source_type="text", target_type="speech", max_length=max_length, cond_scale=cond_scale, **how)
+    assert_same(
+        PAIRS[kv_heads],
+        source,
+        source_type="text",
+        target_type="speech",
+        max_length=max_length,
+        cond_scale=cond_scale,
+        **how,
+    )

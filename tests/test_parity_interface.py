@@ -1,4 +1,5 @@
 """Names: signatures, attributes, parameters and freezing of ours against the reference's own."""
+
 from __future__ import annotations
 
 import inspect
@@ -23,7 +24,7 @@ VARIANTS = {
 
 
 def undecorated(function):
-    """The function under beartype, `torch.no_grad` and the reference's eval decorator, the last of which hides the signature."""
+    """The function under beartype, `torch.no_grad` and the reference's eval decorator, which hides the signature."""
     while True:
         if hasattr(function, "__wrapped__"):
             function = function.__wrapped__
@@ -36,13 +37,25 @@ def undecorated(function):
 
 def described(parameter: inspect.Parameter) -> tuple:
     default = parameter.default
-    return parameter.name, parameter.kind, default.__name__ if callable(default) and default is not inspect.Parameter.empty else default
+    return (
+        parameter.name,
+        parameter.kind,
+        default.__name__ if callable(default) and default is not inspect.Parameter.empty else default,
+    )
 
 
 METHODS = {
     "TextToSemantic": [
-        "__init__", "forward", "generate", "load", "unfreeze_all", "freeze_encoder", "freeze_encoder_below_layer", "freeze_decoder",
-        "freeze_speech_emb", "freeze_text_emb",
+        "__init__",
+        "forward",
+        "generate",
+        "load",
+        "unfreeze_all",
+        "freeze_encoder",
+        "freeze_encoder_below_layer",
+        "freeze_decoder",
+        "freeze_speech_emb",
+        "freeze_text_emb",
     ],
     "SpeechSpeechPretrainWrapper": ["__init__", "forward"],
     "SemanticToTextWrapper": ["__init__", "forward"],
@@ -50,12 +63,12 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("owner, name", [(owner, name) for owner, names in METHODS.items() for name in names])
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in METHODS.items() for name in names])
 def test_signature_begins_with_the_reference_s(owner: str, name: str) -> None:
     theirs = list(inspect.signature(undecorated(getattr(getattr(load_reference(), owner), name))).parameters.values())
     ours = list(inspect.signature(undecorated(getattr(getattr(spear_fast, owner), name))).parameters.values())
     assert [described(p) for p in ours[: len(theirs)]] == [described(p) for p in theirs]
-    for extra in ours[len(theirs):]:
+    for extra in ours[len(theirs) :]:
         assert extra.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD), extra
         assert extra.kind is inspect.Parameter.VAR_KEYWORD or extra.default is not inspect.Parameter.empty, extra
 
@@ -82,7 +95,8 @@ def test_attributes(variant: str) -> None:
 def test_attributes_with_functions_and_audio() -> None:
     encode, audio = lambda texts: torch.zeros(len(texts), 1).long(), fake_speech_tokenizer(11)
     reference, ours = build_pair(tokenizer_encode=encode, wav2vec=audio)
-    assert ours.tokenizer_encode is encode and ours.wav2vec is audio
+    assert ours.tokenizer_encode is encode
+    assert ours.wav2vec is audio
     assert ours.num_semantic_token_ids == reference.num_semantic_token_ids == 11
     assert ours.eos_id == reference.eos_id == {"speech": 11, "text": 13}
     assert not any(parameter.requires_grad for parameter in ours.wav2vec.parameters())
@@ -93,7 +107,9 @@ def test_state_dict_goes_both_ways(variant: str) -> None:
     reference, ours = build_pair(**VARIANTS[variant])
     theirs_state, ours_state = reference.state_dict(), ours.state_dict()
     assert list(ours_state) == list(theirs_state)
-    assert {k: (v.shape, v.dtype) for k, v in ours_state.items()} == {k: (v.shape, v.dtype) for k, v in theirs_state.items()}
+    assert {k: (v.shape, v.dtype) for k, v in ours_state.items()} == {
+        k: (v.shape, v.dtype) for k, v in theirs_state.items()
+    }
     for name, value in theirs_state.items():
         assert torch.equal(ours_state[name], value), name
     fresh = spear_fast.TextToSemantic(**{**SMALL, **VARIANTS[variant]})
@@ -114,7 +130,9 @@ def test_state_dict_with_audio_tokenizer() -> None:
 @pytest.mark.parametrize("variant", ["plain", "early exit", "one kv head"])
 def test_parameters_have_the_reference_s_names_order_and_training_flags(variant: str) -> None:
     reference, ours = build_pair(**VARIANTS[variant])
-    assert [(n, p.requires_grad) for n, p in ours.named_parameters()] == [(n, p.requires_grad) for n, p in reference.named_parameters()]
+    assert [(n, p.requires_grad) for n, p in ours.named_parameters()] == [
+        (n, p.requires_grad) for n, p in reference.named_parameters()
+    ]
 
 
 def test_fresh_weights_are_drawn_like_the_reference_s() -> None:
@@ -133,8 +151,13 @@ def test_fresh_weights_are_drawn_like_the_reference_s() -> None:
 
 
 FREEZING = [
-    ("freeze_encoder",), ("freeze_encoder_below_layer", 0), ("freeze_encoder_below_layer", 1), ("freeze_encoder_below_layer", 2),
-    ("freeze_decoder",), ("freeze_speech_emb",), ("freeze_text_emb",),
+    ("freeze_encoder",),
+    ("freeze_encoder_below_layer", 0),
+    ("freeze_encoder_below_layer", 1),
+    ("freeze_encoder_below_layer", 2),
+    ("freeze_decoder",),
+    ("freeze_speech_emb",),
+    ("freeze_text_emb",),
 ]
 
 
@@ -155,7 +178,8 @@ def test_load_takes_the_reference_s_checkpoint(tmp_path) -> None:
     torch.save({"model": reference.state_dict(), "version": "0.4.8", "steps": 12}, tmp_path / "speech.to.text.12.pt")
     _, ours = build_pair(4)
     package = ours.load(tmp_path / "speech.to.text.12.pt")
-    assert package["steps"] == 12 and set(package) == {"model", "version", "steps"}
+    assert package["steps"] == 12
+    assert set(package) == {"model", "version", "steps"}
     for name, value in reference.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
 
@@ -169,7 +193,7 @@ def test_load_can_be_lenient(tmp_path) -> None:
     ours.load(str(tmp_path / "part.pt"), strict=False)
     assert torch.equal(ours.start_token["text"], before)
     assert torch.equal(ours.start_token["speech"], state["start_token.speech"])
-    with pytest.raises((RuntimeError, ValueError), match="start_token.text"):
+    with pytest.raises((RuntimeError, ValueError), match=r"start_token\.text"):
         ours.load(str(tmp_path / "part.pt"))
 
 
@@ -179,4 +203,5 @@ def test_generate_leaves_the_training_mode_as_it_was() -> None:
     for training in (True, False):
         ours.train(training)
         ours.generate(source, source_type="speech", target_type="text", max_length=2)
-        assert ours.training is training and ours.target_transformer.training is training
+        assert ours.training is training
+        assert ours.target_transformer.training is training

@@ -1,4 +1,5 @@
-"""The three training wrappers against the reference's: the same draws for the same seed, the same loss, logits and gradients."""
+"""The three training wrappers against the reference's: same draws for a seed, same loss, logits and gradients."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +11,10 @@ import spear_fast
 
 def wrapped(name: str, pair: tuple, **kwargs) -> list:
     """The wrapper `name` of each package around its own model: `[theirs, ours]`."""
-    return [getattr(package, name)(model, **kwargs) for package, model in zip((load_reference(), spear_fast), pair, strict=True)]
+    return [
+        getattr(package, name)(model, **kwargs)
+        for package, model in zip((load_reference(), spear_fast), pair, strict=True)
+    ]
 
 
 def compare(wrappers: list, *arguments, seed: int = 0, **kwargs) -> None:
@@ -27,7 +31,9 @@ def compare(wrappers: list, *arguments, seed: int = 0, **kwargs) -> None:
     torch.testing.assert_close(logits, theirs_logits, rtol=1e-9, atol=1e-10)
     assert set(gradients) == set(theirs_gradients)
     for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, theirs_gradients[key], rtol=1e-8, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            gradient, theirs_gradients[key], rtol=1e-8, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 SEEDS = [0, 1, 2]
@@ -35,18 +41,31 @@ SEEDS = [0, 1, 2]
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("length", [2, 7, 20, 33])
-@pytest.mark.parametrize("options", [{}, dict(deletion_prob=0.3), dict(reconstruct_seq=True), dict(reconstruct_seq=True, mask_id=5)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(deletion_prob=0.3), dict(reconstruct_seq=True), dict(reconstruct_seq=True, mask_id=5)], ids=str
+)
 def test_pretraining(seed: int, length: int, options: dict) -> None:
     pair = build_pair(seed, dtype=torch.float64)
-    compare(wrapped("SpeechSpeechPretrainWrapper", pair, **options), random_ids(4, length, 17, seed=seed, lowest=0), seed=seed)
+    compare(
+        wrapped("SpeechSpeechPretrainWrapper", pair, **options),
+        random_ids(4, length, 17, seed=seed, lowest=0),
+        seed=seed,
+    )
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_pretraining_single_row_and_nothing_deleted(seed: int) -> None:
     pair = build_pair(seed, dtype=torch.float64)
     compare(wrapped("SpeechSpeechPretrainWrapper", pair), random_ids(1, 9, 17, seed=seed), seed=seed)
-    compare(wrapped("SpeechSpeechPretrainWrapper", pair, reconstruct_seq=True, deletion_prob=0.0), random_ids(2, 9, 17, seed=seed), seed=seed)
-    compare(wrapped("SpeechSpeechPretrainWrapper", pair, reconstruct_seq=True, mask_id=3, deletion_prob=1.0), random_ids(2, 9, 17, seed=seed))
+    compare(
+        wrapped("SpeechSpeechPretrainWrapper", pair, reconstruct_seq=True, deletion_prob=0.0),
+        random_ids(2, 9, 17, seed=seed),
+        seed=seed,
+    )
+    compare(
+        wrapped("SpeechSpeechPretrainWrapper", pair, reconstruct_seq=True, mask_id=3, deletion_prob=1.0),
+        random_ids(2, 9, 17, seed=seed),
+    )
 
 
 def test_pretraining_from_audio() -> None:
@@ -110,10 +129,13 @@ def test_deletion_removes_the_asked_share_and_keeps_order() -> None:
             return torch.zeros(()), source
 
     recorder = Recorder()
-    rows = torch.stack([torch.randperm(1000, generator=torch.Generator().manual_seed(i))[:50].sort().values for i in range(3)])
+    rows = torch.stack(
+        [torch.randperm(1000, generator=torch.Generator().manual_seed(i))[:50].sort().values for i in range(3)]
+    )
     spear_fast.SpeechSpeechPretrainWrapper(recorder, deletion_prob=0.5)(rows)
     source, target = recorder.seen
     assert source.shape == target.shape == (3, 25)
     for row, kept, deleted in zip(rows, source, target, strict=True):
-        assert torch.equal(kept, kept.sort().values) and torch.equal(deleted, deleted.sort().values)
+        assert torch.equal(kept, kept.sort().values)
+        assert torch.equal(deleted, deleted.sort().values)
         assert torch.equal(torch.cat((kept, deleted)).sort().values, row)
