@@ -3,8 +3,10 @@
     python killed_jobs.py TOKENS FOLDER KILLS SEED
 
 A child is forked from this process, which has everything imported and has not yet run the model, and does what
-`spear-fast label` does. It writes a byte into a pipe at each event; the kill comes some events and some milliseconds
-later. Whatever is visible after a kill must be whole. Prints one JSON object: kills, jobs, and how far each child got.
+`spear-fast label` does. Every other kill comes from outside: the child writes a byte into a pipe at each event, and the
+kill comes some events and some milliseconds later. The others strike where it hurts most: before, in the middle of, or
+after a write, a sync or a rename. Whatever is visible after a kill must be whole. Prints one JSON object: kills, jobs,
+and how far each child got.
 """
 
 from __future__ import annotations
@@ -28,7 +30,31 @@ OPTIONS = LabelOptions(max_length=8, rows_per_shard=10, batch_tokens=256, max_so
 PATIENCE_SECONDS = 60
 
 
-def start_child(tokens: Path, out: Path) -> tuple[int, int]:
+def strike_within(dice: random.Random) -> None:
+    """Makes this process kill itself at some call that changes the disk, sometimes in the middle of a write."""
+    left = dice.randint(0, 25)
+    after = dice.random() < 0.5
+
+    def armed(call):
+        def run(*arguments):
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                return call(*arguments)
+            if after and call is write:
+                call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            elif after:
+                call(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return run
+
+    write = os.write
+    for name in ("write", "fsync", "replace", "unlink", "ftruncate"):
+        setattr(os, name, armed(getattr(os, name)))
+
+
+def start_child(tokens: Path, out: Path, dice: random.Random, within: bool) -> tuple[int, int]:
     """Returns the process id of a labelling job and the pipe of its events."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -37,9 +63,13 @@ def start_child(tokens: Path, out: Path) -> tuple[int, int]:
         return child, reader
     os.close(reader)
 
-    def report(event: str, **_fields: object) -> None:
-        os.write(writer, b".")
+    tell = os.write
 
+    def report(event: str, **_fields: object) -> None:
+        tell(writer, b".")
+
+    if within:
+        strike_within(dice)
     try:
         label([tokens], tiny_model(), out, OPTIONS, report=report)
     except BaseException as error:
@@ -50,13 +80,15 @@ def start_child(tokens: Path, out: Path) -> tuple[int, int]:
 
 def run_and_kill(tokens: Path, out: Path, dice: random.Random) -> tuple[bool, int]:
     """Runs a job once and kills it if it is not done before; returns whether it was killed, and its events."""
-    child, events = start_child(tokens, out)
+    within = dice.random() < 0.5
+    child, events = start_child(tokens, out, random.Random(dice.random()), within)
     seen, wanted = 0, dice.randint(0, 6)
     signal.alarm(PATIENCE_SECONDS)
-    while seen < wanted and os.read(events, 1):
+    while (within or seen < wanted) and os.read(events, 1):
         seen += 1
-    time.sleep(dice.choice((0, 0, 0.0005, 0.002, 0.01, 0.03)) * dice.random())
-    os.kill(child, signal.SIGKILL)
+    if not within:
+        time.sleep(dice.choice((0, 0, 0.0005, 0.002, 0.01, 0.03)) * dice.random())
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     signal.alarm(0)
     os.close(events)

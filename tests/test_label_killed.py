@@ -15,7 +15,7 @@ from labelling_jobs import random_rows, read_failed, read_rows, shard_bytes, tin
 
 from spear_fast.labelling import label
 
-KILLS = 25
+KILLS = 30
 
 
 @pytest.mark.timeout(600)
