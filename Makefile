@@ -17,12 +17,12 @@ help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## label the committed recordings and print label, truth and error rate
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint tests ## lint, then the fast test suite
 
-tests: $(VENV)/.dev ## the fast test suite alone; ARGS are passed to pytest
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+tests: $(VENV)/.dev ## the fast test suite alone; ARGS="-k NAME" and the like go to pytest
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and the import-direction rule
 	$(BIN)/ruff check .
@@ -36,7 +36,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 
 recipe: $(VENV)/.recipe ## speak sentences, train and measure the demo's model from scratch
 	@command -v espeak-ng >/dev/null || { echo "make recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng (or brew install espeak-ng)" >&2; exit 1; }
-	$(BIN)/python examples/espeak/recipe.py
+	$(BIN)/python examples/espeak/recipe.py $(ARGS)
 
 bench: $(VENV)/.bench ## the benchmarks, on this machine
 	$(BIN)/python -m benchmarks.run
@@ -44,8 +44,8 @@ bench: $(VENV)/.bench ## the benchmarks, on this machine
 wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)
+	rm -rf $(VENV) build/lib* build/temp* build/bdist* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f spear_fast/_C*.so spear_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
