@@ -90,7 +90,7 @@ def test_lines_for_logs():
     stream = io.StringIO()
     play(Lines(stream, every=0))
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "spear-fast: 20/100 utterances are done, 4 shards in all"
+    assert lines[0] == "spear-fast: 20/100 utterances are done; shards in all: 4"
     assert lines[1].startswith("spear-fast: 22/100 utterances, tokenizing 240x, ")
     assert lines[3].startswith(f"spear-fast: 70/100 utterances, {RATES}, ")
     assert lines[3].endswith(" left")

@@ -311,6 +311,12 @@ def test_loops_are_repetitive(target, expected):
     assert is_repetitive(np.array(target, dtype=np.int64)) is expected
 
 
+def test_one_source_needs_no_list_and_a_path_is_no_model(tmp_path, tokens):
+    assert label(str(tokens), tiny_model(), str(tmp_path / "out"), OPTIONS).rows == 47
+    with pytest.raises(LabellingError, match="model must be a TextToSemantic, got str"):
+        label([tokens], "model", tmp_path / "out", OPTIONS)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [dict(beam_size=0), dict(max_length=2.5), dict(num_shards=True), dict(early_stopping="no"), dict(dtype="int8")],

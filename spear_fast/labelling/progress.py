@@ -118,7 +118,7 @@ class Lines:
         if event == "start":
             self._total, self._done = fields["rows"], fields["done"]
             self._done_before = self._done
-            self._say(f"{self._done}/{self._total} utterances are done, {fields['shards']} shards in all")
+            self._say(f"{self._done}/{self._total} utterances are done; shards in all: {fields['shards']}")
             self._last = time.monotonic()
         if event == "prepared":
             self._done += fields["failed"]

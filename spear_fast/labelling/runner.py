@@ -32,7 +32,7 @@ MANIFEST_SECONDS = 5.0
 
 
 def label(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     model: Any,
     out: str | Path,
     options: LabelOptions | None = None,
@@ -53,6 +53,11 @@ def label(
     """
     options = options or LabelOptions()
     out = Path(out)
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    if not hasattr(model, "encode") or not hasattr(model, "decode"):
+        raise LabellingError(
+            f"model must be a TextToSemantic, got {type(model).__name__}; load one with spear_fast.load_model(path)."
+        )
     listing = open_sources(sources)
     needs_audio = any(source.kind != "tokens" for source in listing.sources)
     if needs_audio and getattr(model, "wav2vec", None) is None:
