@@ -37,20 +37,20 @@ WORDS = {
 }
 
 TEMPLATES = (
-    "the {quality} {person} {did} the {thing} {when}",
-    "{when} the {person} {did} a {quality} {thing}",
-    "the {animal} {went} {where} the {quality} {place}",
-    "a {quality} {animal} {went} {how} {where} the {place}",
-    "my {person} {did} {number} {quality} things {where} the {place}",
-    "our {person} {said} that the {animal} {went} {how}",
-    "the {person} and the {person2} {went} {where} the {place} {when}",
-    "{number} {quality} people {went} {how} {where} the {place}",
-    "the {weather} came {how} and the {person} {did} the {thing}",
-    "who {did} the {quality} {thing} {where} the {place}",
-    "please bring the {thing} and the {thing2} {where} the {place}",
-    "the {thing} was {quality} {reason} the {person} {did} it",
-    "she {did} the {animal} {reason} the {place} was {quality}",
-    "they {said} the {person} {did} {number} of them {when}",
+    "the {quality} {person} {went} {how}",
+    "{when} the {person} {did} it",
+    "my {person} {did} the {thing}",
+    "the {animal} {went} {where} the {place}",
+    "{number} {quality} people {went} {how}",
+    "who {did} the {quality} {thing}",
+    "the {thing} is in the {place}",
+    "she {did} my {animal} {when}",
+    "they {said} it was {quality}",
+    "the {weather} came {when}",
+    "please bring the {quality} {thing}",
+    "a {quality} {animal} {did} the {thing}",
+    "he {went} {reason} it was {quality}",
+    "we {did} it {where} the {place}",
 )
 
 
@@ -58,7 +58,6 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     """Returns `count` different sentences of lower-case words, the same for the same seed."""
     rng = random.Random(seed)
     words = {kind: listed.split() for kind, listed in WORDS.items()}
-    words |= {"person2": words["person"], "thing2": words["thing"]}
     found: dict[str, None] = {}
     while len(found) < count:
         drawn = {kind: rng.choice(choices) for kind, choices in words.items()}

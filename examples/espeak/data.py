@@ -17,13 +17,12 @@ from speak import SAMPLE_RATE, TRAINING_VOICES, UNSEEN_VOICE, Utterance, drawn, 
 
 from spear_fast.speech import MelKMeansTokenizer
 
-NUM_SENTENCES = 4000
+NUM_SENTENCES = 12300
 NUM_TEST_SENTENCES = 300
-RENDERINGS = 3
 CODEBOOK_SIZE = 256
 LABELLED_MINUTES = 15
 # three throats for each training voice
-STRETCHES = (0.93, 1.0, 1.07)
+STRETCHES = (0.95, 1.0, 1.05)
 
 
 @dataclass
@@ -58,8 +57,7 @@ def planned(seed: int = 0) -> dict[str, list[Utterance]]:
     rng = random.Random(seed + 1)
     test, training = texts[:NUM_TEST_SENTENCES], texts[NUM_TEST_SENTENCES:]
     spoken = [
-        drawn(f"train-{index:05d}-{turn}", text, rng.choice(TRAINING_VOICES), rng, stretches=STRETCHES)
-        for turn in range(RENDERINGS)
+        drawn(f"train-{index:05d}", text, rng.choice(TRAINING_VOICES), rng, stretches=STRETCHES)
         for index, text in enumerate(training)
     ]
     known = [
@@ -72,7 +70,7 @@ def planned(seed: int = 0) -> dict[str, list[Utterance]]:
 def _features(utterance: Utterance) -> tuple[npt.NDArray[np.float16], float]:
     samples = speak(utterance)
     # centres play no part in features
-    tokenizer = MelKMeansTokenizer(torch.zeros(1, 32), sample_rate=SAMPLE_RATE)
+    tokenizer = MelKMeansTokenizer(torch.zeros(1, 26), sample_rate=SAMPLE_RATE)
     return tokenizer.features_of(samples).astype(np.float16), len(samples) / SAMPLE_RATE
 
 

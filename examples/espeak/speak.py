@@ -54,7 +54,7 @@ def check_espeak() -> None:
 
 def drawn(name: str, text: str, voice: str, rng: random.Random, *, stretches: tuple[float, ...] = (1.0,)) -> Utterance:
     """Returns an utterance with a speed and a pitch drawn from `rng`."""
-    return Utterance(name, text, voice, rng.randint(130, 190), rng.randint(30, 70), rng.choice(stretches))
+    return Utterance(name, text, voice, rng.randint(140, 180), rng.randint(30, 70), rng.choice(stretches))
 
 
 def speak(utterance: Utterance) -> Samples:

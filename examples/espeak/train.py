@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from spear_fast import SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemantic
 from spear_fast.speech import MelKMeansTokenizer
 
-BATCH_TOKENS = 3000
+BATCH_TOKENS = 2400
 PEAK_LEARNING_RATE = 1.2e-3
 WARMUP_STEPS = 200
 # share of source tokens that training replaces by a neighbouring cluster, drops, or doubles
-REPLACED, DROPPED, DOUBLED = 0.15, 0.04, 0.04
+REPLACED, DROPPED, DOUBLED = 0.08, 0.03, 0.03
 
 
 def new_model(num_text_token_ids: int, wav2vec: MelKMeansTokenizer, seed: int) -> TextToSemantic:
@@ -35,7 +35,7 @@ def new_model(num_text_token_ids: int, wav2vec: MelKMeansTokenizer, seed: int) -
         target_kv_heads=2,
         num_text_token_ids=num_text_token_ids,
         wav2vec=wav2vec,
-        ff_dropout=0.1,
+        ff_dropout=0.05,
     )
     for embedding in model.token_emb.values():
         nn.init.normal_(embedding.weight, std=model.dim**-0.5)

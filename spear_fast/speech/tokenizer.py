@@ -24,6 +24,7 @@ CONFIG_NAME = "speech_tokenizer.json"
 CENTRES_NAME = "speech_tokenizer.safetensors"
 FRAME_SHIFT_MS = 10
 PAD_ID = -1
+SETTINGS = ("sample_rate", "frames_per_token", "num_ceps", "num_mels", "order_decay", "slope_weight")
 
 Features = npt.NDArray[np.float32]
 
@@ -43,14 +44,18 @@ class MelKMeansTokenizer(nn.Module):
         *,
         sample_rate: int = 16000,
         frames_per_token: int = 3,
-        num_ceps: int = 16,
+        num_ceps: int = 13,
         num_mels: int = 40,
+        order_decay: float = 0.15,
+        slope_weight: float = 0.5,
     ) -> None:
         super().__init__()
         self.sample_rate = self.target_sample_hz = sample_rate
         self.frames_per_token = frames_per_token
         self.num_ceps = num_ceps
         self.num_mels = num_mels
+        self.order_decay = order_decay
+        self.slope_weight = slope_weight
         wanted = 2 * num_ceps
         if centres.ndim != 2 or centres.shape[1] != wanted or not len(centres):
             raise ValueError(f"centres must have shape [codebook size, {wanted}], got {list(centres.shape)}.")
@@ -73,7 +78,10 @@ class MelKMeansTokenizer(nn.Module):
         return cls(torch.from_numpy(kmeans.fit(features).cluster_centers_), **settings)
 
     def features_of(self, samples: Samples) -> Features:
-        """Returns what is quantised, `[tokens, 2 * num_ceps]`: cepstra and slopes, each of mean 0 and variance 1.
+        """Returns what is quantised, `[tokens, 2 * num_ceps]`: cepstra and slopes, each of mean 0.
+
+        Each has the same variance first, then cepstrum i is divided by `1 + order_decay * i`, and the slopes are
+        multiplied by `slope_weight`: higher orders tell voices apart rather than sounds.
 
         samples: `[n]`, mono, at `sample_rate`. A sound shorter than one token gives no rows.
         """
@@ -101,7 +109,8 @@ class MelKMeansTokenizer(nn.Module):
         frames = np.concatenate((cepstra, slopes), axis=1)[: tokens * self.frames_per_token]
         pooled = frames.reshape(tokens, self.frames_per_token, -1).mean(axis=1)
         normal = (pooled - pooled.mean(axis=0)) / np.maximum(pooled.std(axis=0), 1e-3)
-        return np.asarray(normal, dtype=np.float32)
+        weights = 1 / (1 + self.order_decay * np.arange(self.num_ceps))
+        return np.asarray(normal * np.concatenate((weights, self.slope_weight * weights)), dtype=np.float32)
 
     def quantise(self, features: Features) -> npt.NDArray[np.int64]:
         """Returns the index of the centre nearest to each row of `features` `[n, 2 * num_ceps]`."""
@@ -124,8 +133,8 @@ class MelKMeansTokenizer(nn.Module):
         rows = [torch.from_numpy(self.encode(resample(sound, rate, self.sample_rate))) for sound in sounds]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID).to(wave.device)
 
-    def settings(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("sample_rate", "frames_per_token", "num_ceps", "num_mels")}
+    def settings(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def fingerprint(self) -> str:
         """Returns a hex SHA-256 over settings and centres."""
