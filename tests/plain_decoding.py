@@ -38,7 +38,7 @@ def build_memory(model: TextToSemantic, rows: int, length: int = 7, *, seed: int
 def all_logits(
     model: TextToSemantic, memory: Tensor, mask: Tensor, tokens: Tensor, *, kind: str = "text", cond_scale: float = 1.0
 ) -> Tensor:
-    """Logits `[rows, length + 1, vocabulary]` for what follows each prefix of `tokens` `[rows, length]`, computed anew."""
+    """Logits `[rows, length + 1, vocabulary]` behind each prefix of `tokens` `[rows, length]`, computed anew."""
     embedding = model.token_emb[kind].weight
     x = torch.cat((model.start_token[kind].expand(len(tokens), 1, -1), embedding[tokens]), dim=1)
 
@@ -52,7 +52,7 @@ def all_logits(
 def log_probs_of(
     model: TextToSemantic, memory: Tensor, mask: Tensor, row: int = 0, *, temperature: float = 1.0, **kwargs: Any
 ) -> LogProbs:
-    """A function from the tokens so far to the log-probabilities of the next one, for one row; it remembers its answers."""
+    """A function from the tokens so far to the log-probabilities of the next one, for one row; it remembers."""
     known: dict[tuple[int, ...], list[float]] = {}
 
     def log_probs(prefix: tuple[int, ...]) -> list[float]:
@@ -111,7 +111,9 @@ def slow_beam_search(
     return pool
 
 
-def every_hypothesis(log_probs: LogProbs, vocab: int, eos_id: int, *, max_length: int, length_penalty: float) -> list[Hypothesis]:
+def every_hypothesis(
+    log_probs: LogProbs, vocab: int, eos_id: int, *, max_length: int, length_penalty: float
+) -> list[Hypothesis]:
     """All sequences that end, and all that reach `max_length` without an end, best first."""
     others = [token for token in range(vocab) if token != eos_id]
     found = []
@@ -136,7 +138,9 @@ def hypotheses_of(result: Any, row: int) -> list[Hypothesis]:
         total = float(result.sum_logprobs[row, i])
         assert math.isclose(total, float(log_probs[:count].sum()), rel_tol=1e-5, abs_tol=1e-5)
         assert not log_probs[count:].any()
-        found.append(Hypothesis(tuple(result.tokens[row, i, :count].tolist()), total, finished, float(result.scores[row, i])))
+        found.append(
+            Hypothesis(tuple(result.tokens[row, i, :count].tolist()), total, finished, float(result.scores[row, i]))
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Sampling and speculative decoding: exact distributions over tiny vocabularies, drafts that change nothing, generators."""
+"""Sampling and speculative decoding: exact distributions, drafts that change nothing, generators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def exact_distribution(model, memory: Tensor, mask: Tensor, warp, cond_scale: fl
     """Every sequence up to LENGTH or its end, with its probability when drawn from `warp(logits)` token by token."""
     tokens = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
     rows = len(tokens)
-    logits = all_logits(model, memory.expand(rows, -1, -1), mask.expand(rows, -1), tokens, kind="speech", cond_scale=cond_scale)
+    logits = all_logits(
+        model, memory.expand(rows, -1, -1), mask.expand(rows, -1), tokens, kind="speech", cond_scale=cond_scale
+    )
     chances = warp(logits[:, :-1]).softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
     found = {}
     for row, chance in zip(tokens.tolist(), chances.tolist(), strict=True):
@@ -68,13 +70,17 @@ WARPS = {
 
 
 @pytest.mark.parametrize(("warp", "cond_scale"), [("plain", 1.7), *((warp, 1.0) for warp in WARPS)])
-@pytest.mark.parametrize("method", [dict(method="sample"), dict(method="speculative", gamma=1), dict(method="speculative", gamma=3)], ids=str)
+@pytest.mark.parametrize(
+    "method", [dict(method="sample"), dict(method="speculative", gamma=1), dict(method="speculative", gamma=3)], ids=str
+)
 def test_draws_follow_the_exact_distribution(method: dict, warp: str, cond_scale: float) -> None:
     model = build_model(3, num_semantic_token_ids=VOCAB - 1, target_early_exit_layer=1)
     memory, mask = build_memory(model, 1)
     options, transform = WARPS[warp]
     chances = exact_distribution(model, memory, mask, transform, cond_scale)
-    options = DecodingOptions(max_length=LENGTH, cond_scale=cond_scale, generator=torch.Generator().manual_seed(5), **method, **options)
+    options = DecodingOptions(
+        max_length=LENGTH, cond_scale=cond_scale, generator=torch.Generator().manual_seed(5), **method, **options
+    )
     result = decode(model.decoder("speech"), memory.expand(DRAWS, -1, -1), mask.expand(DRAWS, -1), options)
     assert_distributed(result, chances)
 
@@ -83,7 +89,9 @@ def test_several_draws_for_each_row_are_independent() -> None:
     model = build_model(3, num_semantic_token_ids=VOCAB - 1)
     memory, mask = build_memory(model, 1)
     chances = exact_distribution(model, memory, mask, lambda logits: logits, 1.0)
-    options = DecodingOptions(method="sample", max_length=LENGTH, num_return_sequences=6, generator=torch.Generator().manual_seed(1))
+    options = DecodingOptions(
+        method="sample", max_length=LENGTH, num_return_sequences=6, generator=torch.Generator().manual_seed(1)
+    )
     result = decode(model.decoder("speech"), memory.expand(DRAWS // 6, -1, -1), mask.expand(DRAWS // 6, -1), options)
     assert_distributed(result, chances)
     assert (result.scores.diff(dim=-1) <= 0).all()
@@ -94,7 +102,9 @@ def test_the_distribution_test_notices_a_wrong_rule() -> None:
     model = build_model(3, num_semantic_token_ids=VOCAB - 1, target_early_exit_layer=1)
     memory, mask = build_memory(model, 1)
     chances = exact_distribution(model, memory, mask, lambda logits: logits, 1.0)
-    options = DecodingOptions(method="speculative", lenience=0.5, max_length=LENGTH, generator=torch.Generator().manual_seed(5))
+    options = DecodingOptions(
+        method="speculative", lenience=0.5, max_length=LENGTH, generator=torch.Generator().manual_seed(5)
+    )
     result = decode(model.decoder("speech"), memory.expand(DRAWS, -1, -1), mask.expand(DRAWS, -1), options)
     with pytest.raises(AssertionError, match="chi-squared"):
         assert_distributed(result, chances)
@@ -109,7 +119,12 @@ def test_drafts_at_temperature_zero_are_greedy_decoding(depth: int, gamma: int, 
         memory, mask = build_memory(model, 4, seed=seed)
         options = dict(max_length=17, cond_scale=cond_scale, min_length=3)
         greedy = decode(model.decoder("speech"), memory, mask, DecodingOptions(method="greedy", **options))
-        drafted = decode(model.decoder("speech"), memory, mask, DecodingOptions(method="speculative", temperature=0.0, gamma=gamma, **options))
+        drafted = decode(
+            model.decoder("speech"),
+            memory,
+            mask,
+            DecodingOptions(method="speculative", temperature=0.0, gamma=gamma, **options),
+        )
         assert drafted.tokens.tolist() == greedy.tokens.tolist()
         assert drafted.finished.tolist() == greedy.finished.tolist()
         torch.testing.assert_close(drafted.token_logprobs, greedy.token_logprobs)
@@ -121,7 +136,9 @@ def test_one_candidate_is_greedy_whatever_is_drawn() -> None:
     greedy = decode(model.decoder("speech"), memory, mask, DecodingOptions(method="greedy", max_length=14))
     for method in ("sample", "speculative"):
         for options in (dict(top_k=1), dict(top_p=1e-6), dict(filter_logits=lambda logits: top_k(logits, k=1))):
-            found = decode(model.decoder("speech"), memory, mask, DecodingOptions(method=method, max_length=14, **options))
+            found = decode(
+                model.decoder("speech"), memory, mask, DecodingOptions(method=method, max_length=14, **options)
+            )
             assert found.tokens.tolist() == greedy.tokens.tolist()
 
 
@@ -146,7 +163,12 @@ def test_a_head_that_is_the_whole_decoder_is_always_right() -> None:
 
     loop.speculate = counted
     try:
-        result = decode(model.decoder("speech"), memory, mask, DecodingOptions(method="speculative", gamma=4, max_length=20, min_length=19))
+        result = decode(
+            model.decoder("speech"),
+            memory,
+            mask,
+            DecodingOptions(method="speculative", gamma=4, max_length=20, min_length=19),
+        )
     finally:
         loop.speculate = real
     assert result.tokens.shape[-1] == 20

@@ -12,6 +12,9 @@ from spear_fast.decoding import Decoder, DecodingOptions, decode
 from spear_fast.decoding import linear as packing
 from spear_fast.decoding.linear import FeedForward, Linear, unit
 
+SAMPLING = "top_k and top_p are for sampling, got method '{}'; leave them out or sample."
+RETURNS = "num_return_sequences must be from 1 to {} with method '{}', got {}."
+REFERENCE = "{} is not part of the reference's search, got {}; use beam_mode='standard'."
 WRONG = [
     (dict(method="beams"), "method must be one of greedy, sample, beam, speculative, got 'beams'."),
     (dict(beam_mode="fast"), "beam_mode must be 'standard' or 'reference', got 'fast'."),
@@ -30,17 +33,17 @@ WRONG = [
     (dict(method="sample", top_k=0), "top_k must be a whole number of at least 1, got 0."),
     (dict(method="sample", top_p=0.0), "top_p must be above 0 and at most 1, got 0.0."),
     (dict(method="sample", top_p=1.1), "top_p must be above 0 and at most 1, got 1.1."),
-    (dict(method="beam", top_k=3), "top_k and top_p are for sampling, got method 'beam'; leave them out or sample."),
-    (dict(method="greedy", top_p=0.5), "top_k and top_p are for sampling, got method 'greedy'; leave them out or sample."),
-    (dict(num_return_sequences=5), "num_return_sequences must be from 1 to 4 with method 'beam', got 5."),
-    (dict(method="greedy", num_return_sequences=2), "num_return_sequences must be from 1 to 1 with method 'greedy', got 2."),
+    (dict(method="beam", top_k=3), SAMPLING.format("beam")),
+    (dict(method="greedy", top_p=0.5), SAMPLING.format("greedy")),
+    (dict(num_return_sequences=5), RETURNS.format(4, "beam", 5)),
+    (dict(method="greedy", num_return_sequences=2), RETURNS.format(1, "greedy", 2)),
     (dict(method="speculative", gamma=0), "gamma must be a whole number of at least 1, got 0."),
     (dict(method="speculative", lenience=0.0), "lenience must be above 0 and at most 1, got 0.0."),
     (dict(method="speculative", lenience=1.5), "lenience must be above 0 and at most 1, got 1.5."),
-    (dict(beam_mode="reference", length_penalty=2.0), "length_penalty is not part of the reference's search, got 2.0; use beam_mode='standard'."),
-    (dict(beam_mode="reference", early_stopping=True), "early_stopping is not part of the reference's search, got True; use beam_mode='standard'."),
-    (dict(beam_mode="reference", min_length=1), "min_length is not part of the reference's search, got 1; use beam_mode='standard'."),
-]  # fmt: skip
+    (dict(beam_mode="reference", length_penalty=2.0), REFERENCE.format("length_penalty", 2.0)),
+    (dict(beam_mode="reference", early_stopping=True), REFERENCE.format("early_stopping", True)),
+    (dict(beam_mode="reference", min_length=1), REFERENCE.format("min_length", 1)),
+]
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=str)
@@ -55,9 +58,15 @@ def test_wrong_arguments_say_what_is_wanted() -> None:
     memory, mask = build_memory(model, 2)
     decoder, options = model.decoder("speech"), DecodingOptions(max_length=2)
     for arguments, message in (
-        ((memory[..., :5], mask), r"memory must be floating-point \[batch, length, 32\], got torch.float64 \[2, 7, 5\]"),
+        (
+            (memory[..., :5], mask),
+            r"memory must be floating-point \[batch, length, 32\], got torch.float64 \[2, 7, 5\]",
+        ),
         ((memory.long(), mask), r"memory must be floating-point \[batch, length, 32\], got torch.int64 \[2, 7, 32\]"),
-        ((memory, mask.long()), r"memory_mask must be bool \[2, 7\], as memory has positions, got torch.int64 \[2, 7\]"),
+        (
+            (memory, mask.long()),
+            r"memory_mask must be bool \[2, 7\], as memory has positions, got torch.int64 \[2, 7\]",
+        ),
         ((memory, mask[:, :4]), r"memory_mask must be bool \[2, 7\], as memory has positions, got torch.bool \[2, 4\]"),
         ((memory.to("meta"), mask), "memory must be on the decoder's device cpu, got meta; move it there"),
     ):
@@ -66,8 +75,10 @@ def test_wrong_arguments_say_what_is_wanted() -> None:
     with pytest.raises(ValueError, match="drafts with an early-exit head, and this model has none"):
         decode(decoder, memory, mask, DecodingOptions(method="speculative"))
     with pytest.raises(ValueError, match="layers with cross-attention, got a transformer without"):
-        Decoder.from_modules(model.source_transformer, model.token_emb["text"].weight, model.start_token["text"], eos_id=None, pad_id=0)
-    with pytest.raises(TypeError, match="call Decoder.from_modules"):
+        Decoder.from_modules(
+            model.source_transformer, model.token_emb["text"].weight, model.start_token["text"], eos_id=None, pad_id=0
+        )
+    with pytest.raises(TypeError, match="call Decoder"):
         Decoder()
 
 
@@ -79,7 +90,9 @@ SIZES = [(1, 8, 8), (3, 32, 21), (32, 40, 96), (33, 17, 5), (200, 64, 48)]
 def test_packed_product(rows: int, inputs: int, outputs: int, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:
         monkeypatch.setattr(packing, "packs", lambda weight: False)
-    x, weight, bias, residual = (torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)))
+    x, weight, bias, residual = (
+        torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    )
     for b in (None, bias):
         linear = Linear(weight, b)
         assert linear.packed != plain
@@ -114,4 +127,8 @@ def test_unit(dtype: torch.dtype) -> None:
     assert out.dtype == dtype
     assert not out[1].any()
     # in half types torch's own turns a row of zeros into NaN
-    assert_within(out, F.normalize(x.double(), dim=-1), F.normalize(x.float(), dim=-1).to(dtype) if dtype.itemsize == 2 else F.normalize(x, dim=-1))
+    assert_within(
+        out,
+        F.normalize(x.double(), dim=-1),
+        F.normalize(x.float(), dim=-1).to(dtype) if dtype.itemsize == 2 else F.normalize(x, dim=-1),
+    )

@@ -29,10 +29,8 @@ def test_wide_beam_finds_every_hypothesis_in_order(length_penalty: float, early_
     model = build_model(1, **TINY)
     memory, mask = build_memory(model, 2)
     # 15 sequences that end and 16 that are cut; a narrower beam than 31 could drop some
-    options = DecodingOptions(
-        beam_size=31, max_length=4, num_return_sequences=31, length_penalty=length_penalty, early_stopping=early_stopping,
-        cond_scale=cond_scale,
-    )  # fmt: skip
+    how = dict(length_penalty=length_penalty, early_stopping=early_stopping, cond_scale=cond_scale)
+    options = DecodingOptions(beam_size=31, max_length=4, num_return_sequences=31, **how)
     result = decode(model.decoder("text"), memory, mask, options)
     for row in range(2):
         log_probs = log_probs_of(model, memory, mask, row, cond_scale=cond_scale)
@@ -44,7 +42,9 @@ def test_wide_beam_finds_every_hypothesis_in_order(length_penalty: float, early_
 def test_beam_wider_than_all_hypotheses() -> None:
     model = build_model(1, **TINY)
     memory, mask = build_memory(model, 1)
-    result = decode(model.decoder("text"), memory, mask, DecodingOptions(beam_size=40, max_length=4, num_return_sequences=40))
+    result = decode(
+        model.decoder("text"), memory, mask, DecodingOptions(beam_size=40, max_length=4, num_return_sequences=40)
+    )
     every = every_hypothesis(log_probs_of(model, memory, mask), 3, 2, max_length=4, length_penalty=1.0)
     assert_same_hypotheses(hypotheses_of(result, 0)[:31], every)
     assert (result.scores[0, 31:] == -torch.inf).all()
@@ -87,7 +87,9 @@ def test_any_search(seed, rows, ends, **options) -> None:
         MODELS[seed, ends] = build_model(seed, num_text_token_ids=3, text_pad_id=-1, autoset_text_eos_id=ends)
     model = MODELS[seed, ends]
     memory, mask = build_memory(model, rows, seed=seed)
-    result = decode(model.decoder("text"), memory, mask, DecodingOptions(num_return_sequences=options["beam_size"], **options))
+    result = decode(
+        model.decoder("text"), memory, mask, DecodingOptions(num_return_sequences=options["beam_size"], **options)
+    )
     temperature, cond_scale = options.pop("temperature"), options.pop("cond_scale")
     for row in range(rows):
         log_probs = log_probs_of(model, memory, mask, row, temperature=temperature, cond_scale=cond_scale)
@@ -101,10 +103,10 @@ def test_early_stopping_modes_differ() -> None:
     for seed in range(12):
         model = build_model(seed, num_text_token_ids=4, text_pad_id=-1)
         memory, mask = build_memory(model, 4, seed=seed)
-        best = [
-            decode(model.decoder("text"), memory, mask, DecodingOptions(beam_size=2, max_length=12, early_stopping=how, length_penalty=2.0))
-            for how in (True, False, "never")
-        ]  # fmt: skip
+        best = []
+        for how in (True, False, "never"):
+            options = DecodingOptions(beam_size=2, max_length=12, early_stopping=how, length_penalty=2.0)
+            best.append(decode(model.decoder("text"), memory, mask, options))
         for row in range(4):
             one, two, three = (tuple(result.tokens[row, 0, : result.lengths[row, 0]].tolist()) for result in best)
             found.add((one == two, two == three))
@@ -126,7 +128,9 @@ def test_beam_of_one_is_greedy(kind: str, beam_mode: str) -> None:
     torch.testing.assert_close(greedy.sum_logprobs, beam.sum_logprobs)
 
 
-@pytest.mark.parametrize("options", [dict(method="greedy"), dict(beam_size=3), dict(method="sample"), dict(method="speculative")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(method="greedy"), dict(beam_size=3), dict(method="sample"), dict(method="speculative")], ids=str
+)
 def test_min_length_keeps_the_end_away(options: dict) -> None:
     model = build_model(2, num_semantic_token_ids=2, target_early_exit_layer=1)
     memory, mask = build_memory(model, 6)
@@ -137,7 +141,9 @@ def test_min_length_keeps_the_end_away(options: dict) -> None:
     assert bool(held.finished.any())
 
 
-@pytest.mark.parametrize("options", [dict(method="greedy"), dict(beam_size=3), dict(beam_size=3, beam_mode="reference")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(method="greedy"), dict(beam_size=3), dict(beam_size=3, beam_mode="reference")], ids=str
+)
 def test_pads_behind_the_end(options: dict) -> None:
     model = build_model(8, num_text_token_ids=4, text_pad_id=-7)
     memory, mask = build_memory(model, 8)
@@ -155,7 +161,9 @@ def test_an_end_that_the_vocabulary_lacks_never_comes() -> None:
     model = build_model(8, autoset_text_eos_id=False)
     memory, mask = build_memory(model, 3)
     for mode in ("standard", "reference"):
-        result = decode(model.decoder("text"), memory, mask, DecodingOptions(max_length=9, beam_mode=mode, num_return_sequences=4))
+        result = decode(
+            model.decoder("text"), memory, mask, DecodingOptions(max_length=9, beam_mode=mode, num_return_sequences=4)
+        )
         assert result.tokens.shape == (3, 4, 9)
         assert not result.finished.any()
         assert (result.lengths == 9).all()
@@ -187,13 +195,19 @@ def test_vocabulary_of_the_end_alone() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(
-    rows=st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.5, -1.5, -3e38, 2e-40, -2e-40, float("-inf")]), min_size=6, max_size=6), min_size=1, max_size=3),
+    rows=st.lists(
+        st.lists(st.sampled_from([0.0, -0.0, 1.5, -1.5, -3e38, 2e-40, -2e-40, float("-inf")]), min_size=6, max_size=6),
+        min_size=1,
+        max_size=3,
+    ),
     count=st.integers(1, 9),
 )
 def test_ties_go_to_the_lowest_index(rows: list, count: int) -> None:
     for dtype in (torch.float32, torch.float64):
         values, index = best_candidates(torch.tensor(rows, dtype=dtype), count)
-        for row, value, place in zip(torch.tensor(rows, dtype=dtype).tolist(), values.tolist(), index.tolist(), strict=True):
+        for row, value, place in zip(
+            torch.tensor(rows, dtype=dtype).tolist(), values.tolist(), index.tolist(), strict=True
+        ):
             order = sorted(range(6), key=lambda i: (-row[i], i))[:count]
             assert place[: min(count, 6)] == order
             assert value == [row[i] for i in order] + [float("-inf")] * (count - 6)
@@ -204,6 +218,11 @@ def test_equal_logits_take_the_lowest_tokens() -> None:
     with torch.no_grad():
         model.token_emb["text"].weight.zero_()
     memory, mask = build_memory(model, 2)
-    result = decode(model.decoder("text"), memory, mask, DecodingOptions(beam_size=3, max_length=4, num_return_sequences=3, length_penalty=0.0))
+    result = decode(
+        model.decoder("text"),
+        memory,
+        mask,
+        DecodingOptions(beam_size=3, max_length=4, num_return_sequences=3, length_penalty=0.0),
+    )
     # every token is as likely as any other, so the end, which is the last id, loses to all of them until the limit
     assert result.tokens[0, :, :].tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]

@@ -1,7 +1,7 @@
 """Decoding of an encoded source: greedy, sampling, beam search, speculative; with guidance in all of them.
 
-    decoder = Decoder.from_modules(transformer, embedding, start_token, eos_id=..., pad_id=...)
-    result = decode(decoder, memory, memory_mask, DecodingOptions(beam_size=4))
+decoder = Decoder.from_modules(transformer, embedding, start_token, eos_id=..., pad_id=...)
+result = decode(decoder, memory, memory_mask, DecodingOptions(beam_size=4))
 """
 
 from __future__ import annotations

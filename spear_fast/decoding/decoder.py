@@ -23,8 +23,8 @@ SAMPLES = 16
 class DecoderLayer:
     """Products of one layer; those after a norm have its gamma and scale folded in, so that the norm is `unit`.
 
-    query_key_value: `[dim] -> [heads * head_dim + 2 * kv_heads * head_dim]`, query head i beside kv head `i // (heads / kv_heads)`.
-    null_key, null_value: `[heads, head_dim]`. null_output: `[dim]`, what cross-attention adds when it sees only the null key.
+    query_key_value: to `[(heads + 2 * kv_heads) * head_dim]`; query head i reads kv head `i // (heads / kv_heads)`.
+    null_key, null_value: `[heads, head_dim]`. null_output: `[dim]`, cross-attention seeing the null key alone.
     """
 
     query_key_value: Linear
@@ -112,7 +112,9 @@ class Decoder:
         self._tensors = [token_embedding, start_token]
         self._signature, self._samples = self._current_signature(), self._current_samples()
         if not len(target_transformer.layers) or any(layer[1] is None for layer in target_transformer.layers):
-            raise ValueError("a decoder needs layers with cross-attention, got a transformer without; pass the target's.")
+            raise ValueError(
+                "a decoder needs layers with cross-attention, got a transformer without; pass the target's."
+            )
         attention = target_transformer.layers[0][0]
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.vocab_size, self.dim = token_embedding.shape
@@ -165,14 +167,15 @@ class Decoder:
     def project_memory(self, memory: Tensor, mask: Tensor) -> ProjectedMemory:
         """Returns the cross-attention keys and values of all layers, masked positions left out.
 
-        memory: `[batch, length, dim]`. mask: `[batch, length]`, bool; positions have no order in cross-attention, so holes
-        close up. The length of the result is that of the longest row.
+        memory: `[batch, length, dim]`. mask: `[batch, length]`, bool; positions have no order in cross-attention, so
+        holes close up. The length of the result is that of the longest row.
         """
         lengths = mask.sum(dim=-1)
         batch, longest = memory.shape[0], int(lengths.max())
-        # one allocation of zeros: what lies behind a row's length must stay finite
         shape = (len(self.layers), 2, batch, self.heads, longest, self.head_dim)
-        projected = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # what lies behind a row's length must be finite
+        make = torch.empty if int(lengths.min()) == longest else torch.zeros
+        projected = make(shape, dtype=self.dtype, device=self.device)
         rows, columns = mask.nonzero(as_tuple=True)
         slots = (mask.cumsum(dim=-1) - 1)[rows, columns]
         size = max(1, CHUNK // (2 * len(self.layers) * self.heads * self.head_dim))
@@ -205,7 +208,9 @@ def _layer(self_attention: Any, cross_attention: Any, feed_forward: Any) -> Deco
     null_key, null_value = cross_attention.null_kv.detach()[:, :, 0]
     cross_output = cross_attention.to_out.weight.detach()
     return DecoderLayer(
-        query_key_value=Linear(_folded(torch.cat((query, self_attention.to_kv[0].weight.detach())), self_attention.norm)),
+        query_key_value=Linear(
+            _folded(torch.cat((query, self_attention.to_kv[0].weight.detach())), self_attention.norm)
+        ),
         self_output=Linear(output),
         cross_query=Linear(_folded(cross_attention.to_q[0].weight, cross_attention.norm)),
         cross_output=Linear(cross_output),

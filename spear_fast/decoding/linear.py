@@ -18,7 +18,7 @@ def packs(weight: Tensor) -> bool:
     The operators are those that torch's own compiler emits for frozen weights; a torch without them falls back to
     `torch.nn.functional.linear`.
     """
-    return (
+    return bool(
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
@@ -49,7 +49,7 @@ class Linear:
 class FeedForward:
     """`residual + linear(x_half * gelu(gate_half))`: the reference's GEGLU with the exact GELU of the second half.
 
-    weight: `[2 * inner, features]` and bias `[2 * inner]`, first the values, then the gates. out_weight: `[dim, inner]`.
+    weight: `[2 * inner, features]`, bias: `[2 * inner]`, first the values, then the gates. out_weight: `[dim, inner]`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> None:
@@ -77,7 +77,7 @@ class FeedForward:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Returns `x / max(||x||, 1e-12)` over the last dimension, in the dtype of `x`, the norm of halves taken in float32."""
+    """Returns `x / max(||x||, 1e-12)` over the last dimension, in the dtype of `x`; norms of halves are float32."""
     if x.dtype in (torch.float16, torch.bfloat16):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
         return (x / norm).to(x.dtype)

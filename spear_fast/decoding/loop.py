@@ -7,23 +7,23 @@ from torch import Tensor
 
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.result import DecodingResult, gather_result
+from spear_fast.decoding.result import DecodingResult, gather_result, join_results
 from spear_fast.decoding.search import selection
 from spear_fast.decoding.speculative import speculate
 from spear_fast.decoding.state import DecodeState, new_state
 from spear_fast.decoding.step import step
 
-# steps between two looks at whether all is done, where a look makes the host wait: a sixteenth of those made, from 4 to 32
+# steps between two looks at whether all is done, where a look makes the host wait: a sixteenth of those made
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 4, 32
 
 
 def decode(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: DecodingOptions) -> DecodingResult:
     """Returns the hypotheses of each row of an encoded source.
 
-    memory: `[batch, length, dim]`. memory_mask: `[batch, length]` bool, False where a position must not be read; it may have
-    holes, and a row without any readable position is decoded from the null key alone.
+    memory: `[batch, length, dim]`. memory_mask: `[batch, length]` bool, False where a position must not be read; it may
+    have holes, and a row without any readable position is decoded from the null key alone.
 
-    Raises ValueError when shapes or devices do not fit, or when drafts are asked of a decoder without an early-exit head.
+    Raises ValueError when shapes or devices do not fit, or when drafts are asked of a decoder without such a head.
     """
     _check(decoder, memory, memory_mask, options)
     with torch.inference_mode():
@@ -34,38 +34,40 @@ def decode(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: Decod
         if options.method == "speculative":
             limit += options.gamma + 1
         state = new_state(decoder, projected, options, limit)
-        if options.method == "speculative":
-            _run_rounds(decoder, state, options, limit)
-        else:
-            _run_steps(decoder, state, options)
-        result = gather_result(decoder, state, options)
+        result = _run(decoder, state, options, limit)
     # tensors of inference mode could not be written to by the caller
     return result.clone()
 
 
-def _run_steps(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> None:
-    select = selection(options)
-    next_look = 0
-    for made in range(1, options.max_length + 1):
-        state.reserve(made, options.max_length)
-        select(decoder, state, step(decoder, state, options.cond_scale), options)
-        if made >= next_look:
-            if int(state.stop) >= 0:
-                return
-            next_look = made + interval(state.stop.device, made)
-
-
-def _run_rounds(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: int) -> None:
+def _run(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: int) -> DecodingResult:
+    """Makes steps, or speculative rounds, until all utterances are done; those that are leave once they are half."""
+    select = None if options.method == "speculative" else selection(options)
+    stride = options.gamma + 1 if select is None else 1
+    # the reference's search stops its rows together, so that none may leave
+    may_leave = not (options.method == "beam" and options.beam_mode == "reference")
+    places = torch.arange(state.batch, device=decoder.device)
+    parts: list[tuple[Tensor, DecodingResult]] = []
     most, next_look = 0, 0
     for made in range(1, options.max_length + 1):
-        state.reserve(min(most, options.max_length) + options.gamma + 1, limit)
-        speculate(decoder, state, options)
-        most += options.gamma + 1
-        if made >= next_look:
-            stop, most = torch.stack((state.stop, state.generated.max())).tolist()
-            if stop >= 0:
-                return
-            next_look = made + interval(state.stop.device, made)
+        state.reserve(min(most, options.max_length) + stride, limit)
+        if select is None:
+            speculate(decoder, state, options)
+        else:
+            select(decoder, state, step(decoder, state, options.cond_scale), options)
+        most += stride
+        if made < next_look:
+            continue
+        next_look = made + interval(decoder.device, made)
+        stop, most, done = torch.stack((state.stop, state.generated.max(), state.done.sum())).tolist()
+        if stop >= 0:
+            break
+        if may_leave and 2 * done >= state.batch:
+            parts.append((places[state.done], gather_result(decoder, state, options).take(state.done)))
+            rows = (~state.done).nonzero()[:, 0]
+            state.keep(rows)
+            places = places[rows]
+    parts.append((places, gather_result(decoder, state, options)))
+    return join_results(parts, decoder.pad_id)
 
 
 def interval(device: torch.device, made: int) -> int:
@@ -86,11 +88,14 @@ def _check(decoder: Decoder, memory: Tensor, mask: Tensor, options: DecodingOpti
         )
     if mask.dtype != torch.bool or mask.shape != memory.shape[:2]:
         raise ValueError(
-            f"memory_mask must be bool {list(memory.shape[:2])}, as memory has positions, got {mask.dtype} {list(mask.shape)}."
+            f"memory_mask must be bool {list(memory.shape[:2])}, as memory has positions, "
+            f"got {mask.dtype} {list(mask.shape)}."
         )
     for name, tensor in (("memory", memory), ("memory_mask", mask)):
         if tensor.device != decoder.device:
-            raise ValueError(f"{name} must be on the decoder's device {decoder.device}, got {tensor.device}; move it there.")
+            raise ValueError(
+                f"{name} must be on the decoder's device {decoder.device}, got {tensor.device}; move it there."
+            )
     if options.method == "speculative" and decoder.early_exit is None:
         raise ValueError(
             "speculative decoding drafts with an early-exit head, and this model has none; build and train it with "

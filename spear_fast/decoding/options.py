@@ -27,16 +27,17 @@ class DecodingOptions:
         0, takes the likeliest) with drafts of the early-exit head, from the same distribution as "sample".
     beam_size: hypotheses kept for each row. beam_mode: "standard" keeps a pool of finished hypotheses and goes on with
         unfinished ones only; "reference" is the search of spear-tts-pytorch, which goes on past the end of sequence.
-    max_length: most tokens of a hypothesis, end of sequence included. min_length: fewest tokens before the end of sequence.
+    max_length: most tokens of a hypothesis, end of sequence included. min_length: fewest tokens before that end.
     temperature: divides the logits; 0 takes the likeliest token. In beam search it divides them before the log-softmax.
     top_k, top_p: sampling and its drafts draw from the k likeliest tokens, then from the smallest set that holds p.
     filter_logits: takes logits `[rows, vocabulary]` and returns them with -inf where a token is forbidden; not used in
         beam search, as in the reference.
     cond_scale: classifier-free guidance; 1 is none.
-    length_penalty: scores are `sum of log-probabilities / length ** length_penalty`, where length counts generated tokens
-        and the end of sequence. early_stopping: as in transformers. True: stop at `beam_size` finished hypotheses. False:
-        stop once the best unfinished one, scored at its present length, does not beat the worst finished one. "never":
-        the same with the longest possible length, where that flatters it.
+    length_penalty: scores are `sum of log-probabilities / length ** length_penalty`, where length counts the generated
+        tokens and the end of sequence.
+    early_stopping: as in transformers. True: stop at `beam_size` finished hypotheses. False: stop once the best
+        unfinished one, scored at its present length, does not beat the worst finished one. "never": the same with the
+        longest possible length, where that flatters it.
     num_return_sequences: hypotheses returned for each row, best first: of the beam, or independent draws.
     gamma: drafted tokens for each verification. lenience: below 1 accepts drafts more often and is no longer exact.
     generator: of the random draws, on the model's device.
@@ -71,7 +72,12 @@ class DecodingOptions:
         _check(_is_number(self.cond_scale) and self.cond_scale >= 1, "cond_scale", "1 or more", self.cond_scale)
         _check(_is_number(self.length_penalty), "length_penalty", "a finite number", self.length_penalty)
         _check(_is_number(self.lenience) and 0 < self.lenience <= 1, "lenience", "above 0 and at most 1", self.lenience)
-        _check(self.early_stopping in (True, False, "never"), "early_stopping", "True, False or 'never'", self.early_stopping)
+        _check(
+            self.early_stopping in (True, False, "never"),
+            "early_stopping",
+            "True, False or 'never'",
+            self.early_stopping,
+        )
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
         if self.top_p is not None:
@@ -89,7 +95,8 @@ class DecodingOptions:
             for name, plain in (("length_penalty", 1.0), ("early_stopping", False), ("min_length", 0)):
                 if getattr(self, name) != plain:
                     raise ValueError(
-                        f"{name} is not part of the reference's search, got {getattr(self, name)!r}; use beam_mode='standard'."
+                        f"{name} is not part of the reference's search, got {getattr(self, name)!r}; "
+                        "use beam_mode='standard'."
                     )
 
     @property

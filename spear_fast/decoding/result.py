@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.decoding.decoder import Decoder
@@ -19,8 +20,8 @@ class DecodingResult:
     tokens: `[B, R, T]` int64, the end of sequence included where it was produced, then the pad id.
     lengths: `[B, R]` int64, tokens without the end of sequence.
     finished: `[B, R]` bool, whether the end of sequence was produced; otherwise the length limit cut it.
-    scores: `[B, R]` float32, what the ranking used: `sum_logprobs / length ** length_penalty`, where length counts the end of
-        sequence; in the reference's beam search the sum over all steps, those behind the end included.
+    scores: `[B, R]` float32, what the ranking used: `sum_logprobs / length ** length_penalty`, where length counts the
+        end of sequence; in the reference's beam search the sum over all steps, those behind the end included.
     sum_logprobs: `[B, R]` float32, over the tokens and the end of sequence.
     token_logprobs: `[B, R, T]` float32, 0 behind the end. In beam search at its temperature, else the model's own.
     """
@@ -32,9 +33,30 @@ class DecodingResult:
     sum_logprobs: Tensor
     token_logprobs: Tensor
 
+    def take(self, index: Tensor) -> DecodingResult:
+        """Returns the result of some utterances. index: `[b]` int64, or `[B]` bool."""
+        return DecodingResult(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
     def clone(self) -> DecodingResult:
         """Returns a copy of every tensor; made outside of inference mode these are ordinary ones."""
         return DecodingResult(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+
+
+def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> DecodingResult:
+    """Returns one result from those of disjoint sets of utterances, each with their places `[b]` int64 in the whole."""
+    if len(parts) == 1:
+        return parts[0][1]
+    longest = max(part.tokens.shape[-1] for _, part in parts)
+    order = torch.cat([places for places, _ in parts]).argsort()
+
+    def join(name: str) -> Tensor:
+        values = [getattr(part, name) for _, part in parts]
+        if values[0].ndim == 3:
+            filling = pad_id if name == "tokens" else 0
+            values = [F.pad(value, (0, longest - value.shape[-1]), value=filling) for value in values]
+        return torch.cat(values)[order]
+
+    return DecodingResult(**{field.name: join(field.name) for field in fields(DecodingResult)})
 
 
 def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> DecodingResult:
@@ -90,7 +112,7 @@ def _pool_result(decoder: Decoder, state: DecodeState, count: int) -> DecodingRe
     ends, finished = ends.masked_fill(scores == -torch.inf, 0), finished & (scores > -torch.inf)
     tokens, logprobs = trace(state, ends, pool.slots[:, :count])
     longest = int((ends + finished).max())
-    tokens, logprobs = (torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in (tokens, logprobs))
+    tokens, logprobs = (F.pad(t, (0, longest - t.shape[-1])) for t in (tokens, logprobs))
     if decoder.eos_id is not None and longest:
         last = torch.where(finished, ends, longest - 1)[..., None]
         tokens = tokens.scatter(2, last, torch.where(finished[..., None], decoder.eos_id, tokens.gather(2, last)))

@@ -56,8 +56,8 @@ def probabilities(logits: Tensor, options: DecodingOptions) -> Tensor:
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Returns the index drawn for each row, `[...]` int64, never one of weight 0.
 
-    weights: `[..., vocabulary]`, 0 or more, of any sum above 0. uniform: `[...]` in [0, 1), one number for each row, so that
-    what a row draws does not depend on the others.
+    weights: `[..., vocabulary]`, 0 or more, of any sum above 0. uniform: `[...]` in [0, 1), one number for each row, so
+    that what a row draws does not depend on the others.
     """
     cumulative = weights.to(uniform.dtype).cumsum(dim=-1)
     total = cumulative[..., -1:]

@@ -1,7 +1,7 @@
 """What becomes of the logits of a step: greedy, sampling, and the two beam searches.
 
-Each function takes the state behind a step and the step's logits, chooses tokens, and leaves the state ready for the next
-step. All of it stays on the device: lengths, limits and ends are tensors, and an utterance that is done stays as it is.
+Each function takes the state behind a step and the step's logits, chooses tokens, and leaves the state ready for the
+next step. All of it stays on the device: lengths and ends are tensors, and an utterance that is done stays as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.decoding.decoder import Decoder
@@ -35,9 +36,7 @@ def select_one(decoder: Decoder, state: DecodeState, logits: Tensor, options: De
     if options.deterministic:
         chosen = filtered.argmax(dim=-1)
     else:
-        uniform = torch.rand(
-            state.inputs.shape, generator=options.generator, device=logits.device, dtype=torch.float64
-        )
+        uniform = torch.rand(state.inputs.shape, generator=options.generator, device=logits.device, dtype=torch.float64)
         chosen = draw(probabilities(filtered, options), uniform)
     logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
     live = ~state.finished
@@ -56,7 +55,7 @@ def select_reference_beam(decoder: Decoder, state: DecodeState, logits: Tensor, 
 
     logits: `[B, K, vocabulary]`.
     """
-    batch, beams, vocab = logits.shape
+    _, beams, vocab = logits.shape
     logprobs = log_probabilities(logits, options)
     width = min(beams, vocab)
     best, ids = logprobs.topk(width, dim=-1)
@@ -81,7 +80,7 @@ def select_standard_beam(decoder: Decoder, state: DecodeState, logits: Tensor, o
     A hypothesis that reaches `max_length` competes for the pool as well, unfinished. Ties go to the lower beam and id.
     logits: `[B, K, vocabulary]`.
     """
-    batch, beams, vocab = logits.shape
+    _, beams, vocab = logits.shape
     logprobs = log_probabilities(logits, options)
     ranked = allowed(logprobs, state.generated, decoder.eos_id, options, banning_only=True)
     values, index = best_candidates((state.scores[:, :, None] + ranked).flatten(1), 2 * beams)
@@ -158,7 +157,7 @@ def best_candidates(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     short = count - values.shape[-1]
     if short > 0:
         values, index = values.sort(dim=-1, descending=True, stable=True)
-        return torch.nn.functional.pad(values, (0, short), value=-torch.inf), torch.nn.functional.pad(index, (0, short))
+        return F.pad(values, (0, short), value=-torch.inf), F.pad(index, (0, short))
     if values.dtype != torch.float32:
         values, index = values.sort(dim=-1, descending=True, stable=True)
         return values[:, :count], index[:, :count]

@@ -1,7 +1,8 @@
 """Speculative decoding without loss: the early-exit head drafts, the whole decoder verifies.
 
-A row that rejects a draft simply keeps a lower length; rows of a batch accept different numbers of tokens. The layers below the
-exit run once for each token: what they wrote and their hidden states serve the verification too. (arXiv 2211.17192)
+A row that rejects a draft simply keeps a lower length; rows of a batch accept different numbers of tokens. The layers
+below the exit run once for each token: what they wrote and their hidden states serve the verification too.
+(arXiv 2211.17192)
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from spear_fast.decoding.step import early_logits, embed, guided_logits, run_lay
 def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> None:
     """Makes one round: `gamma` drafts, one verification, between 1 and `gamma + 1` new tokens for each row.
 
-    Needs one hypothesis for each utterance and room for `gamma + 1` more positions. The tokens are distributed as those of
-    sampling; at temperature 0 they are the likeliest ones.
+    Needs one hypothesis for each utterance and room for `gamma + 1` more positions. The tokens are distributed as those
+    of sampling; at temperature 0 they are the likeliest ones.
     """
     assert decoder.early_exit is not None
     drafts, drafted, hidden = _draft(decoder, state, options)
@@ -42,7 +43,7 @@ def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions) ->
 
 
 def _draft(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns drafts `[B, gamma]`, their distributions `[B, gamma, vocabulary]` and hidden states `[R * (gamma + 1), dim]`."""
+    """Returns drafts `[B, gamma]`, distributions `[B, gamma, vocabulary]`, hidden states `[R * (gamma + 1), dim]`."""
     head = decoder.early_exit
     assert head is not None
     tokens, distributions, hidden = [], [], []
@@ -61,7 +62,7 @@ def _draft(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> tu
 
 
 def _accepted(drafts: Tensor, drafted: Tensor, target: Tensor, options: DecodingOptions) -> Tensor:
-    """Returns `[B]` int64, how many drafts are accepted: each with probability `min(1, target / (lenience * drafted))`."""
+    """Returns `[B]` int64, drafts accepted: each with probability `min(1, target / (lenience * drafted))`."""
     wanted, had = (rows.gather(-1, drafts[..., None])[..., 0] for rows in (target[:, :-1], drafted))
     # in [0, 1): a draft that the target gives all its weight is always accepted, one that it gives none never
     uniform = _uniform(drafts.shape, drafts.device, options)
@@ -71,7 +72,7 @@ def _accepted(drafts: Tensor, drafted: Tensor, target: Tensor, options: Decoding
 def _commit(
     decoder: Decoder, state: DecodeState, tokens: Tensor, count: Tensor, logits: Tensor, options: DecodingOptions
 ) -> None:
-    """Appends the first `count` `[B]` of `tokens` `[B, Q]`, fewer where the sequence ends before, none where it has ended."""
+    """Appends the first `count` `[B]` of `tokens` `[B, Q]`, fewer where the sequence ends, none where it has ended."""
     steps = torch.arange(tokens.shape[1], device=tokens.device)
     generated = state.generated
     count = torch.minimum(count, options.max_length - generated[:, 0]).masked_fill(state.done, 0)

@@ -1,7 +1,7 @@
 """All tensors of a batch that is being decoded: data only, in buffers that stay where they are between two growths.
 
-Nothing here is moved when hypotheses change places: keys and values stay in the slot in which they were written, and the
-ancestor table says for each hypothesis and position which slot that was.
+Nothing here is moved when hypotheses change places: keys and values stay in the slot in which they were written, and
+the ancestor table says for each hypothesis and position which slot that was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DecodeState:
 
     keys, values: for each layer `[R * K, kv_heads, T, head_dim]`, keys rotated. ancestors: `[R, K, T]` uint8.
     memory: cross-attention keys and values of the B utterances.
-    lengths: `[R, K]` int64, inputs in the cache, which is also how many tokens have been generated: input 0 is the start.
+    lengths: `[R, K]` int64, inputs in the cache, and as many generated tokens: input 0 is the start.
     inputs: `[B, K]` int64, the next input. scores: `[B, K]` float, sums of log-probabilities.
     finished: `[B, K]` bool, the hypothesis holds an end of sequence. done: `[B]` bool, the utterance is frozen.
     stop: `[]` int64, the number of steps after which the whole batch may stop, -1 before that is known.
@@ -98,6 +98,27 @@ class DecodeState:
         self.tokens, self.parents, self.logprobs = (
             F.pad(history, (0, 0, 0, 0, 0, more)) for history in (self.tokens, self.parents, self.logprobs)
         )
+
+    def keep(self, rows: Tensor) -> None:
+        """Lets go of all utterances but `rows` `[b]` int64, in that order; what stays is copied, layer by layer."""
+        both = torch.cat((rows, rows + self.batch)) if self.guided else rows
+        slots = (both[:, None] * self.beams + torch.arange(self.beams, device=rows.device)).flatten()
+        for buffers, index in (
+            (self.keys, slots),
+            (self.values, slots),
+            (self.memory.keys, rows),
+            (self.memory.values, rows),
+        ):
+            for i in range(len(buffers)):
+                buffers[i] = buffers[i][index]
+        self.memory = ProjectedMemory(self.memory.keys, self.memory.values, self.memory.lengths[rows])
+        self.ancestors, self.lengths = self.ancestors[both], self.lengths[both]
+        for owner, names in ((self, ("inputs", "scores", "finished", "done")), (self.pool, Pool.__dataclass_fields__)):
+            if owner is not None:
+                for name in names:
+                    setattr(owner, name, getattr(owner, name)[rows])
+        for name in ("tokens", "parents", "logprobs"):
+            setattr(self, name, getattr(self, name)[:, rows])
 
 
 def new_state(decoder: Decoder, memory: ProjectedMemory, options: DecodingOptions, limit: int) -> DecodeState:

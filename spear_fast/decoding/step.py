@@ -11,11 +11,10 @@ from spear_fast.decoding.linear import unit
 from spear_fast.decoding.state import DecodeState
 
 
-
 def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tensor:
     """Returns logits `[B, K, vocabulary]`, float32 at least, for what follows `state.inputs`.
 
-    Writes the inputs' keys and values at position `lengths` of each hypothesis' own slot; `lengths` is left to the search.
+    Writes the inputs' keys and values at position `lengths` of each hypothesis' own slot; the search raises `lengths`.
     """
     x = embed(decoder, state, state.inputs[:, :, None])
     x = run_layers(decoder, state, x, range(len(decoder.layers)))
@@ -80,7 +79,9 @@ def early_logits(head: EarlyExit, state: DecodeState, x: Tensor, cond_scale: flo
 
 def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tensor:
     """Returns `[B, K, Q, vocabulary]`, float32 at least, from rows `[R * K * Q, vocabulary]`, the two halves mixed."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(*state.lengths.shape, -1, logits.shape[-1])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(
+        *state.lengths.shape, -1, logits.shape[-1]
+    )
     if not state.guided:
         return logits
     sighted, blind = logits.chunk(2)
