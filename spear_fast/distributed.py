@@ -43,3 +43,17 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     gives those of one process over the whole batch. Every process must call it.
     """
     return _AllGatherRows.apply(rows) if is_distributed() else rows  # type: ignore[no-any-return]
+
+
+def all_gather(t: Tensor, dim: int = 0, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Returns the tensors of all processes joined along `dim`, and their sizes there; alone, `t` and None.
+
+    The reference's name (distributed.py:63). sizes: `[processes]`, taken for its signature; they are asked for anyway.
+    """
+    if not is_distributed():
+        return t, None
+    gathered = all_gather_rows(t.movedim(dim, 0)).movedim(0, dim)
+    count = torch.tensor([t.shape[dim]], device=t.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    return gathered, torch.cat(counts)

@@ -1,5 +1,6 @@
 """Training as the reference has it, on accelerate: three trainers, their datasets, and the generator of labels."""
 
+from spear_fast.training.batches import ShuffledBatchSampler, TokenBudgetBatchSampler, lengths_of
 from spear_fast.training.data import GeneratedAudioTextDataset, LabelledDataset, MockDataset
 from spear_fast.training.generator import SemanticToTextDatasetGenerator
 from spear_fast.training.trainer import SemanticToTextTrainer, SpeechSpeechPretrainer, TextToSemanticTrainer
@@ -10,6 +11,9 @@ __all__ = [
     "MockDataset",
     "SemanticToTextDatasetGenerator",
     "SemanticToTextTrainer",
+    "ShuffledBatchSampler",
     "SpeechSpeechPretrainer",
     "TextToSemanticTrainer",
+    "TokenBudgetBatchSampler",
+    "lengths_of",
 ]

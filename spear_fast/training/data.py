@@ -1,16 +1,18 @@
-"""Datasets for training: the reference's folder of rows, the output of `spear-fast label`, and how they are batched."""
+"""Datasets: the reference's folder of rows, the output of `spear-fast label`; and how rows become a batch."""
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 Pair = tuple[Tensor, Tensor]
 
@@ -31,12 +33,20 @@ class MockDataset(Dataset[Tensor]):
 class GeneratedAudioTextDataset(Dataset[Pair]):
     """The reference's folder of `.pt` rows, `<speech ids> <delimiter> <text ids>`, in the order of their numbers.
 
+    Gives speech and text ids, `[n]` and `[m]`, int64. Negative ids are pads and left out.
     speech_eos_id, text_eos_id: where given, a half ends in front of its first end-of-sequence: the reference saved
-    them, and training appends its own. Raises ValueError for a folder without rows, or a row without a delimiter.
+    them, and training appends its own.
+
+    Raises ValueError for a folder without rows, and for a row that is damaged or has no delimiter.
     """
 
     def __init__(
-        self, folder: str, delimiter_id: int = -1, *, speech_eos_id: int | None = None, text_eos_id: int | None = None
+        self,
+        folder: str | Path,
+        delimiter_id: int = -1,
+        *,
+        speech_eos_id: int | None = None,
+        text_eos_id: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -52,14 +62,24 @@ class GeneratedAudioTextDataset(Dataset[Pair]):
 
     def __getitem__(self, ind: int) -> Pair:
         path = self.paths[ind]
-        row = torch.load(path, weights_only=True)
+        row = _read_row(path)
         delimiters = (row == self.delimiter_id).nonzero().flatten()
         if not len(delimiters):
             raise ValueError(f"{path} has no delimiter {self.delimiter_id}; wanted speech ids, it, text ids.")
-        # between the first and the last stand pads of speech, which look the same
-        halves = (row[: delimiters[0]], row[delimiters[-1] + 1 :])
-        speech, text = (_until(half, eos_id) for half, eos_id in zip(halves, self.eos_ids, strict=True))
+        # pads of speech may stand in front of the delimiter, and look the same
+        halves = (row[: delimiters[0]], row[delimiters[0] + 1 :])
+        speech, text = (_until(half[half >= 0], eos_id) for half, eos_id in zip(halves, self.eos_ids, strict=True))
         return speech, text
+
+
+def _read_row(path: Path) -> Tensor:
+    try:
+        row = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or holds more than a tensor; generate it again.") from error
+    if not isinstance(row, Tensor) or row.ndim != 1 or row.is_floating_point():
+        raise ValueError(f"{path} must hold one row of integers; give the folder that a generator wrote.")
+    return row.long()
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
@@ -73,62 +93,57 @@ def _until(ids: Tensor, eos_id: int | None) -> Tensor:
 
 
 class LabelledDataset(Dataset[Pair]):
-    """Speech and text ids from a folder that `spear-fast label` wrote.
+    """Speech and text ids, `[n]` and `[m]`, int64, from a folder that `spear-fast label` wrote; empty ones left out.
 
-    min_mean_logprob: leaves out labels with a lower mean log-probability per token, in nats.
-    finished_only: leaves out labels that were cut at the maximal length.
-    Raises ValueError when the folder holds no labels, or none passes.
+    min_mean_logprob: leaves out labels with a lower (or no) mean log-probability per token, in nats.
+    finished_only: leaves out labels that were cut at the maximal length: they teach to stop too early.
+
+    Raises ValueError when the folder holds no labels, or none passes; ImportError without pyarrow.
     """
 
     def __init__(
         self, folder: str | Path, *, min_mean_logprob: float | None = None, finished_only: bool = True
     ) -> None:
         try:
+            import pyarrow.compute as compute
             import pyarrow.dataset as parquet
         except ImportError as error:
-            raise ValueError("reading labels needs the package pyarrow; pip install 'spear_fast[label]'.") from error
+            raise ImportError("reading labels needs the package pyarrow: pip install 'spear_fast[label]'.") from error
         paths = sorted(str(path) for path in Path(folder).glob("labels-*.parquet"))
         if not paths:
             raise ValueError(f"there are no labels in {folder}; give a folder that spear-fast label wrote.")
-        kept = None
+        field = compute.field
+        lengths = {name: compute.list_value_length(field(name)) for name in ("source", "target")}
+        kept = (lengths["source"] > 0) & (lengths["target"] > 0)
         if finished_only:
-            kept = parquet.field("finished")
+            # null where no label has an end
+            kept &= field("finished") | field("finished").is_null()
         if min_mean_logprob is not None:
-            confident = parquet.field("mean_logprob") >= min_mean_logprob
-            kept = confident if kept is None else kept & confident
+            kept &= field("mean_logprob") >= min_mean_logprob
         # stays in Arrow's memory: lists of Python integers would take twenty times as much
         self.table = parquet.dataset(paths).to_table(columns=["source", "target"], filter=kept)
         if not self.table.num_rows:
             raise ValueError(
                 f"no label in {folder} passes the filter; lower min_mean_logprob or allow unfinished ones."
             )
+        counts = [compute.list_value_length(self.table[name]).to_numpy() for name in ("source", "target")]
+        # tokens of each row, `[rows]`, for batches by token budget
+        self.lengths = torch.from_numpy((counts[0] + counts[1]).astype(np.int64))
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __getitem__(self, ind: int) -> Pair:
-        speech, text = (torch.tensor(self.table[name][ind].as_py(), dtype=torch.long) for name in ("source", "target"))
-        return speech, text
+        return self._ids("source", ind), self._ids("target", ind)
 
-
-class EpochShuffle(Sampler[int]):
-    """Every index once an epoch, in an order that seed and epoch determine, so that a run can be gone on with."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.size, generator=generator).tolist()
+    def _ids(self, name: str, index: int) -> Tensor:
+        return torch.from_numpy(self.table[name][index].values.to_numpy().astype(np.int64))
 
 
 class Collate:
-    """Turns rows into one tensor per column, padded behind with that column's pad id.
+    """Turns rows into one entry per column: ids padded behind with that column's pad id, `[batch, length]`, int64.
 
-    Raw audio stays a list of waves `[samples]`: padded, its silence would be labelled too.
+    Strings stay a list, and so does raw audio, `[samples]` each: the silence of padding would become tokens too.
     """
 
     def __init__(self, pad_ids: Sequence[int]) -> None:
@@ -136,12 +151,42 @@ class Collate:
 
     def __call__(self, rows: Sequence[Any]) -> list[Any]:
         tuples = [row if isinstance(row, (tuple, list)) else (row,) for row in rows]
-        if any(len(row) != len(self.pad_ids) for row in tuples):
-            raise ValueError(f"the dataset must give {len(self.pad_ids)} tensors a row, got {len(tuples[0])}.")
+        wrong = [row for row in tuples if len(row) != len(self.pad_ids)]
+        if wrong:
+            raise ValueError(f"the dataset must give {len(self.pad_ids)} tensors a row, got {len(wrong[0])}.")
         columns = zip(*tuples, strict=True)
         return [self._column(list(column), pad_id) for column, pad_id in zip(columns, self.pad_ids, strict=True)]
 
-    def _column(self, column: list[Tensor], pad_id: int) -> Any:
+    def _column(self, column: list[Any], pad_id: int) -> Any:
+        if all(isinstance(entry, str) for entry in column):
+            return column
+        for entry in column:
+            if not isinstance(entry, Tensor) or entry.ndim != 1:
+                got = list(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
+                raise ValueError(f"the dataset must give tensors of shape [length], got {got}; take off other sizes.")
         if column[0].is_floating_point():
             return column
         return pad_sequence([ids.long() for ids in column], batch_first=True, padding_value=pad_id)
+
+
+@torch.no_grad()
+def speech_ids(
+    speech: Any, wav2vec: nn.Module | None, device: torch.device, *, pad_id: int, input_sample_hz: int | None = None
+) -> Any:
+    """Returns ids `[batch, length]` of a list of waves `[samples]`, padded with `pad_id`; anything else as it is.
+
+    Waves of one length are tokenized together. Raises ValueError without `wav2vec`.
+    """
+    if not isinstance(speech, list) or not isinstance(speech[0], Tensor):
+        return speech
+    if wav2vec is None:
+        raise ValueError("the dataset gives raw audio, but there is no wav2vec module; give it ids or a wav2vec.")
+    wav2vec.eval()
+    rate = {} if input_sample_hz is None else {"input_sample_hz": input_sample_hz}
+    rows: list[Tensor] = [torch.empty(0)] * len(speech)
+    for length in sorted({len(wave) for wave in speech}):
+        places = [place for place, wave in enumerate(speech) if len(wave) == length]
+        found = wav2vec(torch.stack([speech[place] for place in places]).to(device), **rate)
+        for place, ids in zip(places, found, strict=True):
+            rows[place] = ids.flatten()
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,25 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from spear_fast.distributed import is_distributed
 from spear_fast.model import TextToSemantic
-from spear_fast.training.data import Collate
+from spear_fast.training.checkpoints import write_whole
+from spear_fast.training.data import Collate, speech_ids
+from spear_fast.weights import fingerprint
+
+JOB_NAME = "generator.json"
 
 
 class SemanticToTextDatasetGenerator(nn.Module):
     """Labels a dataset of speech (ids or raw audio) and saves `<speech ids> <delimiter> <text ids>` rows.
 
-    A row's file is named by its index in the dataset. Files that are there are kept: started again, it goes on, and
-    several processes share the work. For large jobs `spear-fast label` is the better tool: shards, scores, ids.
+    A row's file is named by its index in the dataset, and is there whole or not at all. Rows that are there are kept:
+    started again it goes on, also with a longer dataset or another number of processes, which share the work. Another
+    model or other options on the same folder are an error. Pads and ends of sequence are left out: training appends
+    its own. For large jobs `spear-fast label` is the better tool: batches by length, shards, scores, ids.
 
-    dataset: gives a tensor, or a tuple that holds one, an utterance. audio_pad_id, text_pad_id: removed from the ends
-    of rows (default: the model's); end-of-sequence ids are removed too, since training appends its own.
+    dataset: gives a tensor, or a tuple that holds one, an utterance. delimiter_id: no token's id.
+    audio_pad_id: pad behind the ids that the dataset gives, where they have other pads than the model's.
+    text_pad_id: taken for the reference's signature; the ends of texts are known from decoding.
+    input_sample_hz: sample rate of raw audio, passed on to the model's `wav2vec`.
     """
 
     def __init__(
@@ -31,19 +40,28 @@ class SemanticToTextDatasetGenerator(nn.Module):
         model: TextToSemantic,
         *,
         dataset: Dataset[Any],
-        folder: str = "./generated-audio-text-pairs",
+        folder: str | Path = "./generated-audio-text-pairs",
         batch_size: int = 4,
         delimiter_id: int = -1,
         audio_pad_id: int | None = None,
-        text_pad_id: int | None = None,
+        text_pad_id: int | None = 0,
+        input_sample_hz: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(model, TextToSemantic):
+            raise TypeError(
+                f"model must be a spear_fast.TextToSemantic, got {type(model).__name__}; spear_fast.accelerate makes "
+                "one of the reference's."
+            )
+        if 0 <= delimiter_id < max(model.num_semantic_token_ids, model.num_text_token_ids) + 1:
+            raise ValueError(f"delimiter_id must not be a token's id, got {delimiter_id}; take -1.")
         self.model = model
         self.dataset = dataset
         self.batch_size = batch_size
         self.delimiter_id = delimiter_id
-        self.audio_pad_id = model.pad_id["speech"] if audio_pad_id is None else audio_pad_id
-        self.text_pad_id = model.pad_id["text"] if text_pad_id is None else text_pad_id
+        self.audio_pad_id = audio_pad_id
+        self.text_pad_id = text_pad_id
+        self.input_sample_hz = input_sample_hz
         self.folder = Path(folder)
         self.folder.mkdir(exist_ok=True, parents=True)
 
@@ -57,44 +75,55 @@ class SemanticToTextDatasetGenerator(nn.Module):
 
     def forward(self, max_length: int = 2048, beam_search_decode: bool = True, **generate_kwargs: Any) -> None:
         """Labels what is not labelled yet. The arguments are those of `TextToSemantic.generate`."""
+        options = {"max_length": max_length, "beam_search_decode": beam_search_decode, **generate_kwargs}
+        self._check_job(options)
         indices = self.remaining()
-        loader = DataLoader(
-            Subset(self.dataset, indices), batch_size=self.batch_size, collate_fn=Collate([self.audio_pad_id])
-        )
-        done = 0
-        for (audio,) in loader:
-            sources = [audio] if isinstance(audio, Tensor) else [wave[None] for wave in audio]
-            for source in sources:
-                speech, text = self.model.generate(
-                    source=source,
-                    source_type="speech",
-                    target_type="text",
-                    return_source=True,
-                    max_length=max_length,
-                    beam_search_decode=beam_search_decode,
-                    **generate_kwargs,
-                )
-                for speech_ids, text_ids in zip(speech, text, strict=True):
-                    self._save(indices[done], speech_ids, text_ids)
-                    done += 1
+        pad_id = self.model.semantic_pad_id
+        loader = DataLoader(Subset(self.dataset, indices), batch_size=self.batch_size, collate_fn=_rows)
+        for number, rows in enumerate(loader):
+            sources = [self._ids(row) for row in rows]
+            batch = nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=pad_id)
+            result = self.model.generate(batch, source_type="speech", target_type="text", return_result=True, **options)
+            first = number * self.batch_size
+            for index, source, text, length in zip(
+                indices[first:], sources, result.tokens[:, 0].cpu(), result.lengths[:, 0].tolist(), strict=False
+            ):
+                row = torch.cat((source.cpu(), torch.tensor([self.delimiter_id]), text[:length]))
+                write_whole(self.path(index), partial(torch.save, row))
 
-    def _save(self, index: int, speech_ids: Tensor, text_ids: Tensor) -> None:
-        halves = [
-            _stripped(speech_ids, self.audio_pad_id, self.model.eos_id["speech"]),
-            _stripped(text_ids, self.text_pad_id, self.model.eos_id["text"]),
-        ]
-        if any((half == self.delimiter_id).any() for half in halves):
+    def _ids(self, row: Tensor) -> Tensor:
+        """Returns the speech ids of one row of the dataset, `[n]`, without pads and end-of-sequence."""
+        if row.is_floating_point():
+            row = speech_ids(
+                [row], self.model.wav2vec, self.model.device, pad_id=-1, input_sample_hz=self.input_sample_hz
+            )[0]
+        is_end = row == self.model.semantic_pad_id
+        if self.model.autoset_eos_id["speech"]:
+            is_end |= row == self.model.eos_id["speech"]
+        if self.audio_pad_id is not None:
+            is_end |= row == self.audio_pad_id
+        kept = (~is_end).nonzero().flatten()
+        return row[: int(kept[-1]) + 1].long() if len(kept) else row[:0].long()
+
+    def _check_job(self, options: dict[str, Any]) -> None:
+        """Raises ValueError when the folder's rows are of another model or other options; else notes them there."""
+        job = {"model": fingerprint(self.model), "delimiter_id": self.delimiter_id, "options": options}
+        # functions and generators of random numbers by what they are
+        job = json.loads(json.dumps(job, default=lambda value: getattr(value, "__qualname__", type(value).__name__)))
+        path = self.folder / JOB_NAME
+        if not path.exists():
+            write_whole(path, lambda file: file.write(json.dumps(job, indent=1).encode() + b"\n"))
+            return
+        before = json.loads(path.read_bytes())
+        other = [name for name in job if before.get(name) != job[name]]
+        if other:
             raise ValueError(
-                f"delimiter_id must not be a token, got {self.delimiter_id}, which row {index} holds; take -1."
+                f"{self.folder} holds rows generated with another {' and '.join(other)}; give another folder, or "
+                "delete this one."
             )
-        row = torch.cat((halves[0], torch.tensor([self.delimiter_id]), halves[1]))
-        # renamed only when whole: a killed run leaves no half row that the next would take for done
-        unfinished = self.path(index).with_suffix(f".tmp{os.getpid()}")
-        torch.save(row, unfinished)
-        unfinished.replace(self.path(index))
 
 
-def _stripped(ids: Tensor, pad_id: int, eos_id: int) -> Tensor:
-    ids = ids.cpu()
-    kept = (ids != pad_id) & (ids != eos_id)
-    return ids[: int(kept.nonzero().max()) + 1] if kept.any() else ids[:0]
+def _rows(batch: list[Any]) -> list[Tensor]:
+    # a tuple of one, as the reference's loader makes of everything; and pads of others come off later
+    Collate([0])(batch)
+    return [row[0] if isinstance(row, (tuple, list)) else row for row in batch]

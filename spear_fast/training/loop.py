@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +14,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from spear_fast.model import TextToSemantic
-from spear_fast.training.data import Collate, EpochShuffle
-from spear_fast.weights import read_package
+from spear_fast.training import checkpoints
+from spear_fast.training.accelerated import Accelerated, make_accelerator
+from spear_fast.training.batches import EndlessBatches, batch_sampler
+from spear_fast.training.data import Collate, speech_ids
+from spear_fast.training.optimizer import load_optimizer, make_optimizer, warmup_then_cosine
+from spear_fast.training.randomness import random_state, restore_random_state, same_randomness
 
 
-def _accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
-    except ImportError as error:
-        raise ValueError(
-            f"training needs the package accelerate ({error}); pip install 'spear_fast[train]'."
-        ) from error
-    arguments = dict(accelerate_kwargs)
-    handlers = list(arguments.pop("kwargs_handlers", None) or [])
-    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
-        # each task leaves parameters out: pretraining has no text
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
-    arguments.setdefault("dataloader_config", DataLoaderConfiguration(split_batches=split_batches))
-    return Accelerator(kwargs_handlers=handlers, **arguments)
-
-
-class Trainer(nn.Module):
+class Trainer(Accelerated):
     """What the three trainers share: data, schedule, steps, validation, checkpoints.
 
     The learning rate warms up from `initial_lr` to `lr` in `num_warmup_steps` and then falls along a cosine to zero at
     `num_train_steps`, in optimizer steps, whatever the number of processes. Checkpoints are the reference's packages
-    with the step, the random state and the place in the data added.
+    with the step, the place in the data and the random states added: a run that goes on ends like one that never
+    stopped. A file's number is the step that it was saved behind, counted from 0.
 
-    force_clear_prev_results: True deletes a results folder that is not empty, False keeps what is there. resume: goes
-    on from the newest checkpoint in it. With neither, a folder that is not empty is an error: nothing is ever asked.
+    batch_size: rows of one process; with `split_batches` of all together.
+    max_batch_tokens: batches of rows of about one length, as many as fit in so many tokens, instead of `batch_size`.
+    valid_frac: fraction of the rows kept for validation; 0 validates on the training rows.
+    num_valid_batches: how many batches a validation takes, the same each time and with the same random draws.
+    force_clear_prev_results: True deletes a results folder that is not empty, False keeps what is there.
+    resume: goes on from the newest checkpoint in the results folder, if there is one.
+        With neither, a folder that is not empty is an error: nothing is ever asked.
+    input_sample_hz: sample rate of raw audio, passed on to `wav2vec`. num_workers: processes that read the dataset.
     """
 
-    name = "training"
-    prefix = "model"
+    name: str
+    prefix: str
     wav2vec: nn.Module | None
     steps: Tensor
 
@@ -58,6 +52,7 @@ class Trainer(nn.Module):
         dataset: Dataset[Any] | None,
         pad_ids: list[int],
         *,
+        wav2vec: nn.Module | None,
         num_train_steps: int,
         num_warmup_steps: int,
         batch_size: int,
@@ -77,40 +72,52 @@ class Trainer(nn.Module):
         drop_last: bool,
         force_clear_prev_results: bool | None,
         resume: bool,
+        max_batch_tokens: int | None,
+        num_valid_batches: int,
+        num_workers: int,
+        input_sample_hz: int | None,
     ) -> None:
         super().__init__()
         if dataset is None or not len(dataset):  # type: ignore[arg-type]
             raise ValueError("dataset must hold at least one row, got none.")
-        self.accelerator = _accelerator(split_batches, accelerate_kwargs)
+        collate = Collate(pad_ids)
+        # a dataset of another form is better found now than in the first step
+        collate([dataset[0]])
+        self.accelerator = make_accelerator(split_batches, accelerate_kwargs)
         self.model = model
+        self.wav2vec = wav2vec
+        if wav2vec is not None:
+            wav2vec.requires_grad_(False)
+        self.input_sample_hz = input_sample_hz
         self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
         self.num_train_steps, self.num_warmup_steps = num_train_steps, num_warmup_steps
         self.batch_size, self.grad_accum_every = batch_size, grad_accum_every
         self.lr, self.initial_lr, self.max_grad_norm = lr, initial_lr, max_grad_norm
         self.log_every, self.save_results_every, self.save_model_every = log_every, save_results_every, save_model_every
 
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW if wd > 0 else torch.optim.Adam
-        optim = optimizer(trained, lr=lr, weight_decay=wd, betas=(0.9, 0.99))
+        optim = make_optimizer(self.optimized_parameters(), lr, wd)
         # not prepared by accelerate, which would step it once for each process
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optim, self._rate)
 
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if split_batches and batch_size % processes:
+            raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}.")
+        rows = batch_size // processes if split_batches else batch_size
         self.ds, self.valid_ds = self._split(dataset, valid_frac, random_split_seed)
-        self.order = EpochShuffle(len(self.ds), random_split_seed)  # type: ignore[arg-type]
-        # with a generator of its own, beginning an epoch draws nothing from the random state that dropout uses
-        loading: dict[str, Any] = {
-            "batch_size": batch_size,
-            "collate_fn": Collate(pad_ids),
-            "drop_last": drop_last,
-            "generator": torch.Generator(),
-        }
-        self.train_wrapper, self.optim, self.dl, self.valid_dl = self.accelerator.prepare(
-            train_wrapper,
-            optim,
-            DataLoader(self.ds, sampler=self.order, **loading),
-            DataLoader(self.valid_ds, **loading),
-        )
-        self.dl_iter, self.valid_dl_iter = self._batches(0), _cycle(self.valid_dl)
+        loading: dict[str, Any] = {"collate_fn": collate, "num_workers": num_workers}
+        sampler = batch_sampler(self.ds, rows, max_batch_tokens, seed=random_split_seed, drop_last=drop_last)
+        self._order = EndlessBatches(sampler, stride=processes)
+        # a generator of its own: otherwise each new iterator would draw from the one that training draws from
+        self.dl = DataLoader(self.ds, batch_sampler=self._order, generator=torch.Generator(), **loading)
+        valid = batch_sampler(self.valid_ds, rows, max_batch_tokens, seed=random_split_seed, drop_last=False).batches(0)
+        mine = [valid[number] for number in range(rank, min(num_valid_batches, len(valid)), processes)]
+        self.valid_dl = DataLoader(self.valid_ds, batch_sampler=mine, generator=torch.Generator(), **loading)
+        self.train_wrapper, self.optim = self.accelerator.prepare(train_wrapper, optim)
+        if rank:
+            # torch starts all processes alike, and they would drop and delete the same
+            torch.manual_seed(torch.initial_seed() + rank)
+        self.dl_iter = self._batches_from(0)
+        self.valid_dl_iter = (batch for _ in itertools.count() for batch in self.valid_dl)
 
         self.results_folder = Path(results_folder)
         self._open_results(force_clear_prev_results, resume)
@@ -119,129 +126,116 @@ class Trainer(nn.Module):
             self.name, config={**settings, "learning_rate": lr, "initial_learning_rate": initial_lr}
         )
 
+    def optimized_parameters(self) -> list[nn.Parameter]:
+        """Returns what the optimizer knows, in the reference's order."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def warmup(self, step: int) -> float:
+        """Returns the learning rate at a step of the warm-up, and `lr` behind it."""
+        return self.lr * self._rate(step) if step < self.num_warmup_steps else self.lr
+
     def _rate(self, step: int) -> float:
-        if step < self.num_warmup_steps:
-            return (self.initial_lr + (self.lr - self.initial_lr) * step / self.num_warmup_steps) / self.lr
-        left = max(self.num_train_steps - self.num_warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(step - self.num_warmup_steps, left) / left))
+        return warmup_then_cosine(
+            step,
+            num_warmup_steps=self.num_warmup_steps,
+            num_train_steps=self.num_train_steps,
+            initial=self.initial_lr / self.lr,
+        )
 
     def _split(self, dataset: Dataset[Any], valid_frac: float, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
         size: int = len(dataset)  # type: ignore[arg-type]
-        if valid_frac <= 0:
-            self.print(f"training with shared training and valid dataset of {size} samples")
-            return dataset, dataset
-        train_size = int((1 - valid_frac) * size)
-        if train_size < self.batch_size or size == train_size:
+        train_size = int((1 - valid_frac) * size) if valid_frac > 0 else size
+        if train_size < self.batch_size or (valid_frac > 0 and train_size == size):
             raise ValueError(
                 f"dataset must leave a batch of {self.batch_size} for training and a row for validation, got {size} "
                 f"rows at valid_frac {valid_frac}; pass valid_frac=0 to validate on the training rows."
             )
+        if valid_frac <= 0:
+            self.print(f"training with shared training and valid dataset of {size} samples")
+            return dataset, dataset
         parts = random_split(dataset, [train_size, size - train_size], torch.Generator().manual_seed(seed))
         self.print(f"training with dataset of {train_size} samples and validating with {size - train_size} samples")
         return parts[0], parts[1]
 
+    def _batches_from(self, number: int) -> Iterator[Any]:
+        """Returns this process's batches, where `number` counts those of all processes since the start."""
+        self._next_batch = number
+        self._order.start = number + self.accelerator.process_index
+        return iter(self.dl)
+
     def _open_results(self, clear: bool | None, resume: bool) -> None:
-        old = (
-            sorted(self.results_folder.glob(f"{self.prefix}.*.pt"), key=_number) if self.results_folder.is_dir() else []
-        )
-        filled = self.results_folder.is_dir() and any(self.results_folder.iterdir())
-        if filled and clear is None and not resume:
-            raise ValueError(
-                f"{self.results_folder} is not empty; pass resume=True to go on from its newest checkpoint, "
-                "force_clear_prev_results=True to delete it, or another results_folder."
-            )
-        if self.is_main and filled and clear:
-            shutil.rmtree(self.results_folder)
+        checkpoints.check_results_folder(self.results_folder, clear, resume)
+        # all have looked before one deletes
+        self.accelerator.wait_for_everyone()
+        if self.is_main and clear:
+            checkpoints.clear_folder(self.results_folder)
         self.accelerator.wait_for_everyone()
         self.results_folder.mkdir(parents=True, exist_ok=True)
-        if resume and old and not clear:
-            self.load(old[-1])
+        found = checkpoints.checkpoints_in(self.results_folder, self.prefix) if resume else []
+        if found:
+            self.load(found[-1])
 
-    def save(self, path: str | Path) -> None:
-        """Writes a checkpoint: model, optimizer, scheduler, step, random state."""
+    def save(self, path: str | Path, random_states: list[dict[str, Any]] | None = None) -> None:
+        """Writes a checkpoint: model, optimizer, scheduler, steps, place in the data, random states.
+
+        random_states: those of all processes; by default that of this one alone.
+        """
+        scaler = self.accelerator.scaler
         package = {
             "model": self.accelerator.get_state_dict(self.model),
             "optim": self.optim.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "steps": int(self.steps),
-            "rng": torch.get_rng_state(),
+            "next_batch": self._next_batch,
+            "random": random_states or [random_state(self.device)],
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
-        unfinished = Path(f"{path}.tmp")
-        torch.save(package, unfinished)
-        unfinished.replace(path)
+        checkpoints.write_whole(Path(path), lambda file: torch.save(package, file))
 
     def load(self, path: str | Path, restore_optimizer: bool = True) -> None:
-        """Goes on from a checkpoint, ours or the reference's; of the latter the step is in the file's name."""
-        package = read_package(path)
-        self.accelerator.unwrap_model(self.model).load_state_dict(package["model"])
+        """Goes on from a checkpoint, ours or the reference's, whose step is one behind that in the file's name.
+
+        restore_optimizer: False takes the model alone. Raises FileNotFoundError, or ValueError when it does not fit.
+        """
+        package = self.accelerator.unwrap_model(self.model).load(path)
         if not restore_optimizer:
             return
-        self.optim.load_state_dict(package["optim"])
-        if "steps" in package:
-            self.scheduler.load_state_dict(package["scheduler"])
-            self.steps.fill_(package["steps"])
-            torch.set_rng_state(package["rng"])
-        else:
-            # the reference's schedule is of another kind; the next step is one behind that in the name
-            self.steps.fill_(_number(Path(path)) + 1)
-            self.scheduler.last_epoch = int(self.steps)
-        self.dl_iter = self._batches(int(self.steps) * self.grad_accum_every)
+        load_optimizer(self.optim, package["optim"], path)
+        steps = package.get("steps", checkpoints.number_of(path) + 1)
+        self.steps.fill_(steps)
+        # the rate follows from the step alone; the reference's scheduler is of another kind
+        self.scheduler.last_epoch = steps
+        for group, base in zip(self.optim.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self._rate(steps)
+        processes = self.accelerator.num_processes
+        self.dl_iter = self._batches_from(package.get("next_batch", steps * self.grad_accum_every * processes))
+        if package.get("scaler") is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(package["scaler"])
+        states = package.get("random", [])
+        if len(states) == processes:
+            restore_random_state(states[self.accelerator.process_index], self.device)
 
-    def _batches(self, done: int) -> Iterator[Any]:
-        from accelerate import skip_first_batches
-
-        epoch, skipped = divmod(done, len(self.dl))
-        while True:
-            self.order.epoch = epoch
-            yield from skip_first_batches(self.dl, skipped) if skipped else self.dl
-            epoch, skipped = epoch + 1, 0
-
-    def print(self, msg: str) -> None:
-        self.accelerator.print(msg)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the model generates; see `TextToSemantic.generate`."""
-        return self.accelerator.unwrap_model(self.model).generate(*args, **kwargs)
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def is_distributed(self) -> bool:
-        return self.accelerator.num_processes > 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def is_local_main(self) -> bool:
-        return self.accelerator.is_local_main_process
-
-    def speech_ids(self, speech: Tensor | list[Tensor]) -> Tensor:
-        """Returns ids `[batch, length]` of a batch of ids or of a list of waves."""
-        if isinstance(speech, Tensor):
-            return speech
-        if self.wav2vec is None:
-            raise ValueError("the dataset gives raw audio, but there is no wav2vec module; give it ids or a wav2vec.")
-        with torch.no_grad():
-            rows = [self.wav2vec.eval()(wave[None].to(self.device)).flatten() for wave in speech]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.model.semantic_pad_id)
-
-    def batch_loss(self, batch: Any) -> Tensor:
+    def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         """Returns the loss of one batch of the dataset."""
         raise NotImplementedError
 
     def train_step(self) -> dict[str, float]:
-        """Takes one optimizer step and returns its logs."""
+        """Takes one optimizer step; returns `loss` (mean, in nats per token), `lr` and, where due, `valid_loss`."""
         step = int(self.steps)
         self.train_wrapper.train()
         total = torch.zeros((), device=self.device)
-        for _ in range(self.grad_accum_every):
-            loss = self.batch_loss(next(self.dl_iter)) / self.grad_accum_every
-            self.accelerator.backward(loss)
+        for number in range(1, self.grad_accum_every + 1):
+            batch = next(self.dl_iter)
+            self._next_batch += self.accelerator.num_processes
+            # gradients are averaged over processes once a step
+            last = number == self.grad_accum_every
+            with nullcontext() if last else self.accelerator.no_sync(self.train_wrapper):
+                loss = self.loss_of(self.train_wrapper, batch) / self.grad_accum_every
+                self.accelerator.backward(loss)
             total += loss.detach()
+        logs = {"loss": float(total), "lr": self.optim.param_groups[0]["lr"]}
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(f"the loss of step {step} is {logs['loss']}; lower lr or look at the data.")
         if self.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optim.step()
@@ -249,29 +243,45 @@ class Trainer(nn.Module):
         self.scheduler.step()
         self.steps += 1
 
-        logs = {"loss": float(total)}
         if step % self.log_every == 0:
             self.print(f"{step}: loss: {logs['loss']:0.3f}")
-        self.accelerator.log({"train_loss": logs["loss"]}, step=step)
+        self.accelerator.log({"train_loss": logs["loss"], "lr": logs["lr"]}, step=step)
         if step % self.save_results_every == 0:
-            self._validate(step)
+            logs["valid_loss"] = self.validate()
+            self.print(f"{step}: valid loss {logs['valid_loss']:0.3f}")
+            self.accelerator.log({"valid_loss": logs["valid_loss"]}, step=step)
         if step % self.save_model_every == 0 or step + 1 == self.num_train_steps:
-            self.accelerator.wait_for_everyone()
-            if self.is_main:
-                self.save(self.results_folder / f"{self.prefix}.{step}.pt")
-                self.print(f"{step}: saving model to {self.results_folder}")
+            self._save_step(step)
         return logs
 
-    @torch.no_grad()
-    def _validate(self, step: int) -> None:
-        # by every process, since losses may compare rows across them; its draws leave training's as they are
-        with torch.random.fork_rng(devices=[]):
-            self.train_wrapper.eval()
-            loss = self.accelerator.reduce(self.batch_loss(next(self.valid_dl_iter)), reduction="mean")
-        self.print(f"{step}: valid loss {float(loss):0.3f}")
-        self.accelerator.log({"valid_loss": float(loss)}, step=step)
+    def _save_step(self, step: int) -> None:
+        from accelerate.utils import gather_object
 
-    def train(self, log_fn: Any = None) -> Any:  # type: ignore[override]
+        states = gather_object([random_state(self.device)])
+        if self.is_main:
+            self.save(self.results_folder / f"{self.prefix}.{step}.pt", states)
+            self.print(f"{step}: saving model to {self.results_folder}")
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Returns the mean loss of the validation batches of all processes; leaves training as it was."""
+        # not the distributed wrapper: processes may have different numbers of batches
+        wrapper = self.accelerator.unwrap_model(self.train_wrapper)
+        total = torch.zeros(2, dtype=torch.float64)
+        with same_randomness(self.device), _evaluated(self.model, wrapper):
+            for batch in self.valid_dl:
+                total += torch.tensor([float(self.loss_of(wrapper, batch)), 1.0], dtype=torch.float64)
+        loss, count = self.accelerator.reduce(total.float().to(self.device)).tolist()
+        return loss / count
+
+    def speech_ids(self, speech: Any) -> Any:
+        """Returns ids `[batch, length]`, padded with the model's pad, of a batch of ids or of a list of waves."""
+        return speech_ids(
+            speech, self.wav2vec, self.device, pad_id=self.model.semantic_pad_id, input_sample_hz=self.input_sample_hz
+        )
+
+    def train(self, log_fn: Callable[[dict[str, float]], Any] | bool | None = None) -> Any:  # type: ignore[override]
         """Trains to the last step; calls `log_fn` with the logs of each. With a bool it is `nn.Module.train`."""
         if isinstance(log_fn, bool):
             return super().train(log_fn)
@@ -283,23 +293,14 @@ class Trainer(nn.Module):
         return None
 
 
-def _cycle(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
-
-
-def _number(path: Path) -> int:
-    found: list[str] = re.findall(r"\d+", path.name)
-    return int(found[-1]) if found else 0
-
-
-_SHARED = (
-    "num_train_steps", "num_warmup_steps", "batch_size", "lr", "initial_lr", "grad_accum_every", "wd", "max_grad_norm",
-    "valid_frac", "random_split_seed", "log_every", "save_results_every", "save_model_every", "results_folder",
-    "accelerate_kwargs", "split_batches", "drop_last", "force_clear_prev_results", "resume",
-)  # fmt: skip
-
-
-def shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns those of a trainer's arguments that `Trainer` takes."""
-    return {name: arguments[name] for name in _SHARED}
+@contextmanager
+def _evaluated(model: TextToSemantic, wrapper: nn.Module) -> Iterator[None]:
+    """Inside, no dropout, and every row has its source."""
+    was_training, drop_prob = wrapper.training, model.cond_drop_prob
+    wrapper.eval()
+    model.cond_drop_prob = 0.0
+    try:
+        yield
+    finally:
+        model.cond_drop_prob = drop_prob
+        wrapper.train(was_training)

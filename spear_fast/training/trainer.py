@@ -10,14 +10,33 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from spear_fast.model import TextToSemantic
 from spear_fast.training.data import GeneratedAudioTextDataset
-from spear_fast.training.loop import Trainer, shared_arguments
+from spear_fast.training.loop import Trainer
 from spear_fast.wrappers import SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemanticWrapper
+
+_SHARED = (
+    "num_train_steps", "num_warmup_steps", "batch_size", "lr", "initial_lr", "grad_accum_every", "wd", "max_grad_norm",
+    "valid_frac", "random_split_seed", "log_every", "save_results_every", "save_model_every", "results_folder",
+    "accelerate_kwargs", "split_batches", "drop_last", "force_clear_prev_results", "resume", "max_batch_tokens",
+    "num_valid_batches", "num_workers", "input_sample_hz",
+)  # fmt: skip
+
+
+def _shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of a trainer's arguments that `Trainer` takes. Raises TypeError when `model` is none of ours."""
+    if not isinstance(arguments["model"], TextToSemantic):
+        got = type(arguments["model"])
+        raise TypeError(
+            f"model must be a spear_fast.TextToSemantic, got {got.__module__}.{got.__name__}; "
+            "spear_fast.accelerate makes one of the reference's."
+        )
+    return {name: arguments[name] for name in _SHARED}
 
 
 class SpeechSpeechPretrainer(Trainer):
     """Denoising pretraining on speech (reference trainer.py:77). The dataset gives semantic ids or raw audio."""
 
     name, prefix = "speechspeech", "speech.speech"
+    source_type, target_type = "speech", "speech"
 
     def __init__(
         self,
@@ -47,15 +66,22 @@ class SpeechSpeechPretrainer(Trainer):
         drop_last: bool = False,
         force_clear_prev_results: bool | None = None,
         resume: bool = False,
+        max_batch_tokens: int | None = None,
+        num_valid_batches: int = 8,
+        num_workers: int = 0,
+        input_sample_hz: int | None = None,
     ) -> None:
-        shared = shared_arguments(locals())
+        shared = _shared_arguments(locals())
         wrapper = SpeechSpeechPretrainWrapper(model, wav2vec, deletion_prob, reconstruct_seq, mask_id)
-        super().__init__(model, wrapper, dataset, [model.semantic_pad_id], **shared)
-        self.wav2vec = wrapper.wav2vec
+        super().__init__(model, wrapper, dataset, [model.semantic_pad_id], wav2vec=wrapper.wav2vec, **shared)
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def optimized_parameters(self) -> list[nn.Parameter]:
+        # the reference's optimizer knows the frozen ones too
+        return list(self.model.parameters())
+
+    def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         (speech,) = batch
-        loss, _ = self.train_wrapper(self.speech_ids(speech))
+        loss, _ = wrapper(self.speech_ids(speech))
         return loss
 
 
@@ -66,6 +92,7 @@ class SemanticToTextTrainer(Trainer):
     """
 
     name, prefix = "semantictext", "semantic.text"
+    source_type, target_type = "speech", "text"
 
     def __init__(
         self,
@@ -91,17 +118,26 @@ class SemanticToTextTrainer(Trainer):
         drop_last: bool = False,
         force_clear_prev_results: bool | None = None,
         resume: bool = False,
+        max_batch_tokens: int | None = None,
+        num_valid_batches: int = 8,
+        num_workers: int = 0,
+        input_sample_hz: int | None = None,
     ) -> None:
-        shared = shared_arguments(locals())
+        shared = _shared_arguments(locals())
         model.unfreeze_all()
         model.freeze_speech_emb()
         model.freeze_encoder()
-        super().__init__(model, SemanticToTextWrapper(model), dataset, _pair_pads(model), **shared)
-        self.wav2vec = model.wav2vec
+        pads = _pair_pads(model)
+        super().__init__(model, SemanticToTextWrapper(model), dataset, pads, wav2vec=model.wav2vec, **shared)
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def optimized_parameters(self) -> list[nn.Parameter]:
+        # the reference's optimizer knows the decoder's rotary frequencies too, which never change
+        frequencies = "target_transformer.layers.0.0.rotary_emb.freqs"
+        return [p for name, p in self.model.named_parameters() if p.requires_grad or name == frequencies]
+
+    def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         speech, text = batch
-        loss, _ = self.train_wrapper(self.speech_ids(speech), text)
+        loss, _ = wrapper(self.speech_ids(speech), text)
         return loss
 
 
@@ -115,6 +151,7 @@ class TextToSemanticTrainer(Trainer):
     """
 
     name, prefix = "textsemantic", "text.semantic"
+    source_type, target_type = "text", "speech"
 
     def __init__(
         self,
@@ -145,12 +182,24 @@ class TextToSemanticTrainer(Trainer):
         should_train_early_exit_layer_if_available: bool = True,
         train_encoder_layers: int = 2,
         resume: bool = False,
+        max_batch_tokens: int | None = None,
+        num_valid_batches: int = 8,
+        num_workers: int = 0,
+        input_sample_hz: int | None = None,
     ) -> None:
-        shared = shared_arguments(locals())
+        shared = _shared_arguments(locals())
         datasets = [] if dataset is None else [dataset]
         if generated_audio_text_dataset_folder is not None:
-            eos = {f"{kind}_eos_id": model.eos_id[kind] for kind in ("speech", "text")}
-            datasets.append(GeneratedAudioTextDataset(generated_audio_text_dataset_folder, dataset_delimiter_id, **eos))
+            speech_eos, text_eos = (
+                model.eos_id[kind] if model.autoset_eos_id[kind] else None for kind in ("speech", "text")
+            )
+            generated = GeneratedAudioTextDataset(
+                generated_audio_text_dataset_folder,
+                dataset_delimiter_id,
+                speech_eos_id=speech_eos,
+                text_eos_id=text_eos,
+            )
+            datasets.append(generated)
         if not datasets:
             raise ValueError("dataset or generated_audio_text_dataset_folder must be given, got neither.")
         model.unfreeze_all()
@@ -160,13 +209,15 @@ class TextToSemanticTrainer(Trainer):
         else:
             model.freeze_encoder_above_layer(train_encoder_layers)
         model.freeze_decoder()
-        super().__init__(model, TextToSemanticWrapper(model), ConcatDataset(datasets), _pair_pads(model), **shared)
+        joined: Dataset[Any] = ConcatDataset(datasets)
+        super().__init__(
+            model, TextToSemanticWrapper(model), joined, _pair_pads(model), wav2vec=model.wav2vec, **shared
+        )
         self.train_early_exit = model.target_has_early_exit and should_train_early_exit_layer_if_available
-        self.wav2vec = model.wav2vec
 
-    def batch_loss(self, batch: Any) -> Tensor:
+    def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         speech, text = batch
-        loss, _ = self.train_wrapper(text, self.speech_ids(speech), return_early_exit_loss=self.train_early_exit)
+        loss, _ = wrapper(text, self.speech_ids(speech), return_early_exit_loss=self.train_early_exit)
         return loss
 
 

@@ -1,0 +1,61 @@
+"""What a trainer has from accelerate: one process among several, on some device, at some precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spear_fast.model import TextToSemantic
+
+
+def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+    except ImportError as error:
+        raise ImportError(
+            f"training needs the package accelerate: pip install 'spear_fast[train]' ({error})."
+        ) from error
+    arguments = dict(accelerate_kwargs)
+    handlers = list(arguments.pop("kwargs_handlers", None) or [])
+    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
+        # each task leaves parameters out: pretraining has no text
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+    arguments.setdefault("dataloader_config", DataLoaderConfiguration(split_batches=split_batches))
+    return Accelerator(kwargs_handlers=handlers, **arguments)
+
+
+class Accelerated(nn.Module):
+    """A module with an `accelerator` and a `model`, and the reference's names for what they know."""
+
+    accelerator: Any
+    model: TextToSemantic
+    # what `generate` turns into what
+    source_type: str
+    target_type: str
+
+    def print(self, msg: str) -> None:
+        self.accelerator.print(msg)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the model generates, in the direction that is trained; see `TextToSemantic.generate`."""
+        directed = {"source_type": self.source_type, "target_type": self.target_type, **kwargs}
+        return self.accelerator.unwrap_model(self.model).generate(*args, **directed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def is_local_main(self) -> bool:
+        return self.accelerator.is_local_main_process
