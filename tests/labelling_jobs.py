@@ -25,7 +25,7 @@ def tiny_model(*, seed: int = 1, text: bool = False, speech: bool = False, **cha
     sizes: dict[str, Any] = dict(dim=32, source_depth=1, target_depth=1, heads=2, dim_head=16)
     sizes.update(num_text_token_ids=NUM_TEXT_IDS, num_semantic_token_ids=NUM_SPEECH_IDS)
     if speech:
-        sizes["wav2vec"] = MelKMeansTokenizer(torch.randn(NUM_SPEECH_IDS, 32))
+        sizes["wav2vec"] = MelKMeansTokenizer(torch.randn(NUM_SPEECH_IDS, 2 * 13), num_ceps=13, frames_per_token=3)
     model = TextToSemantic(**{**sizes, **changes})
     with torch.no_grad():
         # the source decides, and the end-of-sequence comes up, but not at once

@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spear_fast.labelling.plan import LEAST_ROW_TOKENS, WINDOW_ROWS, compose_batches, plan_shards
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 20_000), shards=st.none() | st.integers(1, 300), size=st.integers(1, 5_000))
 def test_shards_cover_every_row_once_in_order(rows, shards, size):
     plan = plan_shards(rows, shards, size)
@@ -37,6 +38,7 @@ def test_names_sort_in_order_and_carry_the_count():
     ]
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 500), max_size=200), budget=st.integers(1, 5_000))
 def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
     batches = compose_batches(lengths, budget)

@@ -115,7 +115,11 @@ def test_a_listing_reads_across_its_sources(tmp_path):
 
 def test_broken_token_rows_are_rows_with_a_problem(tmp_path):
     lines = ['{"id": "a", "tokens": [1, 2.5]}', '{"id": "b"}', '{"tokens": [1]}', '{"id": "c", "tokens": [true]}']
-    lines += ['{"id": "d", "tokens": "12"}', '{"id": "e", "tokens": [99999999999999999999]}', '{"id": "f", "tokens": []}']
+    lines += [
+        '{"id": "d", "tokens": "12"}',
+        '{"id": "e", "tokens": [99999999999999999999]}',
+        '{"id": "f", "tokens": []}',
+    ]
     (tmp_path / "t.jsonl").write_text("\n".join(['{"id": "ok", "tokens": [1]}', *lines]))
     found = items(tmp_path / "t.jsonl")
     wrong = "'tokens' must be a list of whole numbers."

@@ -28,9 +28,7 @@ class Summary:
 
     def text(self, out: Path) -> str:
         """Returns the closing words for people."""
-        lines = [
-            f"{self.rows} utterances labelled in {out} (shards: {self.shards}), {self.rows_this_run} of them in this run"
-        ]
+        lines = [f"{self.rows} utterances labelled in {out}, {self.rows_this_run} of them in this run"]
         values = (
             ("audio", self.hours, "{:.2f} h"),
             ("tokens/s", self.tokens_per_second, "{:,.0f}"),
