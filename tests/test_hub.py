@@ -150,7 +150,7 @@ def test_speech_tokenizer_comes_along(tmp_path: Path) -> None:
     from spear_fast.speech import MelKMeansTokenizer
 
     centres = torch.randn(17, 32, generator=torch.Generator().manual_seed(0))
-    model = spear_fast.TextToSemantic(**SMALL, wav2vec=MelKMeansTokenizer(centres))
+    model = spear_fast.TextToSemantic(**SMALL, wav2vec=MelKMeansTokenizer(centres, num_ceps=16))
     model.save_pretrained(tmp_path)
     assert {"speech_tokenizer.json", "speech_tokenizer.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     again = spear_fast.TextToSemantic.from_pretrained(tmp_path)
