@@ -19,8 +19,10 @@ def attend(
     """Returns `softmax(query @ key.T / sqrt(head_dim)) @ value`, `[batch, heads, length, head_dim]`.
 
     query: `[batch, heads, length, head_dim]`.
-    key, value: `[batch, kv_heads, key_length, head_dim]`; query head i reads head `i % kv_heads` (reference attend.py:139).
-    key_mask: `[batch, key_length]`, bool, False where a key must not be read; a row without any readable key gives zeros.
+    key, value: `[batch, kv_heads, key_length, head_dim]`; query head i reads head `i % kv_heads` (the reference's
+        attend.py:139).
+    key_mask: `[batch, key_length]`, bool, False where a key must not be read; a row without any readable key gives
+        zeros.
     causal: position i reads keys up to i; needs `length == key_length`.
     dropout: probability with which an attention weight is dropped.
     """

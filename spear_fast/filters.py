@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def top_k(logits: Tensor, thres: float = 0.1, k: int | None = None) -> Tensor:
-    """Returns logits `[..., vocabulary]` with all but the `k` largest at -inf; k defaults to `ceil(thres * vocabulary)`."""
+    """Returns logits `[..., vocabulary]` with all but the `k` largest at -inf.
+
+    k: by default `ceil(thres * vocabulary)`.
+    """
     if k is None:
         k = math.ceil(thres * logits.shape[-1])
     values, indices = logits.topk(min(k, logits.shape[-1]), dim=-1)

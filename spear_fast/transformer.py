@@ -35,7 +35,7 @@ class GEGLU(nn.Module):
         return F.gelu(gate) * x
 
 
-def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:
+def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:  # noqa: N802 (the reference's name)
     """Returns norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features."""
     dim_inner = int(dim * mult * 2 / 3)
     return nn.Sequential(
