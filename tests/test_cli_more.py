@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
+import termios
 
 import pytest
 import torch
@@ -108,6 +111,18 @@ def test_a_bar_on_a_terminal():
     assert "70/100" in last
     assert RATES in last
     assert "careful" in stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_bar_on_terminals_of_any_width(columns):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (0 if columns == 0 else 24, columns))
+    with open(follower, "w", encoding="utf-8") as stream:
+        play(Bar(stream))
+        shown = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert "70/100" in shown
+    assert "150 tokens/s" in shown
 
 
 def test_json_events_are_lines():

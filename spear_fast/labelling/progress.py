@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 LINE_SECONDS = 10.0
+PLAIN_COLUMNS = 120
 
 
 class Reporter(Protocol):
@@ -147,6 +149,15 @@ class Lines:
             self._progress()
 
 
+def _width(stream: IO[str]) -> dict[str, Any]:
+    """Returns tqdm's arguments for a terminal's width: some say they have no columns, and tqdm would show nothing."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        columns = 0
+    return {"dynamic_ncols": True} if columns else {"ncols": PLAIN_COLUMNS}
+
+
 class Bar:
     """One bar on a terminal."""
 
@@ -166,7 +177,7 @@ class Bar:
                 unit="utt",
                 desc="labelling",
                 file=self._stream,
-                dynamic_ncols=True,
+                **_width(self._stream),
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )
         if self._bar is None:
