@@ -149,13 +149,13 @@ class Lines:
             self._progress()
 
 
-def _width(stream: IO[str]) -> dict[str, Any]:
-    """Returns tqdm's arguments for a terminal's width: some say they have no columns, and tqdm would show nothing."""
+def _size(stream: IO[str]) -> dict[str, Any]:
+    """Returns tqdm's arguments for a terminal's size: some say that it is 0, and tqdm would show nothing."""
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
     except OSError:
         columns = 0
-    return {"dynamic_ncols": True} if columns else {"ncols": PLAIN_COLUMNS}
+    return {"dynamic_ncols": True} if columns else {"ncols": PLAIN_COLUMNS, "nrows": 2}
 
 
 class Bar:
@@ -177,7 +177,7 @@ class Bar:
                 unit="utt",
                 desc="labelling",
                 file=self._stream,
-                **_width(self._stream),
+                **_size(self._stream),
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )
         if self._bar is None:
