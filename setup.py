@@ -124,6 +124,8 @@ def extension_settings() -> dict:
         "-fno-math-errno",
         "-fvisibility=hidden",
         "-Wno-unknown-pragmas",
+        # gcc 12 thinks that its own AVX-512 header reads what it has not written
+        "-Wno-maybe-uninitialized",
         *omp_compile,
     ]
     flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
@@ -137,7 +139,8 @@ def extension_settings() -> dict:
         "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": flags, "nvcc": ["-O3", "-std=c++20"]} if with_cuda else {"cxx": flags},
-        "extra_link_args": omp_link,
+        # a symbol that nobody has is an error now, not when the library is loaded
+        "extra_link_args": [*omp_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])],
     }
     extension = (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**arguments)
     facts = {

@@ -1,6 +1,7 @@
 // vectors of the accumulation type, whatever type is in memory
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
