@@ -74,9 +74,8 @@ def test_one_at_a_time(how: str, types: tuple[str, str]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("cond_scale", [1.0, 1.7, 4.0])
-@pytest.mark.parametrize("flash", [False, True])
-def test_one_at_a_time_over_sizes_and_guidance(size: dict, cond_scale: float, flash: bool) -> None:
-    pair = build_pair(1, attn_flash=flash, **size, **GUIDED)
+def test_one_at_a_time_over_sizes_and_guidance(size: dict, cond_scale: float) -> None:
+    pair = build_pair(1, attn_flash=cond_scale == 1.7, **size, **GUIDED)
     tokens = assert_same(
         pair,
         source_of("text", 4),
@@ -150,10 +149,13 @@ BEAMS = [
 ]
 
 
+# the reference's wide and guided searches take longest: those once, the others with two models
+SEEDED = [(*case, seed) for case in BEAMS for seed in ([0] if case[0] >= 10 or case[2] > 1 else [0, 1])]
+
+
 @pytest.mark.parametrize(
-    ("beam_size", "rows", "cond_scale", "max_length", "kv_heads", "temperature", "direction"), BEAMS
+    ("beam_size", "rows", "cond_scale", "max_length", "kv_heads", "temperature", "direction", "seed"), SEEDED
 )
-@pytest.mark.parametrize("seed", [0, 1])
 def test_beam_search(beam_size, rows, cond_scale, max_length, kv_heads, temperature, direction, seed) -> None:
     source_type, target_type = direction.split("-")
     pair = build_pair(10 + seed, target_kv_heads=kv_heads, **GUIDED)
@@ -205,7 +207,7 @@ def test_beam_search_ignores_filters_as_the_reference_does() -> None:
 @pytest.mark.parametrize("beam", [False, True])
 def test_everything_that_can_be_returned(beam: bool) -> None:
     pair = build_pair(0)
-    kwargs = dict(source_type="text", target_type="speech", max_length=60, beam_search_decode=beam, beam_size=2)
+    kwargs = dict(source_type="text", target_type="speech", max_length=40, beam_search_decode=beam, beam_size=2)
     if not beam:
         kwargs["temperature"] = 0.0
     source = source_of("text", 3)
@@ -317,7 +319,7 @@ def test_draws_repeat_with_a_generator() -> None:
 PAIRS: dict = {}
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=18, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     kv_heads=st.sampled_from([None, 1, 2]),
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
