@@ -1,30 +1,21 @@
-"""Datasets for training and the generator of pseudo-labelled rows."""
+"""Datasets for training, and which of their rows make a batch."""
 
 from __future__ import annotations
+
+import os
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from reference import load_reference
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from spear_fast import GeneratedAudioTextDataset, SemanticToTextDatasetGenerator, TextToSemantic
-from spear_fast.training import LabelledDataset
-from spear_fast.training.data import Collate, EpochShuffle
-
-SIZES = dict(
-    dim=32, source_depth=1, target_depth=1, heads=2, dim_head=16, num_text_token_ids=12, num_semantic_token_ids=10
-)
-
-
-def model() -> TextToSemantic:
-    torch.manual_seed(0)
-    return TextToSemantic(**SIZES).eval()
-
-
-def speech_rows(count: int = 7) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(0, 10, (4 + index,), generator=generator) for index in range(count)]
+from spear_fast import GeneratedAudioTextDataset, MockDataset
+from spear_fast.training import LabelledDataset, ShuffledBatchSampler, TokenBudgetBatchSampler, lengths_of
+from spear_fast.training.batches import EndlessBatches
+from spear_fast.training.data import Collate
 
 
 def test_rows_come_in_the_order_of_their_numbers_without_ends(tmp_path):
@@ -47,62 +38,79 @@ def test_a_folder_that_is_none_or_a_row_without_delimiter_is_refused(tmp_path):
         GeneratedAudioTextDataset(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"no \.pt row"):
         GeneratedAudioTextDataset(str(tmp_path))
-    torch.save(torch.tensor([1, 2]), tmp_path / "0.pt")
-    with pytest.raises(ValueError, match="has no delimiter -1"):
-        GeneratedAudioTextDataset(str(tmp_path))[0]
+    for number, row in enumerate((torch.tensor([1, 2]), torch.rand(3), torch.zeros(2, 2).long(), [1, -1, 2])):
+        torch.save(row, tmp_path / f"{number}.pt")
+    (tmp_path / "4.pt").write_bytes(b"")
+    (tmp_path / "5.pt").write_bytes((tmp_path / "0.pt").read_bytes()[:200])
+    data = GeneratedAudioTextDataset(tmp_path)
+    with pytest.raises(ValueError, match=r"0\.pt has no delimiter -1"):
+        data[0]
+    for number in (1, 2, 3):
+        with pytest.raises(ValueError, match=rf"{number}\.pt must hold one row of integers"):
+            data[number]
+    for number in (4, 5):
+        with pytest.raises(ValueError, match=rf"{number}\.pt is damaged"):
+            data[number]
 
 
-def test_the_generator_goes_on_and_writes_what_a_single_run_writes(tmp_path):
-    rows = speech_rows()
-    options = dict(max_length=6, beam_size=2)
-    whole = SemanticToTextDatasetGenerator(model(), dataset=rows, folder=str(tmp_path / "whole"), batch_size=3)
-    whole(**options)
-    parts = SemanticToTextDatasetGenerator(model(), dataset=rows[:4], folder=str(tmp_path / "parts"), batch_size=3)
-    parts(**options)
-    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
-    assert len(stamps) == 4
-    again = SemanticToTextDatasetGenerator(model(), dataset=rows, folder=str(tmp_path / "parts"), batch_size=3)
-    assert again.remaining() == [4, 5, 6]
-    again(**options)
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [f"{index}.pt" for index in range(7)]
-    for name, stamp in stamps.items():
-        assert (tmp_path / "parts" / name).stat().st_mtime_ns == stamp
-    data = [GeneratedAudioTextDataset(str(tmp_path / name)) for name in ("whole", "parts")]
-    for index, source in enumerate(rows):
-        speech, text = data[0][index]
-        assert torch.equal(speech, source)
-        assert 12 not in text
-        # whatever batch a row was in
-        assert torch.equal(text, data[1][index][1])
+def test_a_row_is_read_without_running_what_is_in_it(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    (tmp_path / "0.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save(Bomb(), tmp_path / "1.pt")
+    for index in range(2):
+        with pytest.raises(ValueError, match="holds more than a tensor"):
+            GeneratedAudioTextDataset(tmp_path)[index]
+    assert not (tmp_path / "exploded").exists()
 
 
-def test_the_reference_starts_again_at_zero(tmp_path):
-    reference = load_reference()
-    labeller = reference.TextToSemantic(**SIZES).eval()
-    rows = torch.utils.data.TensorDataset(torch.arange(10).view(2, 5))
-    for _ in range(2):
-        reference.SemanticToTextDatasetGenerator(labeller, dataset=rows, folder=str(tmp_path), batch_size=2)(
-            max_length=3, beam_size=2
-        )
-    # both runs wrote to the same two files
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
+def test_a_delimiter_of_its_own_reads_back(tmp_path):
+    torch.save(torch.tensor([3, 0, -1, -1, -2, 5, 0]), tmp_path / "0.pt")
+    speech, text = GeneratedAudioTextDataset(tmp_path, delimiter_id=-2)[0]
+    assert (speech.tolist(), text.tolist()) == ([3, 0], [5, 0])
+
+
+def labels(folder, **changes) -> None:
+    columns = {
+        "source": [[1, 2], [3], [4, 5, 6], [7], []],
+        "target": [[7], [8, 9], [10], [], [1]],
+        "mean_logprob": [-0.1, -2.0, -0.3, -0.1, -0.1],
+        "finished": [True, True, False, True, True],
+    } | changes
+    types = {"source": pa.list_(pa.int8()), "target": pa.list_(pa.uint16())}
+    arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), folder / "labels-00000.parquet")
 
 
 def test_labels_are_read_and_filtered(tmp_path):
-    columns = {
-        "source": [[1, 2], [3], [4, 5, 6]],
-        "target": [[7], [8, 9], [10]],
-        "mean_logprob": [-0.1, -2.0, -0.3],
-        "finished": [True, True, False],
-    }
-    pq.write_table(pa.table(columns), tmp_path / "labels-00000.parquet")
-    assert [[ids.tolist() for ids in pair] for pair in LabelledDataset(tmp_path)] == [[[1, 2], [7]], [[3], [8, 9]]]
+    labels(tmp_path)
+    pairs = [[ids.tolist() for ids in pair] for pair in LabelledDataset(tmp_path)]
+    assert pairs == [[[1, 2], [7]], [[3], [8, 9]]], "empty ones teach nothing"
+    assert all(ids.dtype == torch.int64 for ids in LabelledDataset(tmp_path)[0])
     assert len(LabelledDataset(tmp_path, finished_only=False)) == 3
     assert [pair[0].tolist() for pair in LabelledDataset(tmp_path, min_mean_logprob=-1.0)] == [[1, 2]]
     with pytest.raises(ValueError, match="passes the filter"):
         LabelledDataset(tmp_path, min_mean_logprob=0.0)
     with pytest.raises(ValueError, match="no labels in"):
         LabelledDataset(tmp_path / "none")
+    # imported rows have no score, and rows of a model without end-of-sequence no end
+    labels(tmp_path, mean_logprob=pa.nulls(5, pa.float32()), finished=pa.nulls(5, pa.bool_()))
+    assert len(LabelledDataset(tmp_path)) == 3
+
+
+def test_what_spear_fast_label_writes_is_read(tmp_path):
+    from spear_fast.labelling import import_rows
+    from spear_fast.labelling.rows_pt import RowFormat
+
+    (tmp_path / "rows").mkdir()
+    written = []
+    for index in range(12):
+        written.append(([index % 10, 3, 5], [1 + index % 11, 4]))
+        torch.save(torch.tensor([*written[-1][0], 10, -1, *written[-1][1], 12]), tmp_path / "rows" / f"{index}.pt")
+    import_rows(tmp_path / "rows", tmp_path / "labels", RowFormat(num_speech_ids=10, num_text_ids=12), rows_per_shard=5)
+    assert [tuple(ids.tolist() for ids in pair) for pair in LabelledDataset(tmp_path / "labels")] == written
 
 
 def test_speech_is_padded_with_its_own_pad():
@@ -115,12 +123,80 @@ def test_speech_is_padded_with_its_own_pad():
         Collate([-1, 0])([torch.tensor([1])])
 
 
-def test_every_epoch_has_every_index_in_its_own_order():
-    order = EpochShuffle(50, seed=1)
-    first = list(order)
-    order.epoch = 1
-    second = list(order)
-    order.epoch = 0
-    assert sorted(first) == sorted(second) == list(range(50))
+def test_raw_audio_and_strings_are_not_padded():
+    audio, text = Collate([-1, 0])([(torch.zeros(5), "one"), (torch.zeros(3), "two")])
+    assert [len(wave) for wave in audio] == [5, 3]
+    assert text == ["one", "two"]
+
+
+def rows_of(batches) -> list[int]:
+    return [row for batch in batches for row in batch]
+
+
+def test_every_epoch_has_every_row_in_its_own_order():
+    sampler = ShuffledBatchSampler(50, 8, seed=1)
+    first = list(sampler)
+    assert [len(batch) for batch in first] == [8] * 6 + [2]
+    assert len(sampler) == 7
+    sampler.epoch = 1
+    second = list(sampler)
+    sampler.epoch = 0
+    assert sorted(rows_of(first)) == sorted(rows_of(second)) == list(range(50))
     assert first != second
-    assert list(order) == first
+    assert list(sampler) == first
+    assert [len(batch) for batch in ShuffledBatchSampler(50, 8, drop_last=True)] == [8] * 6
+    assert list(ShuffledBatchSampler(50, 8, seed=2)) != first
+
+
+@pytest.mark.parametrize("budget", [1, 60, 300, 10_000])
+def test_a_token_budget_is_kept_and_used(budget):
+    lengths = torch.randint(1, 120, (500,), generator=torch.Generator().manual_seed(0))
+    sampler = TokenBudgetBatchSampler(lengths, budget, seed=3)
+    epochs = [list(sampler.batches(epoch)) for epoch in (0, 1, 0)]
+    assert epochs[0] == epochs[2] != epochs[1]
+    for batches in epochs:
+        assert sorted(rows_of(batches)) == list(range(500))
+        sizes = [(len(batch), int(lengths[batch].max())) for batch in batches]
+        assert all(rows == 1 or rows * longest <= budget for rows, longest in sizes)
+    if budget == 300:
+        padded = sum(rows * longest for rows, longest in sizes)
+        assert padded < 1.1 * int(lengths.sum()), "rows of about one length"
+        assert padded > 0.75 * 300 * len(sizes), "and as many as fit"
+
+
+def test_the_batches_of_processes_are_those_of_one_dealt_out():
+    def taken(start, stride, count=20):
+        endless = EndlessBatches(ShuffledBatchSampler(10, 3, seed=1), stride=stride)
+        endless.start = start
+        return [batch for batch, _ in zip(endless, range(count), strict=False)]
+
+    whole = taken(0, 1, 60)
+    # 4 batches an epoch
+    assert sorted(rows_of(whole[:4])) == sorted(rows_of(whole[4:8])) == list(range(10))
+    assert whole[:4] != whole[4:8]
+    for rank in range(3):
+        assert taken(rank, 3) == whole[rank::3]
+    assert taken(13, 1) == whole[13:33]
+
+
+def test_a_sampler_serves_a_loader():
+    data = [(torch.arange(length), torch.arange(2)) for length in (3, 9, 4, 10, 5)]
+    loader = DataLoader(data, batch_sampler=TokenBudgetBatchSampler(lengths_of(data), 24), collate_fn=Collate([-1, 0]))
+    assert sum(len(speech) for speech, _ in loader) == 5
+
+
+def test_lengths_are_those_of_all_columns(tmp_path):
+    data = [(torch.arange(length), torch.arange(2)) for length in (3, 9, 4)]
+    assert lengths_of(data).tolist() == [5, 11, 6]
+    assert lengths_of([torch.arange(3), torch.arange(1)]).tolist() == [3, 1]
+    assert lengths_of(Subset(ConcatDataset([data, data[:1]]), [3, 1])).tolist() == [5, 11]
+    labels(tmp_path)
+    labelled = LabelledDataset(tmp_path, finished_only=False)
+    assert lengths_of(labelled).tolist() == [sum(map(len, pair)) for pair in labelled]
+
+
+def test_mock_dataset():
+    data = MockDataset(3)
+    assert len(data) == 3
+    assert data[0].shape == (1024,)
+    assert data[0].dtype == torch.float32

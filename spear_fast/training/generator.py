@@ -71,7 +71,9 @@ class SemanticToTextDatasetGenerator(nn.Module):
     def remaining(self) -> list[int]:
         """Returns the indices of this process's utterances that have no row yet."""
         rank, size = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-        return [index for index in range(rank, len(self.dataset), size) if not self.path(index).exists()]  # type: ignore[arg-type]
+        present = {path.name for path in self.folder.glob("*.pt")}
+        mine = range(rank, len(self.dataset), size)  # type: ignore[arg-type]
+        return [index for index in mine if self.path(index).name not in present]
 
     def forward(self, max_length: int = 2048, beam_search_decode: bool = True, **generate_kwargs: Any) -> None:
         """Labels what is not labelled yet. The arguments are those of `TextToSemantic.generate`."""
@@ -84,10 +86,9 @@ class SemanticToTextDatasetGenerator(nn.Module):
             sources = [self._ids(row) for row in rows]
             batch = nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=pad_id)
             result = self.model.generate(batch, source_type="speech", target_type="text", return_result=True, **options)
-            first = number * self.batch_size
-            for index, source, text, length in zip(
-                indices[first:], sources, result.tokens[:, 0].cpu(), result.lengths[:, 0].tolist(), strict=False
-            ):
+            places = indices[number * self.batch_size : number * self.batch_size + len(rows)]
+            texts = zip(result.tokens[:, 0].cpu(), result.lengths[:, 0].tolist(), strict=True)
+            for index, source, (text, length) in zip(places, sources, texts, strict=True):
                 row = torch.cat((source.cpu(), torch.tensor([self.delimiter_id]), text[:length]))
                 write_whole(self.path(index), partial(torch.save, row))
 
