@@ -160,7 +160,7 @@ class Recipe:
         self._save_figures()
 
     def _save_figures(self) -> None:
-        text = json.dumps(self.figures, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.figures, indent=2) + "\n"
         (self.work / "figures.json").write_text(text, encoding="utf-8")
 
 

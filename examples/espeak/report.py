@@ -31,6 +31,8 @@ def write_report(figures: dict[str, Any], path: Path) -> None:
         lines.append(f"| {_described(name, data)} | " + " | ".join(cells) + " |")
     lines += [
         "",
+        "The aim with all labels was a CER of 2 % for known voices and 12 % for the unseen one.",
+        "",
         "Pretraining is speech to speech on all training audio, without text, 60 % of the tokens deleted. CER: "
         "character error rate, WER: word error rate, both by jiwer over all test sentences, of the weights as stored "
         "(float16).",
