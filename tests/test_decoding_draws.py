@@ -13,7 +13,7 @@ from spear_fast.decoding import DecodingOptions, DecodingResult, decode
 from spear_fast.decoding.sampling import draw, keep_top_k, keep_top_p
 from spear_fast.filters import top_k
 
-VOCAB, EOS, LENGTH, DRAWS = 4, 3, 3, 4200
+VOCAB, EOS, LENGTH, DRAWS = 4, 3, 3, 3000
 
 
 def exact_distribution(model, memory: Tensor, mask: Tensor, warp, cond_scale: float) -> dict[tuple[int, ...], float]:
@@ -111,7 +111,7 @@ def test_the_distribution_test_notices_a_wrong_rule() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("gamma", [1, 2, 5, 9])
+@pytest.mark.parametrize("gamma", [1, 3, 8])
 @pytest.mark.parametrize("cond_scale", [1.0, 2.0])
 def test_drafts_at_temperature_zero_are_greedy_decoding(depth: int, gamma: int, cond_scale: float) -> None:
     for seed in range(2):

@@ -66,7 +66,7 @@ def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions
         return _reference_result(decoder, state, count)
     if options.method == "beam":
         return _pool_result(decoder, state, count)
-    ends, finished = state.generated, state.finished
+    ends, finished = state.generated, state.finished & ~state.scores.isnan()
     tokens, logprobs = trace(state, ends, torch.arange(state.beams, device=ends.device).expand_as(ends))
     scores = state.scores / ends.clamp(min=1).to(state.scores.dtype) ** options.length_penalty
     result = _result(decoder, tokens, logprobs, ends - finished.long(), finished, scores)

@@ -42,8 +42,9 @@ def select_one(decoder: Decoder, state: DecodeState, logits: Tensor, options: De
     live = ~state.finished
     _record(state, chosen, None, logprobs)
     state.inputs = chosen
-    if decoder.eos_id is not None:
-        state.finished = state.finished | (chosen == decoder.eos_id)
+    # where logits are NaN nothing sensible can follow
+    ends = logprobs.isnan() if decoder.eos_id is None else (chosen == decoder.eos_id) | logprobs.isnan()
+    state.finished = state.finished | ends
     state.scores = torch.where(live, state.scores + logprobs, state.scores)
     state.lengths += live if not state.guided else torch.cat((live, live))
     state.done = state.finished.all(dim=-1)
@@ -70,7 +71,7 @@ def select_reference_beam(decoder: Decoder, state: DecodeState, logits: Tensor, 
     state.lengths += 1
     if decoder.eos_id is not None:
         state.finished = state.finished.gather(1, parents) | (chosen == decoder.eos_id)
-        _stop_when(state, state.finished.all())
+    _stop_when(state, (state.finished | state.scores.isnan()).all())
 
 
 def select_standard_beam(decoder: Decoder, state: DecodeState, logits: Tensor, options: DecodingOptions) -> None:
@@ -123,7 +124,8 @@ def _cannot_improve(state: DecodeState, running: Tensor, length: Tensor, options
     assert state.pool is not None
     worst = state.pool.scores[:, -1]
     full = worst > -torch.inf
-    nothing_left = running[:, 0] == -torch.inf
+    # true of NaN too
+    nothing_left = ~(running[:, 0] > -torch.inf)
     if options.early_stopping is True:
         return full | nothing_left
     if options.early_stopping == "never" and options.length_penalty > 0:

@@ -85,6 +85,8 @@ def _commit(
     places = (generated + steps).t()[..., None]
     state.tokens.scatter_(0, places, tokens.t()[..., None].to(state.tokens.dtype))
     state.logprobs.scatter_(0, places, logprobs.t()[..., None])
+    # where logits are NaN nothing sensible can follow
+    state.finished = state.finished | (logprobs[:, :1].isnan() & ~state.done[:, None])
     state.scores = state.scores + logprobs.masked_fill(steps >= count[:, None], 0).sum(dim=-1, keepdim=True)
     last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])
     state.inputs = torch.where(count[:, None] > 0, last, state.inputs)
