@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_recording_dropped_in_is_labelled_from_its_sound(folder):
     printed = run("--recordings", str(folder)).splitlines()
-    labels = {line.split()[0]: printed[index + 1] for index, line in enumerate(printed) if "confidence" in line}
+    labels = {line.split()[0]: printed[index + 1] for index, line in enumerate(printed) if ", confidence " in line}
     assert len(labels) == 2
     mine = next(label for name, label in labels.items() if name.startswith("mine"))
     # the same sound under another name and format: the same label, and no truth to copy it from
