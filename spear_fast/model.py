@@ -321,9 +321,15 @@ class TextToSemantic(HubModel):
         decoder_mask = F.pad(target_mask, (1, 0), value=True)
         if wide_mask is not None:
             decoder_mask = wide_mask.to(self.device, torch.bool)
-        hidden, hiddens = self.target_transformer(
-            embedded, mask=decoder_mask, context=memory, context_mask=context_mask, return_hiddens=True
+        # each layer's output is kept for the early exit alone
+        output: Any = self.target_transformer(
+            embedded,
+            mask=decoder_mask,
+            context=memory,
+            context_mask=context_mask,
+            return_hiddens=return_early_exit_loss,
         )
+        hidden, hiddens = output if return_early_exit_loss else (output, None)
         logits = self.to_logits[target_type](hidden)
         if not return_loss:
             return logits
