@@ -322,14 +322,14 @@ class TextToSemantic(HubModel):
         if wide_mask is not None:
             decoder_mask = wide_mask.to(self.device, torch.bool)
         # each layer's output is kept for the early exit alone
-        output: Any = self.target_transformer(
+        output = self.target_transformer(
             embedded,
             mask=decoder_mask,
             context=memory,
             context_mask=context_mask,
             return_hiddens=return_early_exit_loss,
         )
-        hidden, hiddens = output if return_early_exit_loss else (output, None)
+        hidden = output[0] if return_early_exit_loss else output
         logits = self.to_logits[target_type](hidden)
         if not return_loss:
             return logits
@@ -339,7 +339,7 @@ class TextToSemantic(HubModel):
         logits = logits[:, :-1].transpose(1, 2)
         loss = _cross_entropy(logits, labels)
         if return_early_exit_loss:
-            loss = loss + self._early_exit_loss(hiddens, labels, source_type, target_type)
+            loss = loss + self._early_exit_loss(output[1], labels, source_type, target_type)
         if (
             should_sim_regularize
             and source_type != target_type
