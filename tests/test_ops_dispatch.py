@@ -163,10 +163,10 @@ def test_the_preferred_provider_is_chosen_and_remembered():
         arguments = MAKE["append_kv"]()
         ops.append_kv(*arguments)
         memory = providers.chosen("append_kv")
-        assert memory == {(torch.device("cpu"), torch.float32, 8): torch.ops.spear_fast.append_kv.cpu}
+        assert memory == {(torch.device("cpu"), torch.float32, 8, ()): torch.ops.spear_fast.append_kv.cpu}
     with ops.forced("*=reference"):
         ops.append_kv(*arguments)
-        assert [function.__module__ for function in memory.values()] == ["spear_fast.ops.reference"]
+        assert [function.__module__ for function in memory.values()] == ["spear_fast.ops.reference.decode_attention"]
     assert memory == {}
 
 

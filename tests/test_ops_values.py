@@ -13,7 +13,8 @@ from ops_inputs import DTYPES, MAKE, OPS, function_of
 from tolerance import assert_within, to_float64
 
 from spear_fast import ops
-from spear_fast.ops import providers, reference
+from spear_fast.ops import providers
+from spear_fast.ops.reference import decode_attention as reference
 
 PROVIDERS = [(op, name) for op in OPS for name in providers.names(op)]
 

@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from spear_fast.ops import extension, reference
-from spear_fast.ops.schema import SCHEMAS
-
 
 class Inputs(NamedTuple):
-    """What a choice depends on: the device and dtype of an op's first argument, and its last size (head_dim)."""
+    """What a choice depends on: the device and dtype of an op's first argument, and its last size (head_dim).
+
+    options: what else the op's definition says that it depends on, such as which optional tensors are there.
+    """
 
     device: torch.device
     dtype: torch.dtype
     size: int
+    options: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,17 @@ class Row(NamedTuple):
     missing: str | None
 
 
-_CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _cpu_why_not(inputs: Inputs) -> str | None:
-    return None if inputs.dtype in _CPU_DTYPES else f"takes {', '.join(map(str, _CPU_DTYPES))}, not {inputs.dtype}"
-
-
 # op → its providers, the preferred first; new ones are added with register()
-_providers: dict[str, list[Provider]] = {op: [] for op in SCHEMAS}
-_chosen: dict[str, dict[tuple, Callable]] = {op: {} for op in SCHEMAS}
+_providers: dict[str, list[Provider]] = {}
+_chosen: dict[str, dict[tuple, Callable]] = {}
 _forced: dict[str, str] | None = None
+
+
+def add_op(op: str) -> dict[tuple, Callable]:
+    """Makes room for an op's providers; returns the memory of its choices, the same object for the process' life."""
+    _providers[op] = []
+    _chosen[op] = {}
+    return _chosen[op]
 
 
 def register(provider: Provider, *, before: str | None = None) -> None:
@@ -99,7 +100,15 @@ def _parse(setting: str) -> dict[str, str]:
                 f"{op} has no provider {name!r}; choose from {', '.join(known if op == '*' else names(op))}"
             )
         wanted.update(dict.fromkeys(having, name))
+        # who computes the values computes the gradients, where it can
+        backward = [f"{each}_backward" for each in having if f"{each}_backward" in _providers]
+        wanted.update(dict.fromkeys((each for each in backward if name in names(each)), name))
     return wanted
+
+
+def ops() -> list[str]:
+    """Returns the names of all ops, in the order of their definition."""
+    return list(_providers)
 
 
 def names(op: str) -> list[str]:
@@ -160,9 +169,3 @@ def available() -> list[Row]:
         for op, rows in _providers.items()
         for provider in rows
     ]
-
-
-for _op in SCHEMAS:
-    _native = getattr(torch.ops.spear_fast, _op).cpu
-    register(Provider(_op, "cpu", _native, ("cpu",), extension.missing, _cpu_why_not))
-    register(Provider(_op, "reference", getattr(reference, _op)))

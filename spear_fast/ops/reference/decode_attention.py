@@ -1,14 +1,11 @@
-"""Each op in plain torch, for any device and floating dtype: the definition of correct, and what always runs."""
+"""Attention of the newest token, in plain torch."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 from torch import Tensor
 
-# ranges are always checked on the CPU; elsewhere looking costs a wait for the device
-_DEBUG = os.environ.get("SPEAR_FAST_DEBUG", "") not in ("", "0")
+from spear_fast.ops.reference.ranges import check_range
 
 
 def rotate(heads: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:
@@ -29,20 +26,10 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(scores.dtype)
 
 
-def _check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str) -> None:
-    """Raises unless all of `tensor` lies in 0..limit, where looking is free."""
-    if tensor.numel() == 0 or (tensor.device.type != "cpu" and not _DEBUG):
-        return
-    lowest, highest = (int(bound) for bound in torch.aminmax(tensor))
-    if lowest < 0 or highest > limit:
-        worst = lowest if lowest < 0 else highest
-        raise ValueError(f"{op}: {name} must lie in 0..{limit}, got {worst}; {advice}")
-
-
 def append_kv(
     key: Tensor, value: Tensor, freqs: Tensor, positions: Tensor, cache_key: Tensor, cache_value: Tensor
 ) -> None:
-    _check_range("append_kv", "positions", positions, cache_key.shape[2] - 1, "make the caches longer or end the row")
+    check_range("append_kv", "positions", positions, cache_key.shape[2] - 1, "make the caches longer or end the row")
     rows = torch.arange(key.shape[0], device=key.device)
     cache_key[rows, :, positions] = rotate(key, freqs, positions)
     cache_value[rows, :, positions] = value
@@ -53,7 +40,7 @@ def decode_self_attention(
 ) -> Tensor:
     utterances, beams, _, size = query.shape
     groups, buffer = cache_key.shape[1], cache_key.shape[2]
-    _check_range("decode_self_attention", "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
+    check_range("decode_self_attention", "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
     if query.numel() == 0:
         return query.clone()
     # positions past the longest hypothesis were never written; on a GPU asking for it would wait for the device
@@ -61,7 +48,7 @@ def decode_self_attention(
     position = torch.arange(longest, device=query.device)
     valid = position < lengths[..., None]
     slots = torch.where(valid, ancestors[..., :longest], 0).long()
-    _check_range("decode_self_attention", "ancestors", slots, beams - 1, "write each position's slot before it is read")
+    check_range("decode_self_attention", "ancestors", slots, beams - 1, "write each position's slot before it is read")
 
     def follow(cache: Tensor) -> Tensor:
         by_position = cache.view(utterances, beams, groups, buffer, size).transpose(2, 3)
@@ -79,7 +66,7 @@ def decode_self_attention(
 def decode_cross_attention(
     query: Tensor, key: Tensor, value: Tensor, null_key: Tensor, null_value: Tensor, lengths: Tensor
 ) -> Tensor:
-    _check_range(
+    check_range(
         "decode_cross_attention", "lengths", lengths, key.shape[2], "pass each utterance's number of source positions"
     )
     scaled = query.transpose(1, 2) * query.shape[-1] ** -0.5

@@ -1,0 +1,62 @@
+"""The kinds of providers: C++ on the CPU, and Triton; each says for itself why it cannot run."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from spear_fast.ops import extension
+from spear_fast.ops.providers import Inputs, Provider
+
+WhyNot = Callable[[Inputs], str | None]
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def of_dtypes(*dtypes: torch.dtype) -> WhyNot:
+    """Returns a `why_not` that refuses inputs of other dtypes."""
+
+    def why_not(inputs: Inputs) -> str | None:
+        return None if inputs.dtype in dtypes else f"takes {', '.join(map(str, dtypes))}, not {inputs.dtype}"
+
+    return why_not
+
+
+def cpu(op: str, why_not: WhyNot | None = None) -> Provider:
+    """Returns the provider `cpu`: the overload of that name, registered from csrc/cpu."""
+    function = getattr(torch.ops.spear_fast, op).cpu
+    return Provider(op, "cpu", function, ("cpu",), extension.missing, why_not or of_dtypes(*CPU_DTYPES))
+
+
+def interpreted() -> bool:
+    """Returns whether Triton's kernels run in its interpreter, and so on the CPU: Triton reads it when it compiles."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def _triton_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if not interpreted() and not torch.cuda.is_available():
+        return "there is no CUDA device; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests"
+    return None
+
+
+def triton(op: str, module: str, why_not: WhyNot | None = None) -> Provider:
+    """Returns the provider `triton`: the function named like the op in `spear_fast.kernels.<module>`."""
+
+    @functools.cache
+    def found() -> Callable:
+        return getattr(importlib.import_module(f"spear_fast.kernels.{module}"), op)
+
+    def function(*arguments: Any) -> Any:
+        return found()(*arguments)
+
+    devices = ("cuda", "cpu") if interpreted() else ("cuda",)
+    return Provider(op, "triton", function, devices, _triton_missing, why_not or of_dtypes(*TRITON_DTYPES))

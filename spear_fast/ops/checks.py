@@ -1,0 +1,45 @@
+"""What the checks of all ops share: one sentence on what is wrong, what was wanted, what came and what to do."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str([int(size) for size in tensor.shape])
+
+
+def refuse(op: str, name: str, wanted: str, got: str, advice: str) -> NoReturn:
+    raise ValueError(f"{op}: {name} must be {wanted}, got {got}; {advice}")
+
+
+def check_common(op: str, like: str, tensors: dict[str, Tensor], freqs: Tensor | None, integers: dict) -> None:
+    """Raises unless all tensors are on one device, and of the dtypes they should be of; only called when one is not."""
+    first = tensors[like]
+    if not first.dtype.is_floating_point:
+        refuse(op, like, "floating point", str(first.dtype), "convert it, and what goes with it, with .to()")
+    everything = {
+        **tensors,
+        **({} if freqs is None else {"freqs": freqs}),
+        **{name: t for name, (t, _) in integers.items()},
+    }
+    for name, tensor in everything.items():
+        if tensor.device != first.device:
+            refuse(op, name, f"on {like}'s device {first.device}", str(tensor.device), "move it with .to()")
+    for name, tensor in tensors.items():
+        if tensor.dtype != first.dtype:
+            refuse(op, name, f"{first.dtype} like {like}", str(tensor.dtype), "convert it with .to()")
+    for name, (tensor, dtype) in integers.items():
+        if tensor.dtype != dtype:
+            refuse(op, name, str(dtype), str(tensor.dtype), "convert it with .to()")
+    if freqs is not None and freqs.dtype != torch.float32 and freqs.dtype != first.dtype:
+        refuse(op, "freqs", "torch.float32", str(freqs.dtype), "take the angles' precision from the checkpoint")
+
+
+def check_shapes(op: str, expected: dict[str, tuple[Tensor, str, tuple[int, ...]]]) -> None:
+    for name, (tensor, names, shape) in expected.items():
+        if tensor.shape != shape:
+            refuse(op, name, f"[{names}] = {list(shape)}", shape_of(tensor), "see the op's docstring for the sizes")

@@ -1,0 +1,73 @@
+"""How an op comes to be: its schema, what must hold for its arguments, its shape without numbers, and who is asked.
+
+The dispatcher knows each op as `spear_fast::op`, which picks a provider when called, and as one overload for each
+provider that is registered from C++, such as `spear_fast::op.cpu`. Real calls, fake tensors and torch.compile share one
+check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spear_fast.ops.providers import Inputs, add_op, choose
+
+LIBRARY = torch.library.Library("spear_fast", "DEF")
+
+# subclasses stand for something else than their numbers: the dispatcher knows what
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def define(
+    op: str,
+    schema: str,
+    *,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    options: Callable[..., tuple] | None = None,
+    native: tuple[str, ...] = (),
+) -> Callable[..., Any]:
+    """Defines `spear_fast::op`; returns the function that calls it with all of the schema's arguments, by position.
+
+    schema: the dispatcher's, without the name; the first argument is a tensor.
+    check: raises ValueError unless the arguments fit each other; it looks at no numbers.
+    fake: takes the same arguments, checked by it too, and returns empty tensors like the result.
+    options: returns what a provider's `why_not` may want to know of the arguments, hashable.
+    native: providers whose functions are registered from C++, each as an overload of the op.
+    """
+    memory = add_op(op)
+
+    def run(first: Tensor, *others: Any) -> Any:
+        check(first, *others)
+        # a plain tuple equals the Inputs it was remembered under, and is quicker to make
+        depends = () if options is None else options(first, *others)
+        inputs = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends
+        function = memory.get(inputs) or choose(op, Inputs(*inputs))
+        return function(first, *others)
+
+    for name in (op, *(f"{op}.{provider}" for provider in native)):
+        LIBRARY.define(name + schema)
+        torch.library.register_fake(f"spear_fast::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+    dispatched = getattr(torch.ops.spear_fast, op).default
+
+    def call(first: Tensor, *others: Any) -> Any:
+        if torch.compiler.is_compiling() or type(first) not in _PLAIN:
+            return dispatched(first, *others)
+        if torch.is_grad_enabled() and any(
+            isinstance(each, Tensor) and each.requires_grad for each in (first, *others)
+        ):
+            return dispatched(first, *others)
+        # past the dispatcher: some microseconds less
+        return run(first, *others)
+
+    return call
+
+
+def differentiate(op: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Gives an op its gradients, as `torch.library.register_autograd` takes them: `backward(ctx, *gradients)` and
+    `save(ctx, inputs, output)`."""
+    torch.library.register_autograd(f"spear_fast::{op}", backward, setup_context=save, lib=LIBRARY)
