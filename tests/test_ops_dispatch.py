@@ -153,7 +153,8 @@ def test_odd_heads_cannot_be_rotated(op):
 
 def test_every_op_has_a_row_for_every_provider():
     rows = ops.available()
-    assert {(row.op, row.provider) for row in rows} == {(op, name) for op in OPS for name in ("cpu", "reference")}
+    assert {(row.op, row.provider) for row in rows} >= {(op, name) for op in OPS for name in ("cpu", "reference")}
+    assert {row.op for row in rows} == {row.op for row in rows if row.provider == "reference"}
     assert all(row.missing is None for row in rows if row.provider == "reference")
 
 
@@ -185,7 +186,7 @@ def test_an_automatic_choice_falls_through_and_a_forced_one_raises():
     ("setting", "said"),
     [
         ("append_kv", "wants op=provider"),
-        ("attend=cpu", "wants op=provider with op one of append_kv"),
+        ("attend=cpu", "wants op=provider with op one of "),
         ("append_kv=cublas", "append_kv has no provider 'cublas'; choose from cpu, reference"),
         ("*=cublas", "has no provider 'cublas'"),
     ],

@@ -4,7 +4,8 @@
 otherwise are permuted when they are loaded. Scores are scaled by `head_dim ** -0.5`.
 """
 
+from spear_fast.ops.attention import attention
 from spear_fast.ops.decode_attention import append_kv, decode_cross_attention, decode_self_attention
 from spear_fast.ops.providers import available, forced
 
-__all__ = ["append_kv", "available", "decode_cross_attention", "decode_self_attention", "forced"]
+__all__ = ["append_kv", "attention", "available", "decode_cross_attention", "decode_self_attention", "forced"]

@@ -19,3 +19,18 @@ def check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str) -> 
     if lowest < 0 or highest > limit:
         worst = lowest if lowest < 0 else highest
         raise ValueError(f"{op}: {name} must lie in 0..{limit}, got {worst}; {advice}")
+
+
+def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name: str, longest: int) -> None:
+    """Raises unless `offsets` rises from 0 to `total` in steps of at most `longest`, where looking is free."""
+    if offsets.device.type != "cpu" and not _DEBUG:
+        return
+    steps = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != total or (steps.numel() and int(steps.min()) < 0):
+        got = f"{offsets[:8].tolist()}{' ...' if offsets.numel() > 8 else ''}"
+        raise ValueError(f"{op}: {name} must rise from 0 to {total}, got {got}; pass cumulative lengths, 0 in front")
+    if steps.numel() and int(steps.max()) > longest:
+        raise ValueError(
+            f"{op}: {longest_name} must be at least the longest length {int(steps.max())}, got {longest}; "
+            f"take it from {name}"
+        )
