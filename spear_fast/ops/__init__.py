@@ -5,7 +5,21 @@ otherwise are permuted when they are loaded. Scores are scaled by `head_dim ** -
 """
 
 from spear_fast.ops.attention import attention
+from spear_fast.ops.cross_entropy import cross_entropy, label_log_probs
 from spear_fast.ops.decode_attention import append_kv, decode_cross_attention, decode_self_attention
+from spear_fast.ops.pointwise import geglu, rms_norm, rotary
 from spear_fast.ops.providers import available, forced
 
-__all__ = ["append_kv", "attention", "available", "decode_cross_attention", "decode_self_attention", "forced"]
+__all__ = [
+    "append_kv",
+    "attention",
+    "available",
+    "cross_entropy",
+    "decode_cross_attention",
+    "decode_self_attention",
+    "forced",
+    "geglu",
+    "label_log_probs",
+    "rms_norm",
+    "rotary",
+]
