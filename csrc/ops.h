@@ -1,7 +1,9 @@
-// the ops of spear_fast that have a C++ implementation; shapes and meaning: spear_fast/ops/schema.py
+// the ops of spear_fast that have a C++ implementation; shapes and meaning: the families in spear_fast/ops
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <tuple>
 
 namespace spear_fast {
 
@@ -21,12 +23,13 @@ at::Tensor decode_self_attention_cpu(
     const at::Tensor& ancestors,
     const at::Tensor& lengths);
 
-at::Tensor decode_cross_attention_cpu(
+std::tuple<at::Tensor, at::Tensor> decode_cross_attention_cpu(
     const at::Tensor& query,
     const at::Tensor& key,
     const at::Tensor& value,
     const at::Tensor& null_key,
     const at::Tensor& null_value,
-    const at::Tensor& lengths);
+    const at::Tensor& lengths,
+    bool return_weights);
 
 }  // namespace spear_fast

@@ -1,4 +1,4 @@
-// every C++ implementation is registered here; the schemas are defined in spear_fast/ops/schema.py
+// every C++ implementation is registered here; the schemas are defined by the families in spear_fast/ops
 #include <torch/library.h>
 
 #include "ops.h"

@@ -1,11 +1,14 @@
-"""Inputs for the ops: random, of any size, with the corners that break kernels; one entry a op, keyed by its name."""
+"""Inputs for the decoding ops: random, of any size, with the corners that break kernels; one entry an op."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from spear_fast import ops
 from spear_fast.ops import providers
 
 OPS = ("append_kv", "decode_self_attention", "decode_cross_attention")
@@ -20,6 +23,21 @@ def function_of(op: str, provider: str):
     return row.function
 
 
+def call(op: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
+    """Calls the public function with what a provider takes by position."""
+    if op == "decode_cross_attention":
+        *tensors, return_weights = arguments
+        return ops.decode_cross_attention(*tensors, return_weights=return_weights)
+    return getattr(ops, op)(*arguments)
+
+
+def made(op: str, result: Any, arguments: list[Any] | tuple[Any, ...]) -> list[Tensor]:
+    """Returns what an op makes: its results, or the caches that it wrote."""
+    if op == "append_kv":
+        return list(arguments[-2:])
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
 def frequencies(size: int) -> Tensor:
     return 10000.0 ** (-torch.arange(0, size, 2) / size)
 
@@ -32,20 +50,30 @@ def _strided(tensor: Tensor) -> Tensor:
     return view
 
 
-def append_kv(rows=3, groups=2, length=7, size=8, *, dtype=torch.float32, strided=False, positions=None):
-    key, value = (torch.randn(rows, groups, size, dtype=dtype) for _ in range(2))
+def append_kv(rows=3, tokens=1, groups=2, length=7, size=8, *, dtype=torch.float32, strided=False, positions=None):
+    key, value = (torch.randn(rows, tokens, groups, size, dtype=dtype) for _ in range(2))
     caches = [torch.randn(rows, groups, length, size, dtype=dtype) for _ in range(2)]
     if positions is None:
-        positions = torch.randint(length, (rows,))
+        positions = torch.randint(length - tokens + 1, (rows,))
     if strided:
         key, value, *caches = (_strided(tensor) for tensor in (key, value, *caches))
     return key, value, frequencies(size), positions, *caches
 
 
 def decode_self_attention(
-    utterances=2, beams=3, heads=4, groups=2, length=11, size=8, *, dtype=torch.float32, strided=False, lengths=None
+    utterances=2,
+    beams=3,
+    tokens=1,
+    heads=4,
+    groups=2,
+    length=11,
+    size=8,
+    *,
+    dtype=torch.float32,
+    strided=False,
+    lengths=None,
 ):
-    query = torch.randn(utterances, beams, heads, size, dtype=dtype)
+    query = torch.randn(utterances, beams, tokens, heads, size, dtype=dtype)
     caches = [torch.randn(utterances * beams, groups, length, size, dtype=dtype) for _ in range(2)]
     if lengths is None:
         lengths = torch.randint(length + 1, (utterances, beams))
@@ -61,7 +89,16 @@ def decode_self_attention(
 
 
 def decode_cross_attention(
-    utterances=2, beams=3, heads=4, source=11, size=8, *, dtype=torch.float32, strided=False, lengths=None
+    utterances=2,
+    beams=3,
+    heads=4,
+    source=11,
+    size=8,
+    *,
+    dtype=torch.float32,
+    strided=False,
+    lengths=None,
+    return_weights=False,
 ):
     query = torch.randn(utterances, beams, heads, size, dtype=dtype)
     # as a projection leaves them: heads inside the positions
@@ -71,7 +108,7 @@ def decode_cross_attention(
         lengths = torch.randint(source + 1, (utterances,))
     if strided:
         query, key, value, null_key, null_value = map(_strided, (query, key, value, null_key, null_value))
-    return query, key, value, null_key, null_value, lengths
+    return query, key, value, null_key, null_value, lengths, return_weights
 
 
 MAKE = {

@@ -38,7 +38,15 @@ def runnable(*ops: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[st
 
 
 def moved(arguments: Sequence[Any], device: torch.device) -> list[Any]:
-    return [argument.to(device) if isinstance(argument, Tensor) else argument for argument in arguments]
+    """Returns the arguments on a device, with their strides and what lies between: both are part of the case."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.device == device:
+            return tensor
+        whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return [move(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
 
 
 def tensors_of(result: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 
 #include <cstring>
+#include <vector>
 
 #include "../ops.h"
 #include "rotary.h"
@@ -9,7 +10,7 @@
 namespace spear_fast {
 namespace {
 
-// rows that are worth a thread of their own
+// tokens that are worth a thread of their own
 constexpr int64_t kGrain = 32;
 
 template <typename scalar_t>
@@ -17,7 +18,7 @@ void append(
     const at::Tensor& key, const at::Tensor& value, const at::Tensor& freqs, const at::Tensor& positions,
     at::Tensor& cache_key, at::Tensor& cache_value) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t rows = key.size(0), groups = key.size(1), size = key.size(2);
+  const int64_t rows = key.size(0), tokens = key.size(1), groups = key.size(2), size = key.size(3);
   const at::Tensor frequencies = freqs.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
   const auto* p_freqs = frequencies.const_data_ptr<acc_t>();
   const auto* p_positions = positions.const_data_ptr<int64_t>();
@@ -28,19 +29,24 @@ void append(
   const auto key_strides = key.strides(), value_strides = value.strides();
   const auto cache_key_strides = cache_key.strides(), cache_value_strides = cache_value.strides();
 
-  at::parallel_for(0, rows, kGrain, [&](int64_t begin, int64_t end) {
-    Rotary<acc_t> rotary(p_freqs, size / 2);
+  at::parallel_for(0, rows, (kGrain + tokens - 1) / tokens, [&](int64_t begin, int64_t end) {
+    // the t-th tokens of the rows are mostly at the same position
+    std::vector<Rotary<acc_t>> rotaries(tokens, Rotary<acc_t>(p_freqs, size / 2));
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t position = p_positions[row];
-      rotary.move_to(position);
-      for (int64_t group = 0; group < groups; ++group) {
-        rotary.rotate(
-            p_key + row * key_strides[0] + group * key_strides[1], acc_t(1),
-            p_cache_key + row * cache_key_strides[0] + group * cache_key_strides[1] + position * cache_key_strides[2]);
-        std::memcpy(
-            p_cache_value + row * cache_value_strides[0] + group * cache_value_strides[1] +
-                position * cache_value_strides[2],
-            p_value + row * value_strides[0] + group * value_strides[1], size * sizeof(scalar_t));
+      for (int64_t token = 0; token < tokens; ++token) {
+        const int64_t position = p_positions[row] + token;
+        rotaries[token].move_to(position);
+        for (int64_t group = 0; group < groups; ++group) {
+          rotaries[token].rotate(
+              p_key + row * key_strides[0] + token * key_strides[1] + group * key_strides[2], acc_t(1),
+              p_cache_key + row * cache_key_strides[0] + group * cache_key_strides[1] +
+                  position * cache_key_strides[2]);
+          std::memcpy(
+              p_cache_value + row * cache_value_strides[0] + group * cache_value_strides[1] +
+                  position * cache_value_strides[2],
+              p_value + row * value_strides[0] + token * value_strides[1] + group * value_strides[2],
+              size * sizeof(scalar_t));
+        }
       }
     }
   });
@@ -53,24 +59,28 @@ void append_kv_cpu(
     at::Tensor& cache_key, at::Tensor& cache_value) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
-      key.dim() == 3 && key.sizes() == value.sizes() && key.size(2) % 2 == 0 && freqs.numel() * 2 == key.size(2) &&
+      key.dim() == 4 && key.sizes() == value.sizes() && key.size(3) % 2 == 0 && freqs.numel() * 2 == key.size(3) &&
           positions.dim() == 1 && positions.size(0) == key.size(0) && cache_key.dim() == 4 &&
           cache_key.sizes() == cache_value.sizes() && cache_key.size(0) == key.size(0) &&
-          cache_key.size(1) == key.size(1) && cache_key.size(3) == key.size(2),
+          cache_key.size(1) == key.size(2) && cache_key.size(3) == key.size(3) && cache_key.size(2) >= key.size(1),
       "append_kv: the shapes of the arguments do not fit each other");
   TORCH_CHECK(
       cache_key.stride(3) == 1 && cache_value.stride(3) == 1,
       "append_kv: the caches must be contiguous in their last dimension; call .contiguous() when they are made");
+  if (key.numel() == 0) {
+    return;
+  }
+  const int64_t last = cache_key.size(2) - key.size(1);
   const auto where = positions.contiguous();
   const auto* p_where = where.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < where.size(0); ++row) {
     TORCH_CHECK_VALUE(
-        p_where[row] >= 0 && p_where[row] < cache_key.size(2), "append_kv: positions must lie in 0..",
-        cache_key.size(2) - 1, ", the caches' length, and row ", row, " is at ", p_where[row],
+        p_where[row] >= 0 && p_where[row] <= last, "append_kv: positions must lie in 0..", last,
+        ", for all tokens to fit into the caches, and row ", row, " is at ", p_where[row],
         "; make the caches longer or end the row");
   }
-  const auto keys = key.stride(2) == 1 ? key : key.contiguous();
-  const auto values = value.stride(2) == 1 ? value : value.contiguous();
+  const auto keys = key.stride(3) == 1 ? key : key.contiguous();
+  const auto values = value.stride(3) == 1 ? value : value.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, key.scalar_type(), "append_kv", [&] {
     append<scalar_t>(keys, values, freqs, where, cache_key, cache_value);
   });

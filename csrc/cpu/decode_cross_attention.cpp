@@ -16,7 +16,7 @@ constexpr int64_t kGrain = 1 << 16;
 template <typename scalar_t>
 void attend(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& null_key,
-    const at::Tensor& null_value, const int64_t* lengths, at::Tensor& out) {
+    const at::Tensor& null_value, const int64_t* lengths, at::Tensor& out, at::Tensor& weights) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t utterances = query.size(0), beams = query.size(1), heads = query.size(2), size = query.size(3);
   const int64_t padded = round_up<acc_t>(size);
@@ -29,6 +29,7 @@ void attend(
   const auto* p_null_key = null_key.const_data_ptr<scalar_t>();
   const auto* p_null_value = null_value.const_data_ptr<scalar_t>();
   auto* p_out = out.data_ptr<scalar_t>();
+  auto* p_weights = weights.numel() > 0 ? weights.data_ptr<scalar_t>() : nullptr;
   const auto query_strides = query.strides(), key_strides = key.strides(), value_strides = value.strides();
 
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, beams * longest * size));
@@ -67,6 +68,13 @@ void attend(
         for (int64_t i = 0; i < size; ++i) {
           target[i] = static_cast<scalar_t>(sums[beam * padded + i] * share);
         }
+        if (p_weights != nullptr) {
+          scalar_t* row = p_weights + ((utterance * beams + beam) * heads + head) * longest;
+          for (int64_t i = 0; i < count; ++i) {
+            row[i] = static_cast<scalar_t>(scores[beam * score_stride + i] * share);
+          }
+          std::fill(row + count, row + longest, scalar_t(0));
+        }
       }
     }
   });
@@ -78,9 +86,9 @@ at::Tensor dense_rows(const at::Tensor& tensor) {
 
 }  // namespace
 
-at::Tensor decode_cross_attention_cpu(
+std::tuple<at::Tensor, at::Tensor> decode_cross_attention_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& null_key,
-    const at::Tensor& null_value, const at::Tensor& lengths) {
+    const at::Tensor& null_value, const at::Tensor& lengths, bool return_weights) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
       query.dim() == 4 && key.dim() == 4 && key.sizes() == value.sizes() && null_key.dim() == 2 &&
@@ -97,12 +105,15 @@ at::Tensor decode_cross_attention_cpu(
         "; pass the number of valid source positions of each utterance");
   }
   auto out = at::empty(query.sizes(), query.options());
+  auto weights = return_weights
+      ? at::empty({query.size(0), query.size(1), query.size(2), key.size(2) + 1}, query.options())
+      : at::empty({0}, query.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_cross_attention", [&] {
     attend<scalar_t>(
         dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(null_key), dense_rows(null_value), p_counts,
-        out);
+        out, weights);
   });
-  return out;
+  return {out, weights};
 }
 
 }  // namespace spear_fast

@@ -27,9 +27,15 @@ struct Rows {
   }
 };
 
-// returns how many positions all hypotheses of an utterance read from the same slots
-int64_t common_trunk(const uint8_t* ancestors, const int64_t* lengths, int64_t beams, int64_t buffer) {
-  int64_t trunk = *std::min_element(lengths, lengths + beams);
+// positions that the given token reads, of a hypothesis with so many positions, the last ones those of the new tokens
+int64_t reach(int64_t length, int64_t tokens, int64_t token) {
+  return std::max<int64_t>(length - (tokens - 1 - token), 0);
+}
+
+// returns how many positions all tokens of all hypotheses of an utterance read from the same slots
+int64_t common_trunk(
+    const uint8_t* ancestors, const int64_t* lengths, int64_t beams, int64_t tokens, int64_t buffer) {
+  int64_t trunk = reach(*std::min_element(lengths, lengths + beams), tokens, 0);
   for (int64_t beam = 1; beam < beams; ++beam) {
     const uint8_t* other = ancestors + beam * buffer;
     trunk = std::mismatch(ancestors, ancestors + trunk, other).first - ancestors;
@@ -42,9 +48,11 @@ void attend(
     const at::Tensor& query, const at::Tensor& freqs, const at::Tensor& cache_key, const at::Tensor& cache_value,
     const uint8_t* ancestors, const int64_t* lengths, at::Tensor& out) {
   using acc_t = accumulate_t<scalar_t>;
-  const int64_t utterances = query.size(0), beams = query.size(1), heads = query.size(2), size = query.size(3);
+  const int64_t utterances = query.size(0), beams = query.size(1), tokens = query.size(2);
+  const int64_t heads = query.size(3), size = query.size(4);
   const int64_t groups = cache_key.size(1), buffer = cache_key.size(2);
-  const int64_t members = heads / groups, rows = beams * members;
+  // rows of a hypothesis: token by token, the heads that share a key head inside
+  const int64_t members = heads / groups, block = tokens * members, rows = beams * block;
   const int64_t padded = round_up<acc_t>(size);
   const acc_t scale = 1 / std::sqrt(static_cast<acc_t>(size));
   const at::Tensor frequencies = freqs.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
@@ -59,7 +67,8 @@ void attend(
   const int64_t score_stride = longest + kKeys;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, rows * longest * size));
   at::parallel_for(0, utterances * groups, grain, [&](int64_t begin, int64_t end) {
-    Rotary<acc_t> rotary(p_freqs, size / 2);
+    // the t-th tokens of the hypotheses are mostly at the same position
+    std::vector<Rotary<acc_t>> rotaries(tokens, Rotary<acc_t>(p_freqs, size / 2));
     std::vector<acc_t> queries(rows * padded), sums(rows * padded), scores(rows * score_stride), totals(rows);
     std::vector<const scalar_t*> found(longest);
     for (int64_t item = begin; item < end; ++item) {
@@ -73,44 +82,60 @@ void attend(
           value_strides[2]};
 
       for (int64_t beam = 0; beam < beams; ++beam) {
-        rotary.move_to(std::max<int64_t>(length[beam] - 1, 0));
-        for (int64_t member = 0; member < members; ++member) {
-          rotary.rotate(
-              p_query + utterance * query_strides[0] + beam * query_strides[1] +
-                  (group * members + member) * query_strides[2],
-              scale, queries.data() + (beam * members + member) * padded);
+        for (int64_t token = 0; token < tokens; ++token) {
+          rotaries[token].move_to(std::max<int64_t>(reach(length[beam], tokens, token) - 1, 0));
+          for (int64_t member = 0; member < members; ++member) {
+            rotaries[token].rotate(
+                p_query + utterance * query_strides[0] + beam * query_strides[1] + token * query_strides[2] +
+                    (group * members + member) * query_strides[3],
+                scale, queries.data() + (beam * block + token * members + member) * padded);
+          }
         }
       }
 
-      // what all hypotheses share is read once for all; what each has of its own, once for its heads
-      const int64_t trunk = common_trunk(ancestor, length, beams, buffer);
+      // what all hypotheses share is read once for all; what each has of its own, once for its tokens and heads; and the
+      // new positions once for each token that comes behind
+      const int64_t trunk = common_trunk(ancestor, length, beams, tokens, buffer);
       keys.find(ancestor, 0, trunk, found.data());
       score_rows<acc_t>(queries.data(), rows, padded, found.data(), trunk, size, scores.data(), score_stride);
       for (int64_t beam = 0; beam < beams; ++beam) {
-        const int64_t tail = length[beam] - trunk, row = beam * members;
+        const int64_t first = reach(length[beam], tokens, 0);
         keys.find(ancestor + beam * buffer, trunk, length[beam], found.data());
         score_rows<acc_t>(
-            queries.data() + row * padded, members, padded, found.data(), tail, size,
-            scores.data() + row * score_stride + trunk, score_stride);
-        for (int64_t i = row; i < row + members; ++i) {
-          totals[i] = exponentiate(scores.data() + i * score_stride, length[beam]);
+            queries.data() + beam * block * padded, block, padded, found.data(), first - trunk, size,
+            scores.data() + beam * block * score_stride + trunk, score_stride);
+        for (int64_t token = 0; token < tokens; ++token) {
+          const int64_t count = reach(length[beam], tokens, token), row = beam * block + token * members;
+          score_rows<acc_t>(
+              queries.data() + row * padded, members, padded, found.data() + first - trunk, count - first, size,
+              scores.data() + row * score_stride + first, score_stride);
+          for (int64_t i = row; i < row + members; ++i) {
+            totals[i] = exponentiate(scores.data() + i * score_stride, count);
+          }
         }
       }
       std::fill(sums.begin(), sums.end(), acc_t(0));
       values.find(ancestor, 0, trunk, found.data());
       value_rows<acc_t>(scores.data(), rows, score_stride, found.data(), trunk, size, sums.data(), padded);
       for (int64_t beam = 0; beam < beams; ++beam) {
-        const int64_t tail = length[beam] - trunk, row = beam * members;
+        const int64_t first = reach(length[beam], tokens, 0);
         values.find(ancestor + beam * buffer, trunk, length[beam], found.data());
         value_rows<acc_t>(
-            scores.data() + row * score_stride + trunk, members, score_stride, found.data(), tail, size,
-            sums.data() + row * padded, padded);
-        for (int64_t member = 0; member < members; ++member) {
-          const acc_t* sum = sums.data() + (row + member) * padded;
-          const acc_t share = length[beam] > 0 ? 1 / totals[row + member] : acc_t(0);
-          scalar_t* target = p_out + ((utterance * beams + beam) * heads + group * members + member) * size;
-          for (int64_t i = 0; i < size; ++i) {
-            target[i] = static_cast<scalar_t>(sum[i] * share);
+            scores.data() + beam * block * score_stride + trunk, block, score_stride, found.data(), first - trunk, size,
+            sums.data() + beam * block * padded, padded);
+        for (int64_t token = 0; token < tokens; ++token) {
+          const int64_t count = reach(length[beam], tokens, token), row = beam * block + token * members;
+          value_rows<acc_t>(
+              scores.data() + row * score_stride + first, members, score_stride, found.data() + first - trunk,
+              count - first, size, sums.data() + row * padded, padded);
+          scalar_t* targets =
+              p_out + (((utterance * beams + beam) * tokens + token) * heads + group * members) * size;
+          for (int64_t member = 0; member < members; ++member) {
+            const acc_t* sum = sums.data() + (row + member) * padded;
+            const acc_t share = count > 0 ? 1 / totals[row + member] : acc_t(0);
+            for (int64_t i = 0; i < size; ++i) {
+              targets[member * size + i] = static_cast<scalar_t>(sum[i] * share);
+            }
           }
         }
       }
@@ -125,9 +150,9 @@ at::Tensor decode_self_attention_cpu(
     const at::Tensor& ancestors, const at::Tensor& lengths) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
-      query.dim() == 4 && query.size(3) % 2 == 0 && freqs.numel() * 2 == query.size(3) && cache_key.dim() == 4 &&
+      query.dim() == 5 && query.size(4) % 2 == 0 && freqs.numel() * 2 == query.size(4) && cache_key.dim() == 4 &&
           cache_key.sizes() == cache_value.sizes() && cache_key.size(0) == query.size(0) * query.size(1) &&
-          cache_key.size(1) > 0 && query.size(2) % cache_key.size(1) == 0 && cache_key.size(3) == query.size(3) &&
+          cache_key.size(1) > 0 && query.size(3) % cache_key.size(1) == 0 && cache_key.size(3) == query.size(4) &&
           ancestors.dim() == 3 && ancestors.size(0) == query.size(0) && ancestors.size(1) == query.size(1) &&
           ancestors.size(2) == cache_key.size(2) && lengths.sizes() == query.sizes().slice(0, 2),
       "decode_self_attention: the shapes of the arguments do not fit each other");
@@ -157,7 +182,7 @@ at::Tensor decode_self_attention_cpu(
         ", the number of slots of an utterance, and hypothesis ", row, " has ", static_cast<int64_t>(highest),
         "; write each position's slot before it is read");
   }
-  const auto queries = query.stride(3) == 1 ? query : query.contiguous();
+  const auto queries = query.stride(4) == 1 ? query : query.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_self_attention", [&] {
     attend<scalar_t>(queries, freqs, cache_key, cache_value, p_table, p_counts, out);
   });

@@ -34,29 +34,19 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
     """
     rows, beams = state.lengths.shape
     count = x.shape[0] // (rows * beams)
-    positions = [state.lengths + (first + i) for i in range(count)]
+    positions = state.lengths + first if first else state.lengths
     heads, size = decoder.heads, decoder.head_dim
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     sourced = state.batch * beams * count
-    for position in positions:
-        _claim_slots(state, position)
-    valid = [position + 1 for position in positions]
+    _claim_slots(state, positions, count)
+    written = positions + count
     for i in layers:
         layer = decoder.layers[i]
         projected = layer.query_key_value(unit(x)).view(rows, beams, count, -1, size)
         query, key, value = projected.split(split, dim=3)
-        outputs = []
-        for j, position in enumerate(positions):
-            ops.append_kv(
-                key[:, :, j].flatten(0, 1), value[:, :, j].flatten(0, 1), layer.freqs, position.flatten(),
-                state.keys[i], state.values[i],
-            )  # fmt: skip
-            outputs.append(
-                ops.decode_self_attention(
-                    query[:, :, j], layer.freqs, state.keys[i], state.values[i], state.ancestors, valid[j]
-                )
-            )
-        attended = outputs[0] if count == 1 else torch.stack(outputs, dim=2)
+        caches = state.keys[i], state.values[i]
+        ops.append_kv(key.flatten(0, 1), value.flatten(0, 1), layer.freqs, positions.flatten(), *caches)
+        attended = ops.decode_self_attention(query, layer.freqs, *caches, state.ancestors, written)
         x = layer.self_output(attended.reshape(-1, heads * size), x)
 
         sighted = x[:sourced]
@@ -88,8 +78,14 @@ def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tens
     return blind + (sighted - blind) * cond_scale
 
 
-def _claim_slots(state: DecodeState, position: Tensor) -> None:
-    """Notes that each hypothesis reads `position` `[R, K]` from its own slot, where it is about to write it."""
-    rows, beams = position.shape
-    own = torch.arange(beams, dtype=torch.uint8, device=position.device).expand(rows, beams)
-    state.ancestors.scatter_(2, position[:, :, None], own[:, :, None])
+def _claim_slots(state: DecodeState, positions: Tensor, count: int) -> None:
+    """Notes that each hypothesis reads `count` positions from its own slot, where it is about to write them.
+
+    positions: `[R, K]`, int64, the first of them.
+    """
+    rows, beams = positions.shape
+    own = torch.arange(beams, dtype=torch.uint8, device=positions.device)[:, None].expand(rows, beams, count)
+    places = positions[:, :, None]
+    if count > 1:
+        places = places + torch.arange(count, device=positions.device)
+    state.ancestors.scatter_(2, places, own)

@@ -1,6 +1,8 @@
-"""Attention of the newest token over what came before it and over the source, on caches that are never moved."""
+"""Attention of the newest tokens over what came before it and over the source, on caches that are never moved."""
 
 from __future__ import annotations
+
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +17,11 @@ from spear_fast.ops.registry import define
 def append_kv(
     key: Tensor, value: Tensor, freqs: Tensor, positions: Tensor, cache_key: Tensor, cache_value: Tensor
 ) -> None:
-    """Writes each row's new key, rotated at its position, and value into the caches, in place.
+    """Writes each row's new keys, rotated at their positions, and values into the caches, in place.
 
-    key, value: `[rows, kv_heads, head_dim]`, floating point, the key not yet rotated.
+    key, value: `[rows, tokens, kv_heads, head_dim]`, floating point, the keys not yet rotated.
     freqs: `[head_dim / 2]`, float32; the pair (2i, 2i + 1) is turned by `position * freqs[i]`.
-    positions: `[rows]`, int64, in 0..length - 1.
+    positions: `[rows]`, int64, in 0..length - tokens; token t goes to `positions[row] + t`.
     cache_key, cache_value: `[rows, kv_heads, length, head_dim]`, like key; nothing else of them changes.
     """
     return _append_kv(key, value, freqs, positions, cache_key, cache_value)
@@ -28,29 +30,68 @@ def append_kv(
 def decode_self_attention(
     query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Returns each hypothesis' attention over its own history, `[utterances, beams, heads, head_dim]`.
+    """Returns each hypothesis' attention over its own history, `[utterances, beams, tokens, heads, head_dim]`.
 
-    query: `[utterances, beams, heads, head_dim]`, not yet rotated: that happens here, at position `lengths - 1`.
+    Token t of T is at position `lengths - T + t` and reads the positions up to its own.
+
+    query: `[utterances, beams, tokens, heads, head_dim]`, not yet rotated: that happens here.
     freqs: `[head_dim / 2]`, float32.
     cache_key, cache_value: `[utterances * beams, kv_heads, length, head_dim]`, keys rotated; see `append_kv`.
     ancestors: `[utterances, beams, length]`, uint8; the slot, 0..beams - 1 of the same utterance, in which position t
         of this hypothesis was written. Neither it nor the caches are read at or past `lengths`.
-    lengths: `[utterances, beams]`, int64; positions to read, the query's own included. Zero gives zeros.
+    lengths: `[utterances, beams]`, int64; positions that are written, those of all tokens included. A token that finds
+        itself before the first position gives zeros.
     """
     return _decode_self_attention(query, freqs, cache_key, cache_value, ancestors, lengths)
 
 
+@overload
 def decode_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, null_key: Tensor, null_value: Tensor, lengths: Tensor
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    *,
+    return_weights: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def decode_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    *,
+    return_weights: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def decode_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    *,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Returns each hypothesis' attention over its utterance's source, `[utterances, beams, heads, head_dim]`.
 
-    query: `[utterances, beams, heads, head_dim]`.
-    key, value: `[utterances, heads, source, head_dim]`, shared by the beams; any finite numbers past `lengths`.
+    query: `[utterances, beams, heads, head_dim]`; beams may be beams times tokens.
+    key, value: `[utterances, heads, source, head_dim]`, shared by the beams; not read at or past `lengths`.
     null_key, null_value: `[heads, head_dim]`; a learned position in front of the source that is always attended.
     lengths: `[utterances]`, int64, in 0..source.
+    return_weights: whether to return the weights too, `[utterances, beams, heads, source + 1]`, like query, the null
+        position's first, zeros past `lengths`.
     """
-    return _decode_cross_attention(query, key, value, null_key, null_value, lengths)
+    out, weights = _decode_cross_attention(query, key, value, null_key, null_value, lengths, return_weights)
+    return (out, weights) if return_weights else out
 
 
 def _check_append_kv(
@@ -58,11 +99,11 @@ def _check_append_kv(
 ) -> None:
     """Raises ValueError unless the arguments of `append_kv` fit each other; providers check the ranges of integers."""
     op, dtype, device = "append_kv", key.dtype, key.device
-    if key.dim() != 3:
-        refuse(op, "key", "[rows, kv_heads, head_dim]", shape_of(key), "pass the one new key of each row")
+    if key.dim() != 4:
+        refuse(op, "key", "[rows, tokens, kv_heads, head_dim]", shape_of(key), "pass the new keys of each row")
     if cache_key.dim() != 4:
         refuse(op, "cache_key", "[rows, kv_heads, length, head_dim]", shape_of(cache_key), "pass the whole buffer")
-    rows, groups, size = key.shape
+    rows, tokens, groups, size = key.shape
     shape = (rows, groups, cache_key.shape[2], size)
     if (
         value.shape != key.shape
@@ -74,13 +115,15 @@ def _check_append_kv(
         check_shapes(
             op,
             {
-                "value": (value, "rows, kv_heads, head_dim", key.shape),
+                "value": (value, "rows, tokens, kv_heads, head_dim", key.shape),
                 "cache_key": (cache_key, "rows, kv_heads, length, head_dim", shape),
                 "cache_value": (cache_value, "rows, kv_heads, length, head_dim", shape),
                 "freqs": (freqs, "head_dim / 2", (size // 2,)),
                 "positions": (positions, "rows", (rows,)),
             },
         )
+    if tokens > cache_key.shape[2]:
+        refuse(op, "tokens", f"at most the caches' length {cache_key.shape[2]}", str(tokens), "make the caches longer")
     if size % 2:
         refuse(op, "head_dim", "even", str(size), "rotation turns pairs of numbers")
     if not (
@@ -99,11 +142,12 @@ def _check_decode_self_attention(
 ) -> None:
     """Raises ValueError unless the arguments of `decode_self_attention` fit each other."""
     op, dtype, device = "decode_self_attention", query.dtype, query.device
-    if query.dim() != 4:
-        refuse(op, "query", "[utterances, beams, heads, head_dim]", shape_of(query), "pass one query a hypothesis")
+    if query.dim() != 5:
+        wanted = "[utterances, beams, tokens, heads, head_dim]"
+        refuse(op, "query", wanted, shape_of(query), "pass the queries of each hypothesis' new tokens")
     if cache_key.dim() != 4:
         refuse(op, "cache_key", "[rows, kv_heads, length, head_dim]", shape_of(cache_key), "pass the whole buffer")
-    utterances, beams, heads, size = query.shape
+    utterances, beams, _, heads, size = query.shape
     groups, buffer = cache_key.shape[1], cache_key.shape[2]
     shape = (utterances * beams, groups, buffer, size)
     if (
@@ -145,7 +189,13 @@ def _check_decode_self_attention(
 
 
 def _check_decode_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, null_key: Tensor, null_value: Tensor, lengths: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    return_weights: bool,
 ) -> None:
     """Raises ValueError unless the arguments of `decode_cross_attention` fit each other."""
     op, dtype, device = "decode_cross_attention", query.dtype, query.device
@@ -191,9 +241,10 @@ def _fake_decode_self_attention(query: Tensor, *arguments: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _fake_decode_cross_attention(query: Tensor, *arguments: Tensor) -> Tensor:
-    _check_decode_cross_attention(query, *arguments)
-    return query.new_empty(query.shape)
+def _fake_decode_cross_attention(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _check_decode_cross_attention(query, key, *arguments)
+    weights = (*query.shape[:3], key.shape[2] + 1) if arguments[-1] else (0,)
+    return query.new_empty(query.shape), query.new_empty(weights)
 
 
 _append_kv = define(
@@ -212,7 +263,8 @@ _decode_self_attention = define(
 )
 _decode_cross_attention = define(
     "decode_cross_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor null_key, Tensor null_value, Tensor lengths) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor null_key, Tensor null_value, Tensor lengths, bool return_weights) "
+    "-> (Tensor out, Tensor weights)",
     check=_check_decode_cross_attention,
     fake=_fake_decode_cross_attention,
     native=("cpu",),

@@ -1,4 +1,4 @@
-"""Attention of the newest token, in plain torch."""
+"""Attention of the newest tokens, in plain torch."""
 
 from __future__ import annotations
 
@@ -29,20 +29,34 @@ def _softmax(scores: Tensor) -> Tensor:
 def append_kv(
     key: Tensor, value: Tensor, freqs: Tensor, positions: Tensor, cache_key: Tensor, cache_value: Tensor
 ) -> None:
-    check_range("append_kv", "positions", positions, cache_key.shape[2] - 1, "make the caches longer or end the row")
-    rows = torch.arange(key.shape[0], device=key.device)
-    cache_key[rows, :, positions] = rotate(key, freqs, positions)
-    cache_value[rows, :, positions] = value
+    rows, tokens = key.shape[:2]
+    last = cache_key.shape[2] - tokens
+    check_range("append_kv", "positions", positions, last, "make the caches longer or end the row")
+    row = torch.arange(rows, device=key.device)[:, None]
+    places = positions[:, None] + torch.arange(tokens, device=key.device)
+    cache_key[row, :, places] = rotate(key, freqs, places)
+    cache_value[row, :, places] = value
 
 
 def decode_self_attention(
     query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
 ) -> Tensor:
-    utterances, beams, _, size = query.shape
-    groups, buffer = cache_key.shape[1], cache_key.shape[2]
+    buffer, tokens = cache_key.shape[2], query.shape[2]
     check_range("decode_self_attention", "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
     if query.numel() == 0:
-        return query.clone()
+        return query.clone(memory_format=torch.contiguous_format)
+    # each as if the tokens behind it were not there yet
+    counts = [(lengths - (tokens - 1 - token)).clamp(min=0) for token in range(tokens)]
+    caches = cache_key, cache_value
+    outs = [_attend_one(query[:, :, t], freqs, *caches, ancestors, count) for t, count in enumerate(counts)]
+    return torch.stack(outs, dim=2)
+
+
+def _attend_one(
+    query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
+) -> Tensor:
+    utterances, beams, _, size = query.shape
+    groups, buffer = cache_key.shape[1], cache_key.shape[2]
     # positions past the longest hypothesis were never written; on a GPU asking for it would wait for the device
     longest = int(lengths.max()) if lengths.device.type == "cpu" else buffer
     position = torch.arange(longest, device=query.device)
@@ -64,8 +78,14 @@ def decode_self_attention(
 
 
 def decode_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, null_key: Tensor, null_value: Tensor, lengths: Tensor
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor]:
     check_range(
         "decode_cross_attention", "lengths", lengths, key.shape[2], "pass each utterance's number of source positions"
     )
@@ -73,5 +93,8 @@ def decode_cross_attention(
     valid = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
     scores = (scaled @ key.mT).masked_fill_(~valid[:, None, None], torch.finfo(query.dtype).min)
     weights = _softmax(torch.cat((scaled @ null_key[:, :, None], scores), dim=-1))
-    out = weights[..., 1:] @ value + weights[..., :1] * null_value[:, None]
-    return out.transpose(1, 2).contiguous()
+    # a source's padding may hold NaN, which a weight of zero does not remove
+    read = value.masked_fill(~valid[:, None, :, None], 0)
+    out = weights[..., 1:] @ read + weights[..., :1] * null_value[:, None]
+    returned = weights.transpose(1, 2).contiguous() if return_weights else query.new_empty(0)
+    return out.transpose(1, 2).contiguous(), returned
