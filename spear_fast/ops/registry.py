@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spear_fast.ops import ranges
 from spear_fast.ops.providers import Inputs, add_op, choose
 
 LIBRARY = torch.library.Library("spear_fast", "DEF")
@@ -33,7 +34,7 @@ def define(
     """Defines `spear_fast::op`; returns the function that calls it with all of the schema's arguments, by position.
 
     schema: the dispatcher's, without the name; the first argument is a tensor.
-    check: raises ValueError unless the arguments fit each other; it looks at no numbers.
+    check: raises ValueError unless the arguments fit each other; it looks at no numbers: those are for ranges.py.
     fake: takes the same arguments, checked by it too, and returns empty tensors like the result.
     options: returns what a provider's `why_not` may want to know of the arguments, hashable.
     native: providers whose functions are registered from C++, each as an overload of the op.
@@ -42,6 +43,7 @@ def define(
 
     def run(first: Tensor, *others: Any) -> Any:
         check(first, *others)
+        ranges.check(op, first, *others)
         # a plain tuple equals the Inputs it was remembered under, and is quicker to make
         depends = () if options is None else options(first, *others)
         inputs = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 # ranges are always checked on the CPU; elsewhere looking costs a wait for the device
-_DEBUG = os.environ.get("SPEAR_FAST_DEBUG", "") not in ("", "0")
+DEBUG = os.environ.get("SPEAR_FAST_DEBUG", "") not in ("", "0")
 
 
 def check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str) -> None:
     """Raises unless all of `tensor` lies in 0..limit, where looking is free."""
-    if tensor.numel() == 0 or (tensor.device.type != "cpu" and not _DEBUG):
+    if tensor.numel() == 0 or (tensor.device.type != "cpu" and not DEBUG):
         return
     lowest, highest = (int(bound) for bound in torch.aminmax(tensor))
     if lowest < 0 or highest > limit:
@@ -23,7 +23,7 @@ def check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str) -> 
 
 def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name: str, longest: int) -> None:
     """Raises unless `offsets` rises from 0 to `total` in steps of at most `longest`, where looking is free."""
-    if offsets.device.type != "cpu" and not _DEBUG:
+    if offsets.device.type != "cpu" and not DEBUG:
         return
     steps = offsets.diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != total or (steps.numel() and int(steps.min()) < 0):
