@@ -272,4 +272,5 @@ _decode_cross_attention = define(
 
 for _op in ("append_kv", "decode_self_attention", "decode_cross_attention"):
     register(backends.cpu(_op))
+    register(backends.triton(_op, _op))
     register(Provider(_op, "reference", getattr(reference, _op)))

@@ -1,0 +1,248 @@
+"""Attention of the newest tokens over the source: the beams of an utterance as the query rows of one tile.
+
+A program takes one head of one utterance and one split of the source, and reads each key and value once for all beams.
+Splits have a fixed size, so that an utterance's result has the same bits whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from spear_fast.kernels.blocks import INTERPRETED, merge_splits, padded, product, rows_apart, softmax_step
+from spear_fast.kernels.declaration import Declaration
+from spear_fast.kernels.tiles import tile
+from torch import Tensor
+
+
+@triton.jit
+def decode_cross_attention_kernel(
+    query,
+    key,
+    value,
+    null_key,
+    null_value,
+    lengths,
+    out,
+    log_sums,
+    scores,
+    scale,
+    beams,
+    heads,
+    source,
+    tiles,
+    s_query_utterance,
+    s_query_beam,
+    s_query_head,
+    s_key_utterance,
+    s_key_head,
+    s_key_position,
+    s_value_utterance,
+    s_value_head,
+    s_value_position,
+    s_null_key_head,
+    s_null_value_head,
+    s_length,
+    HEAD_DIM: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """A program computes ROWS beams of one head and utterance over one split; the null position is the first split's.
+
+    out: `[utterances, beams, heads, HEAD_DIM]`; with SPLIT, in float32 and with a dimension of splits in front.
+    log_sums: `[splits, utterances, beams, heads]`, float32, base 2; or None.
+    scores: `[utterances, beams, heads, source + 1]`, float32, base 2, written where something is read; or None.
+    """
+    i_tile = tl.program_id(0) % tiles
+    i_head = (tl.program_id(0) // tiles) % heads
+    i_utterance = (tl.program_id(0) // (tiles * heads)).to(tl.int64)
+    i_split = tl.program_id(1)
+    utterances = tl.num_programs(0) // (tiles * heads)
+    o_beam = i_tile * ROWS + tl.arange(0, ROWS)
+    o_size = tl.arange(0, SIZE)
+    m_beam = o_beam < beams
+    m_size = o_size < HEAD_DIM
+    m_rows = m_beam[:, None] & m_size[None, :]
+    o_row = (i_utterance * beams + o_beam) * heads + i_head
+
+    p_query = query + i_utterance * s_query_utterance + i_head * s_query_head
+    b_query = tl.load(p_query + o_beam[:, None] * s_query_beam + o_size[None, :], mask=m_rows, other=0.0)
+    length = tl.minimum(tl.load(lengths + i_utterance * s_length), source).to(tl.int32)
+    begin = i_split * SPLIT_SIZE
+    end = tl.minimum(length, begin + SPLIT_SIZE)
+
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, SIZE], tl.float32)
+    if i_split == 0:
+        b_null = tl.load(null_key + i_head * s_null_key_head + o_size, mask=m_size, other=0.0).to(tl.float32)
+        b_max = tl.sum(b_query.to(tl.float32) * b_null[None, :], 1) * scale
+        b_sum += 1.0
+        b_null = tl.load(null_value + i_head * s_null_value_head + o_size, mask=m_size, other=0.0).to(tl.float32)
+        b_out += b_null[None, :]
+        if scores is not None:
+            tl.store(scores + o_row * (source + 1), b_max, mask=m_beam)
+
+    p_key = key + i_utterance * s_key_utterance + i_head * s_key_head + o_size[None, :]
+    p_value = value + i_utterance * s_value_utterance + i_head * s_value_head + o_size[None, :]
+    for start in range(begin, end, BLOCK):
+        o_position = start + tl.arange(0, BLOCK)
+        m_position = o_position < end
+        m_block = m_position[:, None] & m_size[None, :]
+        o_wide = o_position.to(tl.int64)[:, None]
+        # all of it is read once a step, and a step's sources are together larger than the cache
+        b_key = tl.load(p_key + o_wide * s_key_position, mask=m_block, other=0.0, eviction_policy="evict_first")
+        b_value = tl.load(p_value + o_wide * s_value_position, mask=m_block, other=0.0, eviction_policy="evict_first")
+        b_scores = product(b_query, tl.trans(b_key), INTERPRETED) * scale
+        b_scores = tl.where(m_position[None, :], b_scores, float("-inf"))
+        if scores is not None:
+            p_scores = scores + o_row[:, None] * (source + 1) + 1 + o_position[None, :]
+            tl.store(p_scores, b_scores, mask=m_beam[:, None] & m_position[None, :])
+        b_weights, b_shrink, b_max, b_sum = softmax_step(b_scores, b_max, b_sum)
+        b_out = b_out * b_shrink[:, None]
+        b_out += product(b_weights.to(b_value.dtype), b_value, INTERPRETED)
+
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = b_out / b_sum[:, None]
+    if SPLIT:
+        o_row += i_split * utterances.to(tl.int64) * beams * heads
+        # the merge does not read what nobody wrote
+        m_rows = m_rows & (b_max != float("-inf"))[:, None]
+    if log_sums is not None:
+        tl.store(log_sums + o_row, b_max + tl.log2(b_sum), mask=m_beam)
+    tl.store(out + o_row[:, None] * HEAD_DIM + o_size[None, :], b_out.to(out.dtype.element_ty), mask=m_rows)
+
+
+@triton.jit
+def decode_cross_weights_kernel(
+    scores, log_sums, lengths, weights, rows_of_utterance, source, s_length, BLOCK: tl.constexpr
+):
+    """Turns the scores of one row into its weights, zero past the length; BLOCK positions a program."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(lengths + i_row // rows_of_utterance * s_length)
+    # position 0 is the null key's
+    m_read = (o_position <= length) & (o_position <= source)
+    p_row = i_row * (source + 1) + o_position
+    b_scores = tl.load(scores + p_row, mask=m_read, other=float("-inf"))
+    b_weights = tl.exp2(b_scores - tl.load(log_sums + i_row))
+    b_weights = tl.where(m_read, b_weights, 0.0).to(weights.dtype.element_ty)
+    tl.store(weights + p_row, b_weights, mask=o_position <= source)
+
+
+def decode_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns `[utterances, beams, heads, head_dim]`, and `[utterances, beams, heads, source + 1]` or `[0]`."""
+    utterances, beams, heads, size = query.shape
+    source = key.shape[2]
+    rows = utterances * beams * heads
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    weights = out.new_empty((*query.shape[:3], source + 1) if return_weights else 0)
+    if out.numel() == 0:
+        return out, weights
+    query, key, value, null_key, null_value = map(rows_apart, (query, key, value, null_key, null_value))
+    few, many = (tile(name, query.device, size, query.dtype) for name in (_FEW, _MANY))
+    blocks = few if beams <= few["ROWS"] else many
+    tiles = triton.cdiv(beams, blocks["ROWS"])
+    splits = max(1, triton.cdiv(source, blocks["SPLIT_SIZE"]))
+    of_split = torch.float32 if splits > 1 else query.dtype
+    partial = torch.empty(splits, rows, size, dtype=of_split, device=query.device) if splits > 1 else out
+    log_sums = scores = None
+    if splits > 1 or return_weights:
+        log_sums = torch.empty(splits, rows, dtype=torch.float32, device=query.device)
+    if return_weights:
+        scores = torch.empty(weights.shape, dtype=torch.float32, device=query.device)
+    decode_cross_attention_kernel[(utterances * heads * tiles, splits)](
+        query,
+        key,
+        value,
+        null_key,
+        null_value,
+        lengths,
+        partial,
+        log_sums,
+        scores,
+        size**-0.5 * math.log2(math.e),
+        beams,
+        heads,
+        source,
+        tiles,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        null_key.stride(0),
+        null_value.stride(0),
+        lengths.stride(0),
+        HEAD_DIM=size,
+        SIZE=padded(size),
+        SPLIT=splits > 1,
+        INTERPRETED=INTERPRETED,
+        **blocks,
+    )
+    if splits > 1:
+        log_sums = merge_splits(partial, log_sums, out, return_weights)
+    if return_weights:
+        blocks = tile("decode_cross_weights", query.device, source, query.dtype)
+        grid = (rows, triton.cdiv(source + 1, blocks["BLOCK"]))
+        decode_cross_weights_kernel[grid](
+            scores, log_sums, lengths, weights, beams * heads, source, lengths.stride(0), **blocks
+        )
+    return out, weights
+
+
+_FEW = "decode_cross_attention"
+_MANY = "decode_cross_attention_many"
+_STRIDES = (
+    "s_query_utterance s_query_beam s_query_head s_key_utterance s_key_head s_key_position "
+    "s_value_utterance s_value_head s_value_position s_null_key_head s_null_value_head"
+).split()
+_VARIANTS = {
+    "whole": {"SPLIT": False, "log_sums": None, "scores": None},
+    "split": {"SPLIT": True, "scores": None},
+    "weights": {"SPLIT": True},
+}
+AUDIT = [
+    *(
+        Declaration(
+            kernel=decode_cross_attention_kernel,
+            tile=name,
+            signature={
+                **dict.fromkeys(("query", "key", "value", "null_key", "null_value"), "*T:16"),
+                "lengths": "*i64:16",
+                "out": "*T:16",
+                "log_sums": "*fp32:16",
+                "scores": "*fp32:16",
+                "scale": "fp32",
+                **dict.fromkeys(("beams", "heads", "source", "tiles", "s_length"), "i32"),
+                **dict.fromkeys(_STRIDES, "i32:16"),
+            },
+            constants=lambda size: {"HEAD_DIM": size, "SIZE": padded(size), "INTERPRETED": False},
+            variants=_VARIANTS,
+            matrix=name == _MANY,
+        )
+        for name in (_FEW, _MANY)
+    ),
+    Declaration(
+        kernel=decode_cross_weights_kernel,
+        tile="decode_cross_weights",
+        signature={
+            **dict.fromkeys(("scores", "log_sums"), "*fp32:16"),
+            "lengths": "*i64:16",
+            "weights": "*T:16",
+            **dict.fromkeys(("rows_of_utterance", "source", "s_length"), "i32"),
+        },
+    ),
+]
