@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <tuple>
 
 namespace spear_fast {
@@ -14,6 +15,17 @@ void append_kv_cpu(
     const at::Tensor& positions,
     at::Tensor& cache_key,
     at::Tensor& cache_value);
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_cpu(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels, int64_t ignore_index);
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_backward_cpu(
+    const at::Tensor& grad_losses,
+    const at::Tensor& hidden,
+    const at::Tensor& weight,
+    const at::Tensor& labels,
+    const at::Tensor& lse,
+    int64_t ignore_index);
 
 at::Tensor decode_self_attention_cpu(
     const at::Tensor& query,
@@ -31,5 +43,23 @@ std::tuple<at::Tensor, at::Tensor> decode_cross_attention_cpu(
     const at::Tensor& null_value,
     const at::Tensor& lengths,
     bool return_weights);
+
+at::Tensor geglu_cpu(const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t width);
+
+std::tuple<at::Tensor, at::Tensor> geglu_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& bias);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_cpu(
+    const at::Tensor& x, const at::Tensor& gamma, const std::optional<at::Tensor>& residual);
+
+std::tuple<at::Tensor, at::Tensor> rms_norm_backward_cpu(
+    const at::Tensor& grad_normed,
+    const std::optional<at::Tensor>& grad_sum,
+    const at::Tensor& x,
+    const at::Tensor& gamma,
+    const at::Tensor& inverse);
+
+at::Tensor rotary_cpu(
+    const at::Tensor& x, const at::Tensor& freqs, const std::optional<at::Tensor>& positions, bool inverse);
 
 }  // namespace spear_fast

@@ -5,6 +5,13 @@
 
 TORCH_LIBRARY_IMPL(spear_fast, CPU, library) {
   library.impl("append_kv.cpu", TORCH_FN(spear_fast::append_kv_cpu));
+  library.impl("cross_entropy.cpu", TORCH_FN(spear_fast::cross_entropy_cpu));
+  library.impl("cross_entropy_backward.cpu", TORCH_FN(spear_fast::cross_entropy_backward_cpu));
   library.impl("decode_self_attention.cpu", TORCH_FN(spear_fast::decode_self_attention_cpu));
   library.impl("decode_cross_attention.cpu", TORCH_FN(spear_fast::decode_cross_attention_cpu));
+  library.impl("geglu.cpu", TORCH_FN(spear_fast::geglu_cpu));
+  library.impl("geglu_backward.cpu", TORCH_FN(spear_fast::geglu_backward_cpu));
+  library.impl("rms_norm.cpu", TORCH_FN(spear_fast::rms_norm_cpu));
+  library.impl("rms_norm_backward.cpu", TORCH_FN(spear_fast::rms_norm_backward_cpu));
+  library.impl("rotary.cpu", TORCH_FN(spear_fast::rotary_cpu));
 }

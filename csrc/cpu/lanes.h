@@ -51,6 +51,16 @@ inline std::tuple<Lanes<acc_t>, Lanes<acc_t>> load_step(const scalar_t* source, 
   return load_step<acc_t>(static_cast<const acc_t*>(widened));
 }
 
+template <typename acc_t, typename scalar_t>
+inline void store_step(scalar_t* target, const Lanes<acc_t>& low, const Lanes<acc_t>& high) {
+  if constexpr (std::is_same_v<acc_t, scalar_t>) {
+    low.store(target);
+    high.store(target + Lanes<acc_t>::size());
+  } else {
+    at::vec::convert_from_float<scalar_t>(low, high).store(target);
+  }
+}
+
 // out[i] = sum of the lanes of the i-th argument
 template <typename acc_t>
 inline void sum_lanes(

@@ -7,22 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import cross_entropy as reference
-from spear_fast.ops.registry import define, differentiate
+from spear_fast.ops.registry import autocasts, define, differentiate
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Returns `-log_softmax(hidden @ weight.T)` at each label, in nats, `[...]`, float32 (float64 of float64).
 
-    The logits are computed some at a time, forward and backward, and never rounded to a half type.
+    The logits are computed some at a time, forward and backward, and never rounded to a half type. Under autocast the
+    product takes its operands in autocast's dtype, as a linear layer would.
 
     hidden: `[..., dim]`, floating point. weight: `[vocabulary, dim]`, like hidden: the embedding, where it is tied.
     labels: `[...]`, int64, ids of the vocabulary; where one is ignore_index, the loss and all gradients are zero.
     """
     if labels.shape != hidden.shape[:-1]:
         check_shapes("cross_entropy", {"labels": (labels, "hidden's sizes but the last", hidden.shape[:-1])})
+    if autocasts(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     losses, _ = _cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), ignore_index)
     return losses.view(labels.shape)
 
@@ -77,6 +82,7 @@ _cross_entropy = define(
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index) -> (Tensor losses, Tensor lse)",
     check=_check_cross_entropy,
     fake=_fake_cross_entropy,
+    native=("cpu",),
 )
 _cross_entropy_backward = define(
     "cross_entropy_backward",
@@ -84,6 +90,7 @@ _cross_entropy_backward = define(
     " -> (Tensor grad_hidden, Tensor grad_weight)",
     check=_check_cross_entropy_backward,
     fake=_fake_cross_entropy_backward,
+    native=("cpu",),
 )
 
 
@@ -101,4 +108,5 @@ def _differentiate(ctx: Any, grad_losses: Tensor, grad_lse: Tensor | None) -> tu
 differentiate("cross_entropy", _differentiate, _save)
 
 for _op in ("cross_entropy", "cross_entropy_backward"):
+    register(backends.cpu(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import pointwise as reference
@@ -160,6 +161,7 @@ _rms_norm = define(
     "(Tensor x, Tensor gamma, Tensor? residual) -> (Tensor normed, Tensor sum, Tensor inverse)",
     check=_check_rms_norm,
     fake=_fake_rms_norm,
+    native=("cpu",),
 )
 _rms_norm_backward = define(
     "rms_norm_backward",
@@ -167,19 +169,28 @@ _rms_norm_backward = define(
     " -> (Tensor grad_x, Tensor grad_gamma)",
     check=_check_rms_norm_backward,
     fake=_fake_rms_norm_backward,
+    native=("cpu",),
 )
-_geglu = define("geglu", "(Tensor x, Tensor? bias, SymInt width) -> Tensor", check=_check_geglu, fake=_fake_geglu)
+_geglu = define(
+    "geglu",
+    "(Tensor x, Tensor? bias, SymInt width) -> Tensor",
+    check=_check_geglu,
+    fake=_fake_geglu,
+    native=("cpu",),
+)
 _geglu_backward = define(
     "geglu_backward",
     "(Tensor grad, Tensor x, Tensor? bias) -> (Tensor grad_x, Tensor grad_bias)",
     check=_check_geglu_backward,
     fake=_fake_geglu_backward,
+    native=("cpu",),
 )
 _rotary = define(
     "rotary",
     "(Tensor x, Tensor freqs, Tensor? positions, bool inverse) -> Tensor",
     check=_check_rotary,
     fake=_fake_rotary,
+    native=("cpu",),
 )
 
 
@@ -230,4 +241,5 @@ differentiate("geglu", _differentiate_geglu, _save_geglu)
 differentiate("rotary", _differentiate_rotary, _save_rotary)
 
 for _op in ("rms_norm", "rms_norm_backward", "geglu", "geglu_backward", "rotary"):
+    register(backends.cpu(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))

@@ -22,6 +22,11 @@ LIBRARY = torch.library.Library("spear_fast", "DEF")
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def autocasts(device: str) -> bool:
+    """Returns whether autocast is on for a type of device."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def define(
     op: str,
     schema: str,
@@ -48,7 +53,11 @@ def define(
         depends = () if options is None else options(first, *others)
         inputs = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends
         function = memory.get(inputs) or choose(op, Inputs(*inputs))
-        return function(first, *others)
+        if not autocasts(first.device.type):
+            return function(first, *others)
+        # the op's arguments say what it computes in, whatever its provider is made of
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *others)
 
     for name in (op, *(f"{op}.{provider}" for provider in native)):
         LIBRARY.define(name + schema)
