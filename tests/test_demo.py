@@ -37,9 +37,9 @@ def test_the_committed_recordings_are_labelled_right():
     assert sum(not row["seen"] for row in truth) >= 5
     for row in truth:
         assert f"  truth  {row['text']}" in printed
-    # of 13 and 7 recordings: one wrong word is 1 to 3 %; the rates of 300 sentences each are in REPORT.md
-    assert rate(printed, "known voices") <= 10
-    assert rate(printed, "unseen voice") <= 25
+    # the aims of the whole test split, which REPORT.md has: of 13 and 7 recordings one wrong word is 1 to 3 %
+    assert rate(printed, "known voices") <= 2
+    assert rate(printed, "unseen voice") <= 12
 
 
 @pytest.fixture

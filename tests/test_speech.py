@@ -67,7 +67,7 @@ def test_stereo_at_44100_gives_nearly_the_tokens_of_16000(tmp_path, tokenizer):
     soundfile.write(tmp_path / "cd.wav", np.stack((resampled, resampled), axis=1), 44100, subtype="PCM_16")
     first, second = (tokenizer.encode(read_audio(tmp_path / name, 16000).samples) for name in ("plain.wav", "cd.wav"))
     assert len(first) == len(second)
-    assert np.mean(first == second) > 0.9
+    assert np.mean(first == second) > 0.97
     # read as if it were 16 kHz it would be 2.76 times as long
     assert len(first) == pytest.approx(3 * tokenizer.tokens_per_second, abs=2)
 

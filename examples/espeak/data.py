@@ -17,7 +17,7 @@ from speak import SAMPLE_RATE, TRAINING_VOICES, UNSEEN_VOICE, Utterance, drawn, 
 
 from spear_fast.speech import MelKMeansTokenizer
 
-NUM_SENTENCES = 12300
+NUM_SENTENCES = 24300
 NUM_TEST_SENTENCES = 300
 CODEBOOK_SIZE = 256
 LABELLED_MINUTES = 15

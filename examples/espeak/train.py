@@ -35,7 +35,7 @@ def new_model(num_text_token_ids: int, wav2vec: MelKMeansTokenizer, seed: int) -
         target_kv_heads=2,
         num_text_token_ids=num_text_token_ids,
         wav2vec=wav2vec,
-        ff_dropout=0.05,
+        ff_dropout=0.1,
     )
     for embedding in model.token_emb.values():
         nn.init.normal_(embedding.weight, std=model.dim**-0.5)

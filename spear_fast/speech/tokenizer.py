@@ -24,6 +24,8 @@ CONFIG_NAME = "speech_tokenizer.json"
 CENTRES_NAME = "speech_tokenizer.safetensors"
 FRAME_SHIFT_MS = 10
 PAD_ID = -1
+# fixed noise under every sound, this far below it: the logarithm of digital silence would tell files apart, not sounds
+NOISE_DECIBELS = 50.0
 SETTINGS = ("sample_rate", "frames_per_token", "num_ceps", "num_mels", "order_decay", "slope_weight")
 
 Features = npt.NDArray[np.float32]
@@ -90,14 +92,17 @@ class MelKMeansTokenizer(nn.Module):
         options = knf.MfccOptions()
         options.frame_opts.samp_freq = self.sample_rate
         options.frame_opts.frame_shift_ms = FRAME_SHIFT_MS
-        # noise would make tokens differ from run to run
+        # its noise would make tokens differ from run to run
         options.frame_opts.dither = 0.0
         options.mel_opts.num_bins = self.num_mels
         options.num_ceps = self.num_ceps
         options.use_energy = False
         extractor = knf.OnlineMfcc(options)
+        noise = np.random.default_rng(0).standard_normal(len(samples), dtype=np.float32)
+        loudness = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) if len(samples) else 0.0
+        noisy = samples + noise * np.float32(loudness * 10 ** (-NOISE_DECIBELS / 20))
         # the scale that the extractor's energy floor is meant for
-        extractor.accept_waveform(self.sample_rate, (samples * 32768.0).tolist())
+        extractor.accept_waveform(self.sample_rate, (noisy * np.float32(32768.0)).tolist())
         extractor.input_finished()
         count = extractor.num_frames_ready
         tokens = count // self.frames_per_token
