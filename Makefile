@@ -38,8 +38,8 @@ recipe: $(VENV)/.recipe ## speak sentences, train and measure the demo's model f
 	@command -v espeak-ng >/dev/null || { echo "make recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng (or brew install espeak-ng)" >&2; exit 1; }
 	$(BIN)/python examples/espeak/recipe.py $(ARGS)
 
-bench: $(VENV)/.dev ## generation beside the reference, on this machine; ARGS are passed on
-	$(BIN)/python -m benchmarks.generate $(ARGS)
+bench: $(VENV)/.dev ## measure this machine: ARGS="op --ops rms_norm", "generate --cases b8-beam4", "train", "compare"
+	$(BIN)/python -m benchmarks $(or $(ARGS),op)
 
 wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,4 +1,4 @@
-"""Generation, ours beside the reference: `python -m benchmarks.generate --cases b8-beam4 --rounds 3`.
+"""Generation, ours beside the reference: `python -m benchmarks generate --cases b8-beam4 --rounds 3`.
 
 First the gate: in float32 ours must give the reference's tokens for the very case that is timed. Then both run in turn.
 Tokens are output tokens of the returned hypothesis; encoding the source is inside the time.
@@ -7,7 +7,6 @@ Tokens are output tokens of the returned hypothesis; encoding the source is insi
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import rows as rowfile
 from benchmarks.cases import CASES, Case
+from benchmarks.machine import CPU, environment, limits, results_file
 from benchmarks.peers import pair
-from benchmarks.timing import environment, interleaved, limits, quantiles
+from benchmarks.timing import interleaved, quantiles
 
 
 def providers() -> dict[str, str]:
@@ -102,7 +103,7 @@ def measure(case: Case, rounds: int, *, with_reference: bool = True) -> list[dic
             # by rounds: both sides of a ratio were measured within one of them
             ratios = [theirs / own for theirs, own in zip(seconds["reference"], times, strict=True)]
             row["times_the_reference"] = {key: round(value, 2) for key, value in quantiles(ratios).items()}
-        rows.append(row)
+        rows.append(rowfile.finished(row))
     return rows
 
 
@@ -122,25 +123,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generate", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="spear-fast bench generate", description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["b8-beam4", "b8-greedy"], metavar="CASE")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--without-reference", action="store_true", help="time ours alone; no gate, no ratio")
-    parser.add_argument("--out", type=Path, default=None, help="append the rows to this JSONL file")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="append the rows to this JSONL file, or to the device's in a folder"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    rows = []
+    out = chosen.out
+    if out is not None and out.suffix != ".jsonl":
+        out = results_file(CPU, out)
     for name in chosen.cases:
-        rows += measure(CASES[name], chosen.rounds, with_reference=not chosen.without_reference)
-    print(table(rows), flush=True)
-    if chosen.out is not None:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        with chosen.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-if __name__ == "__main__":
-    main()
+        rows = measure(CASES[name], chosen.rounds, with_reference=not chosen.without_reference)
+        rowfile.append(out, rows)
+        print(table(rows) + "\n", flush=True)
+    return 0

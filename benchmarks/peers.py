@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.cases import Case
-from benchmarks.timing import REPOSITORY
 
 
 def pair(case: Case, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -17,9 +15,6 @@ def pair(case: Case, seed: int = 0) -> tuple[nn.Module, Any]:
 
     Raises RuntimeError when the reference package is not installed; it says how to install it.
     """
-    folder = str(REPOSITORY / "tests")
-    if folder not in sys.path:
-        sys.path.append(folder)
     from reference import load_reference
 
     from spear_fast import TextToSemantic

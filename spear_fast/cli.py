@@ -1,4 +1,4 @@
-"""The command line: `spear-fast label | info | import-pt | export-pt`.
+"""The command line: `spear-fast label | info | import-pt | export-pt | bench`.
 
 Results go to standard output, progress and errors to standard error. Exit status: 0 all done; 3 done, but some rows
 failed (see failed.jsonl); 2 nothing could be done; 130 or 143 interrupted, to be resumed with the same command.
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_import(commands)
     _add_export(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -285,3 +286,30 @@ def run_export(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(f"{count} rows written to {arguments.out}")
     return EXIT_DONE
+
+
+def _add_bench(commands: Any) -> None:
+    text = "Measure ops, generation or training on this machine, by their distance from its limits."
+    parser = _command(commands, "bench", run_bench, text, "spear-fast bench WHAT --help lists the options of each")
+    parser.add_argument("what", choices=("op", "generate", "train", "compare"), metavar="op|generate|train|compare")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the benchmark")
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Runs a benchmark of the checkout; see `benchmarks/`."""
+    import importlib
+
+    # peers, the tests' rule of what is right and rows come with a checkout: none of it belongs into a user's install
+    places = [Path(__file__).resolve().parent.parent, Path.cwd()]
+    checkout = next((place for place in places if (place / "benchmarks" / "operations").is_dir()), None)
+    if checkout is None:
+        raise ValueError(
+            "bench runs from a checkout, since cases, peers and the rule of what is right are not installed; "
+            "run it in the folder of a clone of spear_fast."
+        )
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(f"benchmarks.{arguments.what}").main(arguments.options)
+    except SystemExit as stop:
+        return int(stop.code or 0)

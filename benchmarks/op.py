@@ -1,0 +1,320 @@
+"""Times the ops: every provider that can run here beside what plain torch does instead, by a share of the limit.
+
+    python -m benchmarks op --ops decode_cross_attention rms_norm --threads 2
+
+Each provider and baseline of a case first has to give the right numbers; then all of them are timed in turn, from warm
+caches (the inputs were just used) and from cold ones (so many copies of the inputs in turn that each has left them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import rows as rowfile
+from benchmarks.checked import Gate, call_of, computed
+from benchmarks.machine import DTYPES, environment, last_level_cache, limits, results_file
+from benchmarks.operations import OpCase, chosen_cases
+from benchmarks.operations.case import SETS, ElsewhereError, cloned
+from benchmarks.timing import Variant, quantile, quantiles, sampled
+from spear_fast.ops import providers
+
+CACHES = ("warm", "cold")
+# copies of the inputs may take so many bytes
+MOST_COPIED = {"cpu": 1 << 30, "cuda": 8 << 30}
+MOST_COPIES = 256
+
+
+@dataclass
+class Candidate:
+    """What may be timed of a case: a provider of the op, or a baseline."""
+
+    name: str
+    provider: bool
+    error: dict[str, float | None] = field(default_factory=dict)
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """device, dtype: what to measure on and in. caches: of CACHES. seconds: for each case and cache.
+
+    providers: names to which the op's providers are limited. baselines: whether they are measured too.
+    quick: limits of the machine by small products, for tests of the machinery.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    caches: Sequence[str] = CACHES
+    seconds: float = 2.0
+    providers: Sequence[str] = ()
+    baselines: bool = True
+    quick: bool = False
+
+
+def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[str]]:
+    """Returns a row for each candidate and cache of a case, and why others have none."""
+    device, dtype = settings.device, settings.dtype
+    arguments = case.inputs(dtype, device)
+    gate = Gate.of(case, arguments)
+    candidates = [*_providers(case, settings, arguments), *(_baselines(case) if settings.baselines else ())]
+    candidates = [each for each in candidates if _check(case, gate, each, arguments)]
+    able = [candidate for candidate in candidates if candidate.refused is None]
+    del gate
+    rows: list[rowfile.Row] = []
+    for cache in settings.caches if able else ():
+        copies = _copies(arguments, cache, device, bool(case.consumed))
+        variants = [_variant(case, candidate, copies) for candidate in able]
+        found = sampled(variants, device, settings.seconds)
+        clocks = {variant.name: variant.clock for variant in variants}
+        rows += _rows(case, settings, cache, able, found, clocks)
+        del copies, variants
+    return rows, [f"{case.title}: {each.name}: {each.refused}" for each in candidates if each.refused]
+
+
+def _providers(case: OpCase, settings: Settings, arguments: Sequence[Any]) -> Iterator[Candidate]:
+    size = arguments[0].shape[-1]
+    depends = _options(case, arguments)
+    for name in providers.names(case.op):
+        if settings.providers and name not in settings.providers:
+            continue
+        refusal = providers.get(case.op, name).refusal(providers.Inputs(settings.device, settings.dtype, size, depends))
+        yield Candidate(name, True, refused=refusal)
+
+
+def _options(case: OpCase, arguments: Sequence[Any]) -> tuple:
+    """Returns what the op's definition says that its providers depend on, as its own choice remembers it."""
+    memory = providers.chosen(case.op)
+    with providers.forced(f"{case.op}=reference"):
+        getattr(torch.ops.spear_fast, case.op).default(*cloned(arguments))
+        return next(iter(memory))[3]
+
+
+def _baselines(case: OpCase) -> Iterator[Candidate]:
+    for name in case.baselines:
+        yield Candidate(name, False)
+
+
+def _check(case: OpCase, gate: Gate, candidate: Candidate, arguments: Sequence[Any]) -> bool:
+    """Notes a candidate's error, or why it cannot or must not be timed; returns whether it belongs here at all."""
+    if candidate.refused is not None:
+        return True
+    try:
+        if candidate.provider:
+            results: Sequence[Tensor] = computed(case, candidate.name, arguments)
+        else:
+            prepared = case.baselines[candidate.name](cloned(arguments))
+            with prepared.within():
+                results = prepared.read(prepared.run())
+        candidate.error = gate.error(results)
+    except ElsewhereError:
+        return False
+    except AssertionError as wrong:
+        candidate.refused = f"wrong: {wrong}"
+    except (RuntimeError, ImportError, NotImplementedError) as error:
+        candidate.refused = f"not here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return True
+
+
+def _copies(arguments: Sequence[Any], cache: str, device: torch.device, consumed: bool) -> list[list[Any]]:
+    """Returns as many copies of the inputs as leave the caches warm, or cold."""
+    size = max(1, sum(each.numel() * each.element_size() for each in arguments if isinstance(each, Tensor)))
+    last = last_level_cache(device)
+    if cache == "warm":
+        # what is consumed takes a copy a call; together they stay in the cache
+        count = max(1, min(16, last // 4 // size)) if consumed else 1
+    else:
+        count = min(-(-2 * last // size), MOST_COPIES, max(1, MOST_COPIED[device.type] // size))
+    return [cloned(arguments) for _ in range(count)]
+
+
+def _variant(case: OpCase, candidate: Candidate, copies: Sequence[Sequence[Any]]) -> Variant:
+    restore = None
+    if case.consumed:
+        kept = [[copy[i].clone() for i in case.consumed] for copy in copies]
+
+        def restore() -> None:
+            for copy, saved in zip(copies, kept, strict=True):
+                for i, value in zip(case.consumed, saved, strict=True):
+                    copy[i].copy_(value)
+
+    if candidate.provider:
+        calls = [call_of(case, candidate.name, copy) for copy in copies]
+        within: Any = functools.partial(providers.forced, f"{case.op}={candidate.name}")
+        # the definition may look at numbers, which a graph does not allow
+        graph = not case.gradients and candidate.name != "reference"
+    else:
+        prepared = [case.baselines[candidate.name](copy) for copy in copies]
+        calls, within, graph = [each.run for each in prepared], prepared[0].within, not case.gradients
+    return Variant(candidate.name, calls, restore, within, graph)
+
+
+def _rows(
+    case: OpCase,
+    settings: Settings,
+    cache: str,
+    candidates: Sequence[Candidate],
+    found: dict[str, list[float]],
+    clocks: dict[str, str],
+) -> list[rowfile.Row]:
+    device, dtype = settings.device, settings.dtype
+    size = torch.finfo(dtype).bits // 8
+    machine = limits(device, dtype, quick=settings.quick)
+    read, flops = case.bytes(size), case.flops
+    floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
+    bound = max(floors, key=lambda name: floors[name])
+    rivals = [name for name in case.against if name in found]
+    rival = min(rivals, key=lambda name: quantile(found[name], 0.5)) if rivals else None
+    automatic = next((each.name for each in candidates if each.provider), None)
+    rows = []
+    for candidate in candidates:
+        spread = quantiles(found[candidate.name])
+        row = {
+            "benchmark": "op",
+            "op": case.op,
+            "case": case.title,
+            "mode": case.mode,
+            "dtype": str(dtype).removeprefix("torch."),
+            "cache": cache,
+            "variant": candidate.name,
+            "kind": "provider" if candidate.provider else "baseline",
+            "automatic": candidate.name == automatic and not settings.providers,
+            "clock": clocks[candidate.name],
+            "samples": len(found[candidate.name]),
+            **{name: float(f"{value:.4g}") for name, value in spread.items()},
+            "bytes": read,
+            "flops": flops,
+            "gbs": round(read / spread["p50"] / 1e9, 3),
+            "tflops": round(flops / spread["p50"] / 1e12, 5),
+            "bound": bound,
+            "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
+            "limit": {key: round(value, 1) for key, value in machine.items()},
+            **candidate.error,
+            "baseline": rival,
+            "shape": dict(case.shape),
+            **environment(device),
+        }
+        if rival is not None:
+            # by rounds: both sides of a ratio were measured within one of them
+            ratios = [a / b for a, b in zip(found[rival], found[candidate.name], strict=True)]
+            row["times_baseline"] = {key: round(value, 3) for key, value in quantiles(ratios).items()}
+        wanted = case.wanted.get(device.type)
+        if wanted and row["automatic"] and not (wanted.get("times") and rival is None):
+            row |= {"wanted": dict(wanted), "reached": _reached(row, wanted)}
+        rows.append(rowfile.finished(row))
+    return rows
+
+
+def _reached(row: rowfile.Row, wanted: dict[str, float] | Any) -> bool:
+    """Returns whether a row is as good as was aimed at."""
+    if "times" in wanted:
+        return row["times_baseline"]["p50"] >= wanted["times"]
+    if "percent" in wanted:
+        return row["percent_of_limit"] >= wanted["percent"]
+    return row["p50"] <= wanted["seconds"]
+
+
+def table(rows: Sequence[rowfile.Row]) -> str:
+    """Returns the rows as a Markdown table, slower ones too."""
+    header = ("case", "by", "dtype, cache", "p20 / p50 / p80", "GB/s", "TFLOP/s", "of the limit", "error", "× baseline")
+    return rowfile.table(header, (_line(row) for row in rows))
+
+
+def _line(row: rowfile.Row) -> tuple[str, ...]:
+    ratio, wanted = row.get("times_baseline"), row.get("wanted")
+    said = "" if ratio is None else f"{ratio['p50']:.2f}" + (" (it)" if row["variant"] == row["baseline"] else "")
+    if wanted:
+        said += f" {'reached' if row['reached'] else 'MISSED'}: " + ", ".join(f"{k} {v:g}" for k, v in wanted.items())
+    return (
+        row["case"] + (f", {row['mode']}" if row["mode"] != "forward" else ""),
+        row["variant"] + (" *" if row["automatic"] else ""),
+        f"{row['dtype']}, {row['cache']}",
+        " / ".join(rowfile.seconds(row[name]) for name in ("p20", "p50", "p80")),
+        f"{row['gbs']:.1f}",
+        f"{row['tflops']:.3g}",
+        f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+        "" if row.get("max_error") is None else f"{row['max_error']:.1e}",
+        said,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose cases and settings, which `compare` has too."""
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="these ops alone")
+    parser.add_argument("--cases", nargs="+", metavar="WORD", help="cases whose title holds all of these words")
+    parser.add_argument("--set", choices=SETS, dest="kind", help="which shapes (cpu or gpu, by the device)")
+    parser.add_argument("--providers", nargs="+", default=(), metavar="NAME", help="these providers alone")
+    parser.add_argument("--without-baselines", action="store_true")
+    parser.add_argument("--no-extra", action="store_true", help="leave out the shapes of second rank")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each case and cache (2)")
+    parser.add_argument("--limit", type=float, default=None, help="seconds after which no further case is begun")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
+
+
+def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
+    """Measures what the options choose; prints a table for each case; appends its rows to `out` at once."""
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    device = torch.device(chosen.device)
+    dtypes = chosen.dtypes or ["float32" if device.type == "cpu" else "bfloat16"]
+    kind = chosen.kind or {"cpu": "cpu"}.get(device.type, "gpu")
+    cases = chosen_cases(kind, chosen.ops, chosen.cases, extra=not chosen.no_extra)
+    if not cases:
+        raise ValueError(f"no case of the set {kind} has these ops and words; choose others with --ops and --cases.")
+    unknown = {case.op for case in cases} - set(providers.ops())
+    if unknown:
+        print(f"not ops of this version: {', '.join(sorted(unknown))}\n")
+        cases = [case for case in cases if case.op not in unknown]
+    began, everything = time.perf_counter(), []
+    for case in cases:
+        for dtype in dtypes:
+            if chosen.limit is not None and time.perf_counter() - began > chosen.limit:
+                print(f"{case.title}: not begun, the {chosen.limit:g} seconds are over", flush=True)
+                continue
+            settings = Settings(
+                device,
+                DTYPES[dtype],
+                chosen.caches,
+                chosen.seconds,
+                chosen.providers,
+                not chosen.without_baselines,
+                quick=kind == "tiny",
+            )
+            try:
+                rows, reasons = measured(case, settings)
+            except Exception as error:
+                # one case must not take the others with it
+                rows, reasons = [], [f"{case.title}: {type(error).__name__}: {error}"]
+            rowfile.append(out, rows)
+            everything += rows
+            shown = [table(rows), ""] if rows else []
+            print("\n".join([*(f"not timed: {reason}" for reason in reasons), *shown]), flush=True)
+    return everything
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="spear-fast bench op", description=__doc__.partition("\n")[0])
+    add_arguments(parser)
+    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the rows as PNG files")
+    chosen = parser.parse_args(arguments)
+    out = chosen.out
+    if out is not None and out.suffix != ".jsonl":
+        out = results_file(torch.device(chosen.device), out)
+    rows = run(chosen, out)
+    if chosen.plots is not None:
+        from benchmarks.plots import draw
+
+        draw(rows, chosen.plots)
+    return 0
