@@ -48,7 +48,7 @@ class Settings:
     """device, dtype: what to measure on and in. caches: of CACHES. seconds: for each case and cache.
 
     providers: names to which the op's providers are limited. baselines: whether they are measured too.
-    quick: limits of the machine by small products, for tests of the machinery.
+    quick: few samples, and limits of the machine by small products: for tests of the machinery.
     """
 
     device: torch.device
@@ -71,9 +71,9 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
     del gate
     rows: list[rowfile.Row] = []
     for cache in settings.caches if able else ():
-        copies = _copies(arguments, cache, device, bool(case.consumed))
+        copies = _copies(arguments, cache, device, bool(case.consumed))[: 3 if settings.quick else None]
         variants = [_variant(case, candidate, copies) for candidate in able]
-        found = sampled(variants, device, settings.seconds)
+        found = sampled(variants, device, settings.seconds, (2, 2) if settings.quick else (5, 100))
         clocks = {variant.name: variant.clock for variant in variants}
         rows += _rows(case, settings, cache, able, found, clocks)
         del copies, variants
