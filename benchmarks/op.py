@@ -278,13 +278,13 @@ def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
         cases = [case for case in cases if case.op not in unknown]
     began, everything = time.perf_counter(), []
     for case in cases:
-        for dtype in dtypes:
+        for dtype in dtypes[:1] if case.dtype else dtypes:
             if chosen.limit is not None and time.perf_counter() - began > chosen.limit:
                 print(f"{case.title}: not begun, the {chosen.limit:g} seconds are over", flush=True)
                 continue
             settings = Settings(
                 device,
-                DTYPES[dtype],
+                case.dtype or DTYPES[dtype],
                 chosen.caches,
                 chosen.seconds,
                 chosen.providers,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops_matrix import device_of
 
-from benchmarks import op, rows
+from benchmarks import compare, op, plots, rows
 from benchmarks.checked import Gate, computed
 from benchmarks.machine import CPU
 from benchmarks.operations import all_cases, chosen_cases
@@ -139,3 +139,36 @@ def test_without_a_checkout_the_command_says_where_to_run_it(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "op"]) == 2
     assert "bench runs from a checkout" in capsys.readouterr().err
+
+
+def test_ratios_take_the_fastest_round_and_what_both_sides_have():
+    def row(case, seconds):
+        return dict(case=case, mode="forward", dtype="float32", cache="warm", what="", p50=seconds)
+
+    found = compare.ratios([row("a", 2.0), row("a", 1.0), row("b", 1.0)], [row("a", 3.0), row("a", 4.0)])
+    assert found == [("a, forward, float32, warm", 1.0, 3.0, 3.0)]
+
+
+def test_comparing_providers_fails_below_the_ratio(capsys):
+    options = ["--ops", "append_kv", "--set", "tiny", "--seconds", "0", "--device", "cpu"]
+    sides = ["--providers", "reference", "reference"]
+    assert cli.main(["bench", "compare", *options, *sides, "--fail-below", "0.99"]) == 0
+    assert "median ratio 1.00, worst 1.00" in capsys.readouterr().out
+    assert cli.main(["bench", "compare", *options, *sides, "--fail-below", "1.01"]) == 1
+    assert cli.main(["bench", "compare", *options]) == 2
+    assert "compare wants two providers, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_comparing_commits_builds_the_other_one(capsys):
+    options = ["--ops", "decode_cross_attention", "--set", "tiny", "--seconds", "0", "--device", "cpu"]
+    assert cli.main(["bench", "compare", "--commits", "HEAD", "--rounds", "1", *options]) == 0
+    assert "decode_cross_attention tiny 2x3 s12, forward, float32, warm, automatic" in capsys.readouterr().out
+
+
+def test_plots_are_drawn_of_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    found, _ = op.measured(case_of("append_kv"), SETTINGS)
+    paths = plots.draw(found, tmp_path)
+    assert [path.name.rpartition("-")[2] for path in paths] == ["roofline.png", "ops.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.operations import attention, decode, pointwise
+from benchmarks.operations import attention, decode, pointwise, selection
 from benchmarks.operations.case import OpCase
 
 
 def all_cases() -> list[OpCase]:
     """Returns every case of every op, those of one op together."""
-    return [case for family in (decode, attention, pointwise) for case in family.cases()]
+    return [case for family in (decode, selection, attention, pointwise) for case in family.cases()]
 
 
 def chosen_cases(

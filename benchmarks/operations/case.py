@@ -66,6 +66,7 @@ class OpCase:
     gradients: arguments that get gradients; none: the op's provider is called as it is.
     outputs: results that are compared, and that gradients start from.
     writes: arguments that the op writes instead. consumed: those that every call needs as they were.
+    dtype: what it is always measured in, where the machine's usual one makes no sense.
     sets: where it belongs; see SETS. extra: measured after all others, when there is time.
     """
 
@@ -82,6 +83,7 @@ class OpCase:
     outputs: int | None = None
     writes: tuple[int, ...] = ()
     consumed: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
     sets: tuple[str, ...] = ("gpu",)
     extra: bool = False
 
