@@ -8,6 +8,7 @@ from typing import Any
 import ops_attention_inputs
 import ops_inputs
 import ops_pointwise_inputs
+import ops_selection_inputs
 import torch
 
 from spear_fast.ops.reference import attention as reference
@@ -28,4 +29,5 @@ EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {
     "attention_backward": _attention_backward,
     **ops_inputs.MAKE,
     **ops_pointwise_inputs.MAKE,
+    **ops_selection_inputs.MAKE,
 }

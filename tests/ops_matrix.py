@@ -74,9 +74,11 @@ def assert_right(
     def compute(function: Callable[..., Any], inputs: list[Any]) -> Sequence[Tensor]:
         return results(function(*inputs), inputs)
 
-    copies = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
-    truths = compute(definition, [to_float64(argument) for argument in copies])
-    yardsticks = compute(definition, [a.clone() if isinstance(a, Tensor) else a for a in copies])
+    def copies() -> list[Any]:
+        return [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
+
+    truths = compute(definition, [to_float64(argument) for argument in copies()])
+    yardsticks = compute(definition, copies())
     # not cloned: strides are part of the case
     found = compute(row.function, moved(arguments, device_of(row)))
     for i, (result, truth, yardstick) in enumerate(zip(found, truths, yardsticks, strict=True)):

@@ -9,11 +9,13 @@ from spear_fast.ops.cross_entropy import cross_entropy, label_log_probs
 from spear_fast.ops.decode_attention import append_kv, decode_cross_attention, decode_self_attention
 from spear_fast.ops.pointwise import geglu, rms_norm, rotary
 from spear_fast.ops.providers import available, forced
+from spear_fast.ops.selection import beam_step, sample_step
 
 __all__ = [
     "append_kv",
     "attention",
     "available",
+    "beam_step",
     "cross_entropy",
     "decode_cross_attention",
     "decode_self_attention",
@@ -22,4 +24,5 @@ __all__ = [
     "label_log_probs",
     "rms_norm",
     "rotary",
+    "sample_step",
 ]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops.reference import ranges as reference
-from spear_fast.ops.reference.ranges import check_offsets, check_range
+from spear_fast.ops.reference.ranges import check_offsets, check_range, check_selection
+from spear_fast.ops.selection_settings import Method, Whole
 
 
 def check(op: str, first: Tensor, *others: Any) -> None:
@@ -74,13 +75,47 @@ def _cross_entropy_backward(
     _cross_entropy(hidden, weight, labels, ignore_index, op="cross_entropy_backward")
 
 
+def _check_live(
+    op: str,
+    method: Method,
+    logits: Tensor,
+    whole: Tensor,
+    prefix: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    done: Tensor,
+) -> None:
+    live = ~done & (whole[:, Whole.METHOD] == method)
+    slot = torch.arange(lengths.shape[1], device=lengths.device)
+    used = live[:, None] & (slot < whole[:, Whole.BEAM_SIZE, None])
+    check_selection(op, logits, live, whole, prefix, lengths[: len(done)].masked_fill(~used, 0), tokens)
+
+
+def _beam_step(
+    logits: Tensor, null_logits: Tensor | None, real_settings: Tensor, whole_settings: Tensor, prefix: Tensor,
+    inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, *others: Tensor,
+) -> None:  # fmt: skip
+    _check_live("beam_step", Method.BEAM, logits, whole_settings, prefix, lengths[:, :1], tokens, others[-1])
+
+
+def _sample_step(
+    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, real_settings: Tensor, whole_settings: Tensor,
+    prefix: Tensor, seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor,
+    parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
+) -> None:  # fmt: skip
+    lengths = lengths[: len(done)].masked_fill(finished, 0)
+    _check_live("sample_step", Method.SAMPLE, logits, whole_settings, prefix, lengths, tokens, done)
+
+
 # op → what looks at the integers among its arguments
 RANGES: dict[str, Callable[..., None]] = {
     "append_kv": _append_kv,
+    "beam_step": _beam_step,
     "attention": _attention,
     "attention_backward": _attention_backward,
     "cross_entropy": _cross_entropy,
     "cross_entropy_backward": _cross_entropy_backward,
     "decode_cross_attention": _decode_cross_attention,
     "decode_self_attention": _decode_self_attention,
+    "sample_step": _sample_step,
 }

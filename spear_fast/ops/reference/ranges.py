@@ -7,18 +7,20 @@ import os
 import torch
 from torch import Tensor
 
+from spear_fast.ops.selection_settings import Whole
+
 # ranges are always checked on the CPU; elsewhere looking costs a wait for the device
 DEBUG = os.environ.get("SPEAR_FAST_DEBUG", "") not in ("", "0")
 
 
-def check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str) -> None:
-    """Raises unless all of `tensor` lies in 0..limit, where looking is free."""
+def check_range(op: str, name: str, tensor: Tensor, limit: int, advice: str, least: int = 0) -> None:
+    """Raises unless all of `tensor` lies in least..limit, where looking is free."""
     if tensor.numel() == 0 or (tensor.device.type != "cpu" and not DEBUG):
         return
     lowest, highest = (int(bound) for bound in torch.aminmax(tensor))
-    if lowest < 0 or highest > limit:
-        worst = lowest if lowest < 0 else highest
-        raise ValueError(f"{op}: {name} must lie in 0..{limit}, got {worst}; {advice}")
+    if lowest < least or highest > limit:
+        worst = lowest if lowest < least else highest
+        raise ValueError(f"{op}: {name} must lie in {least}..{limit}, got {worst}; {advice}")
 
 
 def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name: str, longest: int) -> None:
@@ -34,3 +36,18 @@ def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name:
             f"{op}: {longest_name} must be at least the longest length {int(steps.max())}, got {longest}; "
             f"take it from {name}"
         )
+
+
+def check_selection(
+    op: str, logits: Tensor, live: Tensor, whole_settings: Tensor, prefix: Tensor, steps: Tensor, tokens: Tensor
+) -> None:
+    """Raises unless the settings of the utterances that are `live` and their `steps` so far fit the buffers."""
+    _, beams, vocab = logits.shape
+    for name, which, least, limit in (
+        ("beam_size", Whole.BEAM_SIZE, 1, beams),
+        ("eos_id", Whole.EOS_ID, -1, vocab - 1),
+        ("prefix_length", Whole.PREFIX_LENGTH, 0, prefix.shape[1]),
+    ):
+        wanted = whole_settings[:, which].masked_fill(~live, least)
+        check_range(op, name, wanted, limit, "correct the utterance's settings", least)
+    check_range(op, "lengths", steps, tokens.shape[1] - 1, "make the histories longer")

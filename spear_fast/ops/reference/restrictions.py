@@ -1,0 +1,88 @@
+"""What the selection ops make of logits before they choose: the guidance mix, and the tokens that must not come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spear_fast.ops.selection_settings import Real, Whole
+
+
+def column(settings: Tensor, which: Real | Whole, dimensions: int = 3) -> Tensor:
+    """Returns one column of the settings, `[utterances, 1, …]` with that many dimensions."""
+    return settings[:, which].view(-1, *[1] * (dimensions - 1))
+
+
+def mixed(logits: Tensor, null_logits: Tensor | None, real_settings: Tensor) -> Tensor:
+    """Returns `null + (logits - null) * guidance`, or the logits themselves at guidance 1, in the settings' dtype."""
+    logits = logits.to(real_settings.dtype)
+    if null_logits is None:
+        return logits
+    guidance, blind = column(real_settings, Real.GUIDANCE), null_logits.to(real_settings.dtype)
+    return torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
+
+
+def own_history(tokens: Tensor, ancestors: Tensor, steps: Tensor) -> Tensor:
+    """Returns the tokens of each hypothesis `[utterances, beams, steps]` int64, -1 behind its last one.
+
+    tokens: `[utterances, capacity, beams]`. ancestors: `[utterances, beams, capacity]`. steps: `[utterances, beams]`
+    int64, tokens so far: the one of step i was the input of position i + 1, in whose slot it stands.
+    """
+    utterances, capacity, beams = tokens.shape
+    # what lies past the longest was never written; on a GPU asking for it would wait for the device
+    longest = min(int(steps.max()), capacity) if steps.device.type == "cpu" else capacity
+    step = torch.arange(longest, device=steps.device)
+    own = torch.arange(beams, device=steps.device)[:, None].expand(utterances, beams, longest)
+    slots = own.clone()
+    if longest > 1:
+        slots[:, :, :-1] = ancestors[:, :, 1:longest]
+    # the last one was the input of this very step, whose slot is the hypothesis' own
+    slots = torch.where(step + 1 < steps[..., None], slots, own).clamp(max=beams - 1)
+    history = tokens[:, :longest].transpose(1, 2).gather(1, slots).long()
+    return history.masked_fill(step >= steps[..., None], -1)
+
+
+def restricted(
+    values: Tensor, history: Tensor, steps: Tensor, real_settings: Tensor, whole_settings: Tensor, prefix: Tensor
+) -> Tensor:
+    """Returns values `[utterances, beams, vocabulary]` with penalties, and -inf where a token must not come next.
+
+    history: `[utterances, beams, steps]`, see `own_history`. steps: `[utterances, beams]` int64.
+    prefix: `[utterances, longest prefix]`, int32.
+    """
+    vocab = values.shape[-1]
+    penalty = column(real_settings, Real.REPETITION_PENALTY)
+    seen = _marked(history, torch.ones_like(history, dtype=torch.bool), vocab) & (penalty != 1)
+    values = torch.where(seen, torch.where(values < 0, values * penalty, values / penalty), values)
+    banned = _marked(history, _ends_repetition(history, steps, whole_settings), vocab)
+    ids = torch.arange(vocab, device=values.device)
+    early = steps[..., None] < column(whole_settings, Whole.MIN_LENGTH)
+    banned = banned | (early & (ids == column(whole_settings, Whole.EOS_ID)))
+    values = values.masked_fill(banned, -torch.inf)
+    if not prefix.shape[1]:
+        return values
+    wanted = prefix.long().gather(1, steps.clamp(max=prefix.shape[1] - 1))[..., None]
+    given = (steps[..., None] < column(whole_settings, Whole.PREFIX_LENGTH)).expand_as(values)
+    # the given token costs nothing: all hypotheses have it
+    return torch.where(given, torch.where(ids == wanted, 0.0, -torch.inf).to(values.dtype), values)
+
+
+def _marked(history: Tensor, holds: Tensor, vocab: int) -> Tensor:
+    """Returns which tokens `[utterances, beams, vocab]` the history has at a step where `holds`."""
+    inside = holds & (history >= 0) & (history < vocab)
+    marked = torch.zeros(*history.shape[:2], vocab + 1, dtype=torch.bool, device=history.device)
+    return marked.scatter(2, history.masked_fill(~inside, vocab), True)[..., :vocab]
+
+
+def _ends_repetition(history: Tensor, steps: Tensor, whole_settings: Tensor) -> Tensor:
+    """Returns at which steps `[utterances, beams, steps]` an n-gram ended that began as the one which ends next."""
+    size = column(whole_settings, Whole.NO_REPEAT_NGRAM_SIZE)
+    longest = history.shape[-1]
+    step = torch.arange(longest, device=history.device)
+    holds = (size > 0) & (step >= size - 1) & (step < steps[..., None])
+    for back in range(1, min(longest, int(whole_settings[:, Whole.NO_REPEAT_NGRAM_SIZE].max()))):
+        last = history.gather(2, (steps - back).clamp(0, longest - 1)[..., None])
+        same = torch.zeros_like(holds)
+        same[..., back:] = (history == last)[..., : longest - back]
+        holds = holds & (same | (back >= size))
+    return holds

@@ -1,0 +1,221 @@
+"""Selection of the next tokens, in plain torch. On a GPU it waits for the device where n-grams are looked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spear_fast.ops.reference.candidates import best_candidates, draw, keep_top_k, keep_top_p
+from spear_fast.ops.reference.philox import philox
+from spear_fast.ops.reference.ranges import check_selection
+from spear_fast.ops.reference.restrictions import column, mixed, own_history, restricted
+from spear_fast.ops.selection_settings import COLDEST, EarlyStopping, Method, Real, Whole
+
+
+@dataclass
+class _Pool:
+    """`[utterances, beams]` each: scores float, slots and ends int64, finished bool, last_logprobs float."""
+
+    scores: Tensor
+    slots: Tensor
+    ends: Tensor
+    finished: Tensor
+    last_logprobs: Tensor
+
+
+def beam_step(
+    logits: Tensor, null_logits: Tensor | None, real_settings: Tensor, whole_settings: Tensor, prefix: Tensor,
+    inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, parents: Tensor,
+    logprobs: Tensor, pool_scores: Tensor, pool_slots: Tensor, pool_ends: Tensor, pool_finished: Tensor,
+    pool_last_logprobs: Tensor, ended: Tensor, done: Tensor,
+) -> None:  # fmt: skip
+    utterances, beams, vocab = logits.shape
+    live = ~done & (whole_settings[:, Whole.METHOD] == Method.BEAM)
+    if not utterances:
+        return
+    size = column(whole_settings, Whole.BEAM_SIZE, 2)
+    steps = lengths[:utterances, :1].masked_fill(~live[:, None], 0)
+    check_selection("beam_step", logits, live, whole_settings, prefix, steps, tokens)
+    rank = torch.arange(2 * beams, device=logits.device)
+    slot = rank[:beams]
+    used = slot < size
+
+    scaled = mixed(logits, null_logits, real_settings) / column(real_settings, Real.TEMPERATURE).clamp(min=COLDEST)
+    likely = scaled.log_softmax(dim=-1)
+    each = steps.expand(-1, beams)
+    history = own_history(tokens, ancestors[:utterances], each)
+    ranked = restricted(likely, history, each, real_settings, whole_settings, prefix)
+    ranked = (scores[..., None] + ranked).masked_fill(~used[..., None], -torch.inf)
+    values, index = best_candidates(ranked.flatten(1), 2 * beams)
+    # where the vocabulary has too few candidates, those of no slot stand behind
+    index = index.masked_fill(index >= size * vocab, 0)
+    origins, chosen = index // vocab, index % vocab
+    chosen_logprobs = likely.flatten(1).gather(1, index)
+
+    eos = column(whole_settings, Whole.EOS_ID, 2)
+    ends = (chosen == eos) & (eos >= 0)
+    # a stable sort keeps the order by score within those that go on; behind them those that end, then the superfluous
+    place = torch.where(rank < 2 * size, ends.to(torch.uint8), 2)
+    goes_on = place.sort(dim=-1, stable=True).indices[:, :beams]
+    running = values.masked_fill(ends, -torch.inf).gather(1, goes_on)
+
+    length = steps + 1
+    limit = length >= column(whole_settings, Whole.MAX_LENGTH, 2)
+    counted = _counted(length, real_settings, whole_settings)
+    enters = torch.cat((ends & (rank < size) & live[:, None], limit & used & live[:, None]), dim=1)
+    totals = torch.cat((values, running), dim=1)
+    enters = enters & ~(totals == -torch.inf)
+    pool = _Pool(pool_scores, pool_slots, pool_ends, pool_finished, pool_last_logprobs)
+    _enter(
+        pool,
+        (totals / counted).masked_fill(~enters, -torch.inf),
+        used & live[:, None],
+        slots=torch.cat((origins, slot.expand(utterances, -1)), dim=1),
+        ends=torch.cat(((length - 1).expand(-1, 2 * beams), length.expand(-1, beams)), dim=1),
+        finished=torch.cat((ends, torch.zeros_like(used)), dim=1),
+        last_logprobs=torch.cat((chosen_logprobs, torch.zeros_like(running)), dim=1),
+    )
+    ended += enters.sum(dim=1)
+
+    origins, chosen = origins.gather(1, goes_on), chosen.gather(1, goes_on)
+    written = used & live[:, None]
+    for history, new in (
+        (tokens, chosen),
+        (parents, origins),
+        (logprobs, chosen_logprobs.gather(1, goes_on)),
+    ):
+        _record(history, each, new, written)
+    _follow(ancestors, origins, steps, written)
+    inputs.copy_(torch.where(written, chosen, inputs))
+    scores.copy_(torch.where(written, running, scores))
+    lengths += written.repeat(lengths.shape[0] // utterances, 1)
+    over = limit[:, 0] | _cannot_improve(pool, running[:, :1], length, ended, real_settings, whole_settings)
+    done |= live & over
+
+
+def sample_step(
+    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, real_settings: Tensor, whole_settings: Tensor,
+    prefix: Tensor, seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor,
+    parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
+) -> None:  # fmt: skip
+    utterances, beams, _ = logits.shape
+    live = ~done & (whole_settings[:, Whole.METHOD] == Method.SAMPLE)
+    if not utterances:
+        return
+    slot = torch.arange(beams, device=logits.device)
+    used = slot < column(whole_settings, Whole.BEAM_SIZE, 2)
+    written = used & ~finished & live[:, None]
+    steps = lengths[:utterances].masked_fill(~written, 0)
+    check_selection("sample_step", logits, live, whole_settings, prefix, steps, tokens)
+
+    exact = mixed(logits, null_logits, real_settings)
+    history = own_history(tokens, slot.to(torch.uint8)[:, None].expand_as(ancestors[:utterances]), steps)
+    allowed = exact if filtered is None else filtered.to(exact.dtype)
+    allowed = restricted(allowed, history, steps, real_settings, whole_settings, prefix)
+    chosen = _chosen(allowed, steps, seeds, real_settings, whole_settings)
+    chosen_logprobs = exact.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
+    nothing_left = (allowed == -torch.inf).all(dim=-1)
+    chosen_logprobs = chosen_logprobs.masked_fill(nothing_left, -torch.inf)
+
+    for history, new in ((tokens, chosen), (parents, slot.expand_as(chosen)), (logprobs, chosen_logprobs)):
+        _record(history, steps, new, written)
+    next_position = torch.arange(ancestors.shape[2], device=slot.device) == steps[..., None] + 1
+    table = ancestors.view(-1, *tokens.shape[::2], ancestors.shape[2])
+    table.copy_(torch.where(next_position & written[..., None], slot[:, None].to(torch.uint8), table))
+    given = steps < column(whole_settings, Whole.PREFIX_LENGTH, 2)
+    inputs.copy_(torch.where(written, chosen, inputs))
+    scores.copy_(torch.where(written & ~given, scores + chosen_logprobs, scores))
+    lengths += written.repeat(lengths.shape[0] // utterances, 1)
+    eos = column(whole_settings, Whole.EOS_ID, 2)
+    # where logits are NaN, or nothing may come, nothing sensible can follow
+    ends = ((chosen == eos) & (eos >= 0)) | ~(chosen_logprobs > -torch.inf)
+    finished |= written & ends
+    at_limit = lengths[:utterances] >= column(whole_settings, Whole.MAX_LENGTH, 2)
+    done |= live & (finished | at_limit | ~used).all(dim=-1)
+
+
+def _chosen(allowed: Tensor, steps: Tensor, seeds: Tensor, real_settings: Tensor, whole_settings: Tensor) -> Tensor:
+    """Returns the token of each hypothesis `[utterances, beams]`, int64: the likeliest, or a draw."""
+    best = allowed.argmax(dim=-1)
+    top_k, top_p = column(whole_settings, Whole.TOP_K).long(), column(real_settings, Real.TOP_P)
+    temperature = column(real_settings, Real.TEMPERATURE)
+    kept = keep_top_k(allowed, torch.where(top_k > 0, top_k, allowed.shape[-1]))
+    scaled = kept / temperature.clamp(min=COLDEST)
+    weights = keep_top_p(scaled, torch.where(top_p < 1, top_p, torch.inf), scaled).softmax(dim=-1)
+    drawn = draw(weights, uniform_numbers(seeds, steps))
+    sensible = weights.sum(dim=-1) > 0
+    return torch.where(sensible & (temperature[..., 0] > COLDEST), drawn, best)
+
+
+def uniform_numbers(seeds: Tensor, steps: Tensor) -> Tensor:
+    """Returns a number in [0, 1) for each hypothesis, `[utterances, beams]` float64 of 53 bits.
+
+    seeds: `[utterances]`, int64, Philox' key. steps: `[utterances, beams]`, int64; the counter is (step, beam, 0, 0).
+    """
+    slot = torch.arange(steps.shape[1], device=steps.device).expand_as(steps)
+    zero = torch.zeros_like(steps)
+    key = seeds[:, None].expand_as(steps)
+    first, second, *_ = philox((steps, slot, zero, zero), (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))
+    return ((first >> 5) * 2**26 + (second >> 6)).double() * 2.0**-53
+
+
+def _counted(length: Tensor, real_settings: Tensor, whole_settings: Tensor) -> Tensor:
+    """Returns what divides a score of `length` tokens, `[utterances, 1]`; those of the prefix do not count."""
+    counted = (length - column(whole_settings, Whole.PREFIX_LENGTH, 2)).clamp(min=1)
+    return counted.to(real_settings.dtype) ** column(real_settings, Real.LENGTH_PENALTY, 2)
+
+
+def _cannot_improve(
+    pool: _Pool, best: Tensor, length: Tensor, ended: Tensor, real_settings: Tensor, whole_settings: Tensor
+) -> Tensor:
+    """Returns `[utterances]` bool: enough have ended and, by early stopping, no other will still enter the pool."""
+    size = column(whole_settings, Whole.BEAM_SIZE, 2)
+    worst = pool.scores.gather(1, size.long() - 1)
+    enough = ended[:, None] >= _enough(size, real_settings)
+    mode = column(whole_settings, Whole.EARLY_STOPPING, 2)
+    # sums are negative: where the penalty is positive, the longest hypothesis divides by most
+    longest = (mode == EarlyStopping.NEVER) & (column(real_settings, Real.LENGTH_PENALTY, 2) > 0)
+    length = torch.where(longest, column(whole_settings, Whole.MAX_LENGTH, 2), length)
+    beaten = best / _counted(length, real_settings, whole_settings) <= worst
+    # true of NaN too
+    nothing_left = ~(best > -torch.inf)
+    return ((enough & (beaten | (mode == EarlyStopping.AT_ONCE))) | nothing_left)[:, 0]
+
+
+def _enough(size: Tensor, real_settings: Tensor) -> Tensor:
+    """Returns how many hypotheses must have ended, `[utterances, 1]`: patience times the beam, halves rounded up."""
+    return (size * column(real_settings, Real.PATIENCE, 2) + 0.5).floor().clamp(min=1)
+
+
+def _enter(pool: _Pool, scores: Tensor, written: Tensor, **entries: Tensor) -> None:
+    """Merges candidates into the pool, in place: the best stay, the earlier one at equal scores."""
+    beams = written.shape[1]
+    merged, order = torch.cat((pool.scores, scores), dim=1).sort(dim=-1, descending=True, stable=True)
+    order = order[:, :beams]
+    for name, entry in entries.items():
+        kept = getattr(pool, name)
+        kept.copy_(torch.where(written, torch.cat((kept, entry), dim=1).gather(1, order), kept))
+    pool.scores.copy_(torch.where(written, merged[:, :beams], pool.scores))
+
+
+def _record(history: Tensor, steps: Tensor, new: Tensor, written: Tensor) -> None:
+    """Writes what a step chose, `[utterances, beams]`, at the next place in `[utterances, capacity, beams]`."""
+    place = steps[:, None]
+    old = history.gather(1, place)
+    history.scatter_(1, place, torch.where(written[:, None], new[:, None].to(history.dtype), old))
+
+
+def _follow(ancestors: Tensor, origins: Tensor, steps: Tensor, written: Tensor) -> None:
+    """Lets each hypothesis read the positions of its origin, and the next position from its own slot."""
+    utterances, beams = origins.shape
+    table = ancestors.view(-1, utterances, beams, ancestors.shape[2])
+    position = torch.arange(ancestors.shape[2], device=ancestors.device)
+    inherited = table.gather(2, origins[None, :, :, None].expand_as(table))
+    own = torch.arange(beams, device=ancestors.device)[:, None].to(torch.uint8)
+    new = torch.where(position < steps[..., None], inherited, table)
+    # the newest input of each origin stands in its own slot
+    new = torch.where(position == steps[..., None], origins[..., None].to(torch.uint8), new)
+    new = torch.where(position == steps[..., None] + 1, own, new)
+    table.copy_(torch.where(written[..., None], new, table))

@@ -1,0 +1,249 @@
+"""Selection: what becomes of a step's logits, for every utterance by its own settings; one call a step.
+
+Everything is written in place, nothing is read back. `utterances` slots of `beams` hypotheses each; `rows` is
+`utterances`, or twice as many where the decoder also runs without source, for guidance: the second half of `lengths`
+and `ancestors` is then treated like the first. All tensors but the logits are contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spear_fast.ops.checks import refuse, shape_of
+from spear_fast.ops.providers import Provider, register
+from spear_fast.ops.reference import selection as reference
+from spear_fast.ops.registry import define
+from spear_fast.ops.selection_settings import Real, Whole
+
+
+def beam_step(
+    logits: Tensor,
+    null_logits: Tensor | None,
+    real_settings: Tensor,
+    whole_settings: Tensor,
+    prefix: Tensor,
+    inputs: Tensor,
+    scores: Tensor,
+    lengths: Tensor,
+    ancestors: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    logprobs: Tensor,
+    pool_scores: Tensor,
+    pool_slots: Tensor,
+    pool_ends: Tensor,
+    pool_finished: Tensor,
+    pool_last_logprobs: Tensor,
+    ended: Tensor,
+    done: Tensor,
+) -> None:
+    """Writes a step of beam search into every utterance of `Method.BEAM` that is not done; the others stay as they are.
+
+    Of the best `2 * beam_size` candidates, those among the first `beam_size` that end enter the pool, and the best
+    `beam_size` that do not end go on. A hypothesis that reaches `max_length` competes for the pool as well, unfinished.
+    Ties go to the lower beam and id; NaN counts as the best, and what goes on with it ends the utterance. Candidates
+    are ranked by the sum of their log-probabilities, each with the penalty of a token that came before, -inf where a
+    ban forbids it; a forced prefix costs nothing. The pool ranks by that sum divided by `length ** length_penalty`,
+    where length counts the end of sequence but not the prefix.
+
+    logits, null_logits: `[utterances, beams, vocabulary]`, floating point; the latter, of the decoder without source,
+        may be None.
+    real_settings: `[utterances, len(Real)]`, of the scores' dtype; see `Real`.
+    whole_settings: `[utterances, len(Whole)]`, int32; see `Whole`.
+    prefix: `[utterances, longest prefix]`, int32; the tokens that every hypothesis starts with.
+    inputs: `[utterances, beams]`, int64; becomes the chosen tokens.
+    scores: `[utterances, beams]`, float32, or float64 like the logits; of the hypotheses; -inf where there is none.
+    lengths: `[rows, beams]`, int64; tokens so far, below the capacity where the utterance is not done; rises by one.
+    ancestors: `[rows, beams, capacity]`, uint8; in which slot the input at a position was written: the start at
+        position 0, the token of step i at position i + 1. Positions up to `lengths` follow the hypotheses that go on;
+        the one behind them becomes each hypothesis' own slot.
+    tokens, parents, logprobs: `[utterances, capacity, beams]`, int32, uint8, like the scores; what each step appended,
+        to which hypothesis, and the model's log-probability of it at the temperature. Written at `lengths`.
+    pool_scores, pool_slots, pool_ends, pool_finished, pool_last_logprobs: `[utterances, beams]`, like the scores,
+        int64, int64, bool, like the scores; ended hypotheses, best first: score, -inf where there is none; the slot of
+        the last token but the end of sequence, and the number of tokens up to there; whether an end of sequence
+        follows, or the limit cut it; the log-probability of that end, 0 without one.
+    ended: `[utterances]`, int64; hypotheses that have entered the pool, dropped ones counted.
+    done: `[utterances]`, bool; becomes True where the search is over.
+    """
+    return _beam_step(
+        logits, null_logits, real_settings, whole_settings, prefix, inputs, scores, lengths, ancestors, tokens,
+        parents, logprobs, pool_scores, pool_slots, pool_ends, pool_finished, pool_last_logprobs, ended, done,
+    )  # fmt: skip
+
+
+def sample_step(
+    logits: Tensor,
+    null_logits: Tensor | None,
+    filtered: Tensor | None,
+    real_settings: Tensor,
+    whole_settings: Tensor,
+    prefix: Tensor,
+    seeds: Tensor,
+    inputs: Tensor,
+    scores: Tensor,
+    lengths: Tensor,
+    ancestors: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    logprobs: Tensor,
+    finished: Tensor,
+    done: Tensor,
+) -> None:
+    """Writes a token behind every hypothesis of `Method.SAMPLE` that has not ended: a draw, or the likeliest.
+
+    In this order: guidance, penalties and bans, temperature, `top_k`, `top_p`, the draw; temperature 0 takes the
+    likeliest. Ties go to the lower id. A draw takes 53 bits of Philox-4x32-10 with the utterance's seed as its key at
+    the counter (step, hypothesis, 0, 0), and the first token whose cumulative weight exceeds that share of the whole:
+    nothing else in the batch changes it.
+    A hypothesis also ends where its logits hold NaN, or where nothing may come next: its score is then not finite.
+
+    logits, null_logits, filtered: `[utterances, beams, vocabulary]`, floating point; the latter two may be None.
+        filtered is what to draw from instead of the mixed logits, before penalties and bans.
+    real_settings, whole_settings, prefix: `[utterances, columns]`, as for `beam_step`.
+    seeds: `[utterances]`, int64.
+    inputs: `[utterances, beams]`, int64; becomes the chosen tokens.
+    scores: `[utterances, beams]`, float32, or float64 like the logits; sums of log-probabilities by the mixed logits,
+        before all else, the prefix left out.
+    lengths: `[rows, beams]`, int64; tokens so far; the hypotheses of an utterance may have different ones.
+    ancestors: `[rows, beams, capacity]`, uint8; behind the lengths it becomes each hypothesis' own slot.
+    tokens, parents, logprobs: `[utterances, capacity, beams]`, int32, uint8, like the scores; what each step appended,
+        the hypothesis itself, and the log-probability by the mixed logits, of the prefix too.
+    finished: `[utterances, beams]`, bool; becomes True where a hypothesis has ended.
+    done: `[utterances]`, bool; becomes True where each has ended or has `max_length` tokens.
+    """
+    return _sample_step(
+        logits, null_logits, filtered, real_settings, whole_settings, prefix, seeds, inputs, scores, lengths,
+        ancestors, tokens, parents, logprobs, finished, done,
+    )  # fmt: skip
+
+
+# name → dtype (None: the scores') and shape: U utterances, R rows, K beams, T capacity
+_COMMON = {
+    "inputs": (torch.int64, "UK"),
+    "scores": (None, "UK"),
+    "lengths": (torch.int64, "RK"),
+    "ancestors": (torch.uint8, "RKT"),
+    "tokens": (torch.int32, "UTK"),
+    "parents": (torch.uint8, "UTK"),
+    "logprobs": (None, "UTK"),
+}
+_BEAM = {
+    **_COMMON,
+    "pool_scores": (None, "UK"),
+    "pool_slots": (torch.int64, "UK"),
+    "pool_ends": (torch.int64, "UK"),
+    "pool_finished": (torch.bool, "UK"),
+    "pool_last_logprobs": (None, "UK"),
+    "ended": (torch.int64, "U"),
+    "done": (torch.bool, "U"),
+}
+_SAMPLE = {"seeds": (torch.int64, "U"), **_COMMON, "finished": (torch.bool, "UK"), "done": (torch.bool, "U")}
+_NAMES = {"U": "utterances", "R": "utterances or twice that", "K": "beams", "T": "capacity"}
+
+
+def _check_logits(
+    op: str, logits: Tensor, others: dict[str, Tensor | None], real: Tensor, whole: Tensor, prefix: Tensor
+) -> None:
+    """Raises ValueError unless the logits and the settings of an op fit each other."""
+    if logits.dim() != 3:
+        refuse(op, "logits", "[utterances, beams, vocabulary]", shape_of(logits), "pass the newest step alone")
+    utterances, beams, vocab = logits.shape
+    if not logits.dtype.is_floating_point:
+        refuse(op, "logits", "floating point", str(logits.dtype), "convert them with .to()")
+    if not (1 <= beams <= 256):
+        refuse(op, "beams", "1 to 256", str(beams), "an ancestor is one byte; use fewer beams")
+    if not (vocab >= 1 and vocab * beams < 2**31):
+        refuse(op, "vocabulary", "at least 1 and, times the beams, below 2**31", str(vocab), "use fewer beams")
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.shape != logits.shape:
+            refuse(op, name, f"{shape_of(logits)} like logits", shape_of(other), "pass one row for each hypothesis")
+        if other.dtype != logits.dtype or other.device != logits.device:
+            refuse(op, name, f"{logits.dtype} on {logits.device} like logits", f"{other.dtype} on {other.device}",
+                   "convert it with .to()")  # fmt: skip
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    for name, settings, width, dtype in (
+        ("real_settings", real, len(Real), precise),
+        ("whole_settings", whole, len(Whole), torch.int32),
+        ("prefix", prefix, None, torch.int32),
+    ):
+        if settings.dim() != 2 or settings.shape[0] != utterances or settings.shape[1] != (width or settings.shape[1]):
+            columns = "longest prefix" if width is None else str(width)
+            refuse(op, name, f"[{utterances} utterances, {columns}]", shape_of(settings), "give each utterance a row")
+        _check_tensor(op, name, settings, dtype, logits.device)
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        refuse(op, name, str(dtype), str(tensor.dtype), "convert it with .to()")
+    if tensor.device != device:
+        refuse(op, name, f"on logits' device {device}", str(tensor.device), "move it with .to()")
+    if not tensor.is_contiguous():
+        refuse(op, name, "contiguous", f"strides {list(tensor.stride())}", "make it with .contiguous()")
+
+
+def _check_state(op: str, logits: Tensor, wanted: dict, state: tuple[Tensor, ...]) -> None:
+    """Raises ValueError unless the buffers fit the logits."""
+    utterances, beams = logits.shape[0], logits.shape[1]
+    named = dict(zip(wanted, state, strict=True))
+    rows = named["lengths"].shape[0]
+    if rows != utterances and rows != 2 * utterances:
+        got = shape_of(named["lengths"])
+        refuse(op, "lengths", f"[{utterances} or {2 * utterances}, {beams}]", got, "give each decoded row its lengths")
+    capacity = named["tokens"].shape[1] if named["tokens"].dim() == 3 else 0
+    sizes = {"U": utterances, "R": rows, "K": beams, "T": capacity}
+    precise, device = torch.promote_types(logits.dtype, torch.float32), logits.device
+    shapes = {letters: tuple(sizes[letter] for letter in letters) for letters in ("U", "UK", "RK", "UTK", "RKT")}
+    for (name, (dtype, letters)), tensor in zip(wanted.items(), state, strict=True):
+        dtype = dtype or precise
+        if tensor.shape != shapes[letters]:
+            names = ", ".join(_NAMES[letter] for letter in letters)
+            refuse(
+                op, name, f"[{names}] = {list(shapes[letters])}", shape_of(tensor), "see the docstring for the sizes"
+            )
+        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+            _check_tensor(op, name, tensor, dtype, device)
+
+
+def _check_beam_step(
+    logits: Tensor, null_logits: Tensor | None, real: Tensor, whole: Tensor, prefix: Tensor, *state: Tensor
+) -> None:
+    """Raises ValueError unless the arguments of `beam_step` fit each other; providers check the ranges of integers."""
+    _check_logits("beam_step", logits, {"null_logits": null_logits}, real, whole, prefix)
+    _check_state("beam_step", logits, _BEAM, state)
+
+
+def _check_sample_step(
+    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, real: Tensor, whole: Tensor, prefix: Tensor,
+    *state: Tensor,
+) -> None:  # fmt: skip
+    """Raises ValueError unless the arguments of `sample_step` fit each other."""
+    _check_logits("sample_step", logits, {"null_logits": null_logits, "filtered": filtered}, real, whole, prefix)
+    _check_state("sample_step", logits, _SAMPLE, state)
+
+
+def _written(names: dict, letters: str) -> str:
+    """Returns the schema of buffers; all of them are written but the seeds."""
+    marks = iter(letters)
+    return ", ".join("Tensor seeds" if name == "seeds" else f"Tensor({next(marks)}!) {name}" for name in names)
+
+
+_SETTINGS = "Tensor real_settings, Tensor whole_settings, Tensor prefix, "
+_beam_step = define(
+    "beam_step",
+    f"(Tensor logits, Tensor? null_logits, {_SETTINGS}{_written(_BEAM, 'abcdefghijklmn')}) -> ()",
+    check=_check_beam_step,
+    fake=_check_beam_step,
+)
+_sample_step = define(
+    "sample_step",
+    f"(Tensor logits, Tensor? null_logits, Tensor? filtered, {_SETTINGS}{_written(_SAMPLE, 'abcdefghi')}) -> ()",
+    check=_check_sample_step,
+    fake=_check_sample_step,
+)
+
+for _op in ("beam_step", "sample_step"):
+    register(Provider(_op, "reference", getattr(reference, _op)))

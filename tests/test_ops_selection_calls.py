@@ -1,0 +1,114 @@
+"""The selection ops as torch sees them, their columns, and what a wrong argument is answered with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops_matrix import runnable
+from ops_selection_inputs import random_state
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spear_fast import ops
+from spear_fast.ops.selection_settings import Whole
+
+OPS = ("beam_step", "sample_step")
+PUBLIC = {op: getattr(ops, op) for op in OPS}
+PROVIDERS = sorted({(op, provider) for op, provider, _ in runnable(*OPS, dtypes=(torch.float32,))})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("guided", [False, True])
+def test_opcheck(op, guided):
+    arguments = random_state(op, guided=guided, dtype=torch.bfloat16 if guided else torch.float32, strided=guided)
+    torch.library.opcheck(getattr(torch.ops.spear_fast, op).default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_whole(op, dynamic):
+    """One graph, no break; what is written in place is seen outside."""
+
+    def stepped(logits, *others):
+        PUBLIC[op](logits * 2, *others)
+        return others[-1].sum()
+
+    torch.compiler.reset()
+    compiled = torch.compile(stepped, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for vocab in (11, 13):
+        arguments = random_state(op, vocab=vocab)
+        copies = [each if each is None else each.clone() for each in arguments]
+        assert int(compiled(*arguments)) == int(stepped(*copies))
+        for argument, copy in zip(arguments, copies, strict=True):
+            torch.testing.assert_close(argument, copy)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_fake_tensors_are_left_alone(op):
+    arguments = random_state(op)
+    with FakeTensorMode() as mode:
+        PUBLIC[op](*[each if each is None else mode.from_tensor(each) for each in arguments])
+
+
+NAMES = {
+    "beam_step": "logits null_logits real_settings whole_settings prefix inputs scores lengths ancestors tokens "
+    "parents logprobs pool_scores pool_slots pool_ends pool_finished pool_last_logprobs ended done".split(),
+    "sample_step": "logits null_logits filtered real_settings whole_settings prefix seeds inputs scores lengths "
+    "ancestors tokens parents logprobs finished done".split(),
+}
+
+
+def setting(which, value):
+    def spoiled(settings):
+        settings[:, which] = value
+        return settings
+
+    return spoiled
+
+
+WRONG = [
+    ("logits", lambda t: t[0], "logits must be [utterances, beams, vocabulary], got [3, 11]"),
+    ("logits", lambda t: t.long(), "logits must be floating point, got torch.int64"),
+    ("logits", lambda t: t[..., :0], "vocabulary must be at least 1"),
+    ("null_logits", lambda t: t[..., :5], "null_logits must be [4, 3, 11] like logits, got [4, 3, 5]"),
+    ("null_logits", lambda t: t.half(), "null_logits must be torch.float32 on cpu like logits, got torch.float16"),
+    ("real_settings", lambda t: t[:, :3], "real_settings must be [4 utterances, 6], got [4, 3]"),
+    ("real_settings", lambda t: t.double(), "real_settings must be torch.float32, got torch.float64"),
+    ("whole_settings", lambda t: t.long(), "whole_settings must be torch.int32, got torch.int64"),
+    ("whole_settings", setting(Whole.BEAM_SIZE, 4), "beam_size must lie in 1..3, got 4"),
+    ("whole_settings", setting(Whole.BEAM_SIZE, 0), "beam_size must lie in 1..3, got 0"),
+    ("whole_settings", setting(Whole.EOS_ID, 11), "eos_id must lie in -1..10, got 11"),
+    ("whole_settings", setting(Whole.PREFIX_LENGTH, 9), "prefix_length must lie in 0.."),
+    ("prefix", lambda t: t[1:], "prefix must be [4 utterances, longest prefix], got [3,"),
+    ("inputs", lambda t: t.int(), "inputs must be torch.int64, got torch.int32"),
+    ("scores", lambda t: t[:, 1:], "scores must be [utterances, beams] = [4, 3], got [4, 2]"),
+    ("lengths", lambda t: t[:3], "lengths must be [4 or 8, 3], got [3, 3]"),
+    ("lengths", lambda t: t + 9, "lengths must lie in 0..8, got"),
+    ("lengths", lambda t: t - 9, "lengths must lie in 0..8, got -"),
+    ("ancestors", lambda t: t[..., 1:], "ancestors must be [utterances or twice that, beams, capacity] = [8, 3, 9]"),
+    ("ancestors", lambda t: t.mT.contiguous().mT, "ancestors must be contiguous, got strides [27, 1, 3]"),
+    ("tokens", lambda t: t.to("meta"), "tokens must be on logits' device cpu, got meta"),
+    ("tokens", lambda t: t[:3], "tokens must be [utterances, capacity, beams] = [4, 9, 3], got [3, 9, 3]"),
+    ("logprobs", lambda t: t.bfloat16(), "logprobs must be torch.float32, got torch.bfloat16"),
+    ("done", lambda t: t[:, None], "done must be [utterances] = [4], got [4, 1]"),
+]
+
+
+@pytest.mark.parametrize(("op", "provider"), PROVIDERS)
+@pytest.mark.parametrize(("name", "spoil", "said"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+def test_wrong_argument(op, provider, name, spoil, said):
+    """One sentence, the same from every provider: what, wanted, got, what to do."""
+    arguments = random_state(op, guided=True)
+    arguments[-1].fill_(False)
+    if op == "sample_step":
+        arguments[-2].fill_(False)
+    index = NAMES[op].index(name)
+    arguments[index] = spoil(arguments[index].clone())
+    if "must lie in" in said and provider not in ("reference", "cpu"):
+        pytest.skip("ranges are looked at on the CPU alone")
+    with ops.forced(f"{op}={provider}"), pytest.raises(ValueError) as caught:
+        PUBLIC[op](*arguments)
+    text = str(caught.value)
+    assert text.startswith(f"{op}: ")
+    assert said in text
+    assert "\n" not in text
+    assert "; " in text
