@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spear_fast.ops import backends
 from spear_fast.ops.attention_checks import check_attention
 from spear_fast.ops.checks import check_shapes, refuse
-from spear_fast.ops.providers import Provider, register
+from spear_fast.ops.providers import Inputs, Provider, register
 from spear_fast.ops.reference import attention as reference
 from spear_fast.ops.registry import define, differentiate
 
@@ -185,5 +186,13 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
 
 differentiate("attention", _differentiate, _save)
 
+
+def _triton_why_not(inputs: Inputs) -> str | None:
+    if inputs.size > 128:
+        return f"takes heads of up to 128 numbers, not {inputs.size}"
+    return backends.of_dtypes(*backends.TRITON_DTYPES)(inputs)
+
+
 for _op in ("attention", "attention_backward"):
+    register(backends.triton(_op, "attention", _triton_why_not))
     register(Provider(_op, "reference", getattr(reference, _op)))
