@@ -81,7 +81,7 @@ def append_kv(
     append_kv_kernel[(rows * tokens, triton.cdiv(heads, blocks["HEADS"]))](
         key,
         value,
-        freqs,
+        freqs.contiguous(),
         positions,
         cache_key,
         cache_value,

@@ -188,7 +188,7 @@ def decode_self_attention(
         log_sums = torch.empty(splits, count, dtype=torch.float32, device=query.device)
     decode_self_attention_kernel[(utterances * groups * tiles, splits)](
         query,
-        freqs,
+        freqs.contiguous(),
         cache_key,
         cache_value,
         ancestors,

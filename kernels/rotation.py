@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def cos_sin(angle):
-    """Returns cosine and sine of angles up to some 50,000 radians, to about 1e-7.
+    """Returns cosine and sine, to about 1e-7 up to 6,000 radians either way and 1e-6 up to 50,000.
 
     The compiler's own sine falls back on a table in local memory for large angles, which costs every thread a stack
     frame; subtracting multiples of a quarter turn in three exact parts, as here, does not.

@@ -49,7 +49,14 @@ def _triton_missing() -> str | None:
 
 
 def triton(op: str, module: str, why_not: WhyNot | None = None) -> Provider:
-    """Returns the provider `triton`: the function named like the op in `spear_fast.kernels.<module>`."""
+    """Returns the provider `triton`: the function named like the op in `spear_fast.kernels.<module>`.
+
+    why_not: what it refuses besides the dtypes that no kernel takes.
+    """
+    of_dtype = of_dtypes(*TRITON_DTYPES)
+
+    def refusal(inputs: Inputs) -> str | None:
+        return of_dtype(inputs) or (why_not(inputs) if why_not else None)
 
     @functools.cache
     def found() -> Callable:
@@ -59,4 +66,4 @@ def triton(op: str, module: str, why_not: WhyNot | None = None) -> Provider:
         return found()(*arguments)
 
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
-    return Provider(op, "triton", function, devices, _triton_missing, why_not or of_dtypes(*TRITON_DTYPES))
+    return Provider(op, "triton", function, devices, _triton_missing, refusal)

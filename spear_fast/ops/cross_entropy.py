@@ -109,4 +109,5 @@ differentiate("cross_entropy", _differentiate, _save)
 
 for _op in ("cross_entropy", "cross_entropy_backward"):
     register(backends.cpu(_op))
+    register(backends.triton(_op, "cross_entropy"))
     register(Provider(_op, "reference", getattr(reference, _op)))

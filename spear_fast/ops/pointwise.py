@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Provider, register
+from spear_fast.ops.providers import Inputs, Provider, register
 from spear_fast.ops.reference import pointwise as reference
 from spear_fast.ops.registry import define, differentiate
 
@@ -240,6 +240,13 @@ differentiate("rms_norm", _differentiate_rms_norm, _save_rms_norm)
 differentiate("geglu", _differentiate_geglu, _save_geglu)
 differentiate("rotary", _differentiate_rotary, _save_rotary)
 
+
+def _rows_too_long(inputs: Inputs) -> str | None:
+    return "holds whole rows, of at most 8192 numbers" if inputs.size > 8192 else None
+
+
 for _op in ("rms_norm", "rms_norm_backward", "geglu", "geglu_backward", "rotary"):
     register(backends.cpu(_op))
+    _fits = _rows_too_long if "norm" in _op else None
+    register(backends.triton(_op, _op.removesuffix("_backward"), _fits))
     register(Provider(_op, "reference", getattr(reference, _op)))
