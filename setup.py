@@ -3,6 +3,7 @@
 SPEAR_FAST_BUILD  auto (default): build the extension, or say why not; require: fail if it cannot be built;
                   off: leave it out
 SPEAR_FAST_MARCH  what the compiler's -march gets: native (default), x86-64-v3, …; empty for the compiler's own default
+TORCH_CUDA_ARCH_LIST  what the CUDA kernels are built for, where torch has CUDA and nvcc of its major version is found
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -20,6 +23,7 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).parent
 MODE = os.environ.get("SPEAR_FAST_BUILD", "auto")
 MARCH = os.environ.get("SPEAR_FAST_MARCH", "native")
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
 
 # compiler macro → the name that /proc/cpuinfo has for the same feature
 FEATURES = {
@@ -91,6 +95,66 @@ def openmp(torch_lib: Path) -> tuple[list[str], list[str]]:
     return ["-fopenmp"], ["-fopenmp"]
 
 
+def find_nvcc() -> str | None:
+    """Returns where nvcc is, if it is there."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = Path(home) / "bin" / "nvcc" if home else None
+    return str(named) if named and named.is_file() else shutil.which("nvcc")
+
+
+def nvcc_for(cuda: str | None) -> str | None:
+    """Returns the nvcc that fits torch's CUDA, or None, having said why where torch has CUDA."""
+    if cuda is None:
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None:
+        say("building without the CUDA kernels (no nvcc found; set CUDA_HOME); CuPy can build them at run time")
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if release is None or release[1] != cuda.split(".")[0]:
+        which = f"nvcc is of CUDA {release[1] if release else 'unknown'} and torch of {cuda}"
+        say(f"building without the CUDA kernels ({which}; set CUDA_HOME); CuPy can build them at run time")
+        return None
+    return nvcc
+
+
+def targets() -> list[str]:
+    """Returns nvcc's flags for TORCH_CUDA_ARCH_LIST: machine code for each, and PTX where it says +PTX."""
+    flags = []
+    for name in filter(None, re.split(r"[;, ]+", ARCHITECTURES)):
+        found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+        if found is None:
+            raise SystemExit(f"spear_fast: TORCH_CUDA_ARCH_LIST must name versions such as 9.0+PTX, got {name!r}")
+        number = found[1] + found[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def device_objects(nvcc: str, folder: Path) -> list[str]:
+    """Compiles the .cu files that launch kernels, side by side; returns the objects."""
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(path.stat().st_mtime for path in [Path(__file__), *ROOT.glob("csrc/**/*.*")])
+    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets()]
+
+    def build(source: Path) -> str:
+        made = folder / f"{source.stem}.o"
+        if not made.is_file() or made.stat().st_mtime < newest:
+            subprocess.run([nvcc, *flags, "-c", "-o", str(made), str(source)], check=True)
+        return str(made)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        return list(pool.map(build, sorted(ROOT.glob("csrc/cuda/launch_*.cu"))))
+
+
+def cuda_folders(nvcc: str) -> list[str]:
+    """Returns where nvcc links from."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    return re.findall(r'"-L([^"]+)"', plan.stdout + plan.stderr)
+
+
 def extension_settings() -> dict:
     """Returns arguments for setup() that build the extension, or nothing where it cannot be built."""
     if MODE == "off":
@@ -130,19 +194,16 @@ def extension_settings() -> dict:
     ]
     flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
 
-    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
-    kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
-    with_cuda = bool(kernels) and torch.version.cuda is not None and shutil.which("nvcc") is not None
-    arguments = {
-        "name": "spear_fast._C",
-        "sources": [str(path.relative_to(ROOT)) for path in sorted(sources) + (kernels if with_cuda else [])],
-        "depends": [str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
-        "include_dirs": [str(ROOT / "csrc")],
-        "extra_compile_args": {"cxx": flags, "nvcc": ["-O3", "-std=c++20"]} if with_cuda else {"cxx": flags},
+    nvcc = nvcc_for(torch.version.cuda)
+    extension = cpp_extension.CppExtension(
+        "spear_fast._C",
+        [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])],
+        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": flags},
         # a symbol that nobody has is an error now, not when the library is loaded
-        "extra_link_args": [*omp_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])],
-    }
-    extension = (cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension)(**arguments)
+        extra_link_args=[*omp_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])],
+    )
     facts = {
         "torch": torch.__version__,
         "compiler": cxx,
@@ -150,7 +211,9 @@ def extension_settings() -> dict:
         "capability": level,
         "machine": platform.machine(),
         "features": sorted(name for macro, name in FEATURES.items() if macro in defined),
-        "cuda": torch.version.cuda if with_cuda else None,
+        "cuda": None,
+        "nvcc": None,
+        "cuda_targets": None,
     }
 
     class BuildOptional(cpp_extension.BuildExtension):
@@ -159,8 +222,25 @@ def extension_settings() -> dict:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
+        def add_cuda(self, nvcc):
+            """Adds the CUDA kernels to the extension, or says that they cannot be built."""
+            try:
+                objects = device_objects(nvcc, Path(self.build_temp) / "cuda")
+            except subprocess.CalledProcessError as error:
+                if MODE == "require":
+                    raise
+                say(f"building without the CUDA kernels ({error}); CuPy can build them at run time")
+                return
+            extension.extra_objects += objects
+            extension.sources += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*.cpp"))]
+            extension.libraries += ["torch_cuda", "cudart"]
+            extension.library_dirs += cuda_folders(nvcc)
+            facts.update(cuda=torch.version.cuda, nvcc=nvcc, cuda_targets=ARCHITECTURES)
+
         def build_extensions(self):
             try:
+                if nvcc is not None:
+                    self.add_cuda(nvcc)
                 super().build_extensions()
             except Exception as error:
                 give_up(f"the compiler's own words are above; {error or type(error).__name__}")

@@ -1,4 +1,4 @@
-"""The kinds of providers: C++ on the CPU, and Triton; each says for itself why it cannot run."""
+"""The kinds of providers: C++ on the CPU, CUDA, and Triton; each says for itself why it cannot run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from spear_fast.ops import extension
+from spear_fast.ops.cuda import runtime
 from spear_fast.ops.providers import Inputs, Provider
 
 WhyNot = Callable[[Inputs], str | None]
@@ -33,6 +34,40 @@ def cpu(op: str, why_not: WhyNot | None = None) -> Provider:
     """Returns the provider `cpu`: the overload of that name, registered from csrc/cpu."""
     function = getattr(torch.ops.spear_fast, op).cpu
     return Provider(op, "cpu", function, ("cpu",), extension.missing, why_not or of_dtypes(*CPU_DTYPES))
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Returns why no CUDA kernel of csrc/cuda can run here, from the extension or by CuPy, or None."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the kernels need a device of compute capability 8.0 or newer, and this one has {major}.{minor}"
+    if cuda_is_native():
+        return None
+    reason = runtime.missing()
+    return reason and f"the extension was built without nvcc, and {reason}"
+
+
+def cuda_is_native() -> bool:
+    """Returns whether the extension is there and was built with nvcc."""
+    return extension.missing() is None and bool(extension.facts().get("cuda"))
+
+
+def cuda(op: str, why_not: WhyNot | None = None) -> Provider:
+    """Returns the provider `cuda`: the overload of that name, or the function of `spear_fast.ops.cuda.<op>`."""
+
+    @functools.cache
+    def found() -> Callable:
+        if cuda_is_native():
+            return getattr(torch.ops.spear_fast, op).cuda
+        return getattr(importlib.import_module(f"spear_fast.ops.cuda.{op}"), op)
+
+    def function(*arguments: Any) -> Any:
+        return found()(*arguments)
+
+    return Provider(op, "cuda", function, ("cuda",), cuda_missing, why_not or of_dtypes(*TRITON_DTYPES))
 
 
 def interpreted() -> bool:

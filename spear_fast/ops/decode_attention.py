@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Provider, register
+from spear_fast.ops.providers import Inputs, Provider, register
 from spear_fast.ops.reference import decode_attention as reference
 from spear_fast.ops.registry import define
 
@@ -232,6 +232,13 @@ def _check_decode_cross_attention(
         check_common(op, "query", tensors, None, {"lengths": (lengths, torch.int64)})
 
 
+def _cuda_cannot(inputs: Inputs) -> str | None:
+    """Returns why csrc/cuda/decode_self_attention.cu does not take such a query, or None."""
+    if inputs.size * inputs.dtype.itemsize > 512:
+        return f"takes heads of at most 512 bytes, not {inputs.size} numbers of {inputs.dtype}"
+    return backends.of_dtypes(*backends.TRITON_DTYPES)(inputs)
+
+
 def _fake_append_kv(*arguments: Tensor) -> None:
     _check_append_kv(*arguments)
 
@@ -259,7 +266,7 @@ _decode_self_attention = define(
     "(Tensor query, Tensor freqs, Tensor cache_key, Tensor cache_value, Tensor ancestors, Tensor lengths) -> Tensor",
     check=_check_decode_self_attention,
     fake=_fake_decode_self_attention,
-    native=("cpu",),
+    native=("cpu", "cuda"),
 )
 _decode_cross_attention = define(
     "decode_cross_attention",
@@ -272,5 +279,7 @@ _decode_cross_attention = define(
 
 for _op in ("append_kv", "decode_self_attention", "decode_cross_attention"):
     register(backends.cpu(_op))
+    if _op == "decode_self_attention":
+        register(backends.cuda(_op, _cuda_cannot))
     register(backends.triton(_op, _op))
     register(Provider(_op, "reference", getattr(reference, _op)))

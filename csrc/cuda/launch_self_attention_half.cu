@@ -1,0 +1,4 @@
+#include "launch_self_attention.h"
+
+template int spear_fast::launch_self_attention<spear_fast::Half>(
+    const SelfAttention&, bool, const SelfAttentionPlan&, void*);

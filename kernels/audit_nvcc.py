@@ -1,0 +1,81 @@
+"""The audit's part for csrc/cuda: each kernel compiled by nvcc for each architecture, and ptxas' report on it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from spear_fast.kernels.audit_rows import Job
+
+FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+ARCHITECTURES = (80, 90, 100)
+
+
+class Kernel(NamedTuple):
+    """A kernel to compile. name: without its arguments. arguments: of the template. struct: what it takes."""
+
+    source: str
+    name: str
+    arguments: str
+    struct: str
+
+
+# each type at the sizes of the models, and what takes the most registers
+KERNELS = tuple(
+    Kernel("decode_self_attention.cu", name, arguments, "SelfAttention")
+    for name, arguments in (
+        ("decode_self_attention", "BFloat16, 8, 1, true"),
+        ("decode_self_attention", "BFloat16, 8, 5, true"),
+        ("decode_self_attention", "BFloat16, 8, 8, true"),
+        ("decode_self_attention", "BFloat16, 8, 5, false"),
+        ("decode_self_attention", "BFloat16, 32, 8, true"),
+        ("decode_self_attention", "Half, 16, 8, true"),
+        ("decode_self_attention", "float, 16, 8, true"),
+        ("decode_self_attention", "float, 16, 5, false"),
+        ("merge_self_attention", "BFloat16"),
+    )
+)
+
+
+def compile_kernel(kernel: Kernel, architecture: int) -> dict[str, Any]:
+    """Returns registers, spilled bytes and shared memory of a kernel, compiled to a cubin."""
+    program = f'#include "{FOLDER / kernel.source}"\nnamespace spear_fast {{\n'
+    program += f"template __global__ void {kernel.name}<{kernel.arguments}>({kernel.struct});\n}}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.cu"
+        source.write_text(program)
+        flags = ["-O3", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]
+        command = ["nvcc", *flags, "-o", str(source.with_suffix(".cubin")), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"nvcc: {next(iter(re.findall('error.*', done.stderr)), done.stderr[-200:])}")
+    registers = re.findall(r"Used (\d+) registers", done.stderr)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    if len(registers) != 1 or not spilled:
+        raise RuntimeError(f"ptxas said nothing of registers: {done.stderr.strip()[:200]!r}")
+    shared = re.findall(r"(\d+) bytes smem", done.stderr)
+    return {"registers": int(registers[0]), "spilled": max(map(int, spilled)), "shared": int((shared or [0])[0])}
+
+
+def jobs() -> Iterator[Job]:
+    """Returns a job for each kernel and architecture; none where there is no nvcc or no checkout."""
+    from spear_fast.kernels.audit_rows import Job, Row
+
+    if shutil.which("nvcc") is None or not FOLDER.is_dir():
+        return
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    headers = [path.read_text() for path in sorted(FOLDER.parent.rglob("*.h"))]
+    for kernel in KERNELS:
+        text = [version, *headers, (FOLDER / kernel.source).read_text(), *kernel]
+        for architecture in ARCHITECTURES:
+            key = hashlib.sha256("\0".join([*text, str(architecture)]).encode()).hexdigest()[:32]
+            dtype, _, tile = kernel.arguments.partition(", ")
+            row = Row(kernel.name, "nvcc", architecture, dtype.lower(), tile or "-")
+            yield Job(kernel.name, key, row, compile_kernel, (kernel, architecture))

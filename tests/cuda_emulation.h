@@ -1,0 +1,82 @@
+// plays the device for tests: the threads of a block are fibers of one host thread, each running to its next barrier
+//
+// The order in which they run is drawn anew at each barrier, so that a result that hangs on an order, because a barrier is
+// missing, differs between seeds; so is the order of the blocks. A barrier that not all threads reach ends the run.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct Index {
+  unsigned x, y, z;
+};
+
+// cuda_emulation.cpp
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+void emulated_barrier(bool whole_block);
+unsigned emulated_exchange(unsigned bits, int source);
+[[noreturn]] void emulated_failure(const char* what);
+void emulate(long long blocks, int threads, unsigned seed, void (*body)(const void*), const void* arguments);
+
+template <typename to_t, typename from_t>
+inline to_t emulated_bits(from_t x) {
+  static_assert(sizeof(to_t) == sizeof(from_t));
+  to_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline void __syncthreads() { emulated_barrier(true); }
+inline void __syncwarp(unsigned = 0xffffffffu) { emulated_barrier(false); }
+
+template <typename value_t>
+inline value_t __shfl_sync(unsigned, value_t x, int source) {
+  static_assert(sizeof(value_t) == 4, "the emulation hands 32-bit words around");
+  return emulated_bits<value_t>(emulated_exchange(emulated_bits<unsigned>(x), source & 31));
+}
+
+template <typename value_t>
+inline value_t __shfl_xor_sync(unsigned mask, value_t x, int lanes) {
+  return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lanes);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    votes |= static_cast<unsigned>(__shfl_sync(mask, predicate ? 1u : 0u, lane)) << lane;
+  }
+  return votes;
+}
+
+template <typename value_t>
+inline value_t __ldg(const value_t* pointer) {
+  if (reinterpret_cast<size_t>(pointer) % sizeof(value_t)) {
+    emulated_failure("a vector load is not aligned");
+  }
+  return *pointer;
+}
+
+inline float __uint_as_float(unsigned bits) { return emulated_bits<float>(bits); }
+inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
+
+inline unsigned short emulated_to_half(float x) { return emulated_bits<unsigned short>(static_cast<_Float16>(x)); }
+inline float emulated_from_half(unsigned short bits) { return static_cast<float>(emulated_bits<_Float16>(bits)); }
+
+inline unsigned short emulated_to_bfloat16(float x) {
+  const unsigned bits = __float_as_uint(x);
+  if (isnan(x)) {
+    return static_cast<unsigned short>(bits >> 16 | 0x40);
+  }
+  // to the nearest, ties to even
+  return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}

@@ -1,0 +1,81 @@
+"""The CUDA sources compile as they are built: by nvcc without spilled registers, and by NVRTC without any header."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulator import library
+from spear_fast.kernels import audit_nvcc
+
+from spear_fast.ops.cuda import sources
+from spear_fast.ops.cuda.decode_self_attention import plan
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.parametrize("kernel", audit_nvcc.KERNELS[2::6], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
+def test_nvcc(kernel):
+    """Two of the kernels on one architecture; `make audit` compiles them all."""
+    found = audit_nvcc.compile_kernel(kernel, 90)
+    assert found["spilled"] == 0
+    assert 0 < found["registers"] <= 168
+    assert found["shared"] <= 48 * 1024, "more needs a launch that asks for it"
+
+
+def nvrtc():
+    """Returns the run-time compiler's library: NVIDIA's package has it, and so has a toolkit."""
+    folders = [Path(each) for each in (find_spec("nvidia").submodule_search_locations if find_spec("nvidia") else [])]
+    folders += [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    for folder in folders:
+        for path in sorted(folder.rglob("libnvrtc.so*")):
+            return ctypes.CDLL(str(path))
+    pytest.skip("there is no NVRTC")
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_nvrtc(architecture):
+    """As CuPy does it: the text alone, and the name of one kernel."""
+    compiler, program = nvrtc(), ctypes.c_void_p()
+    text = sources.text("decode_self_attention.cu").encode()
+    assert b"#include <" not in text
+    assert compiler.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None) == 0
+    name = b"spear_fast::decode_self_attention<spear_fast::BFloat16, 8, 5, true>"
+    assert compiler.nvrtcAddNameExpression(program, name) == 0
+    options = (ctypes.c_char_p * 2)(b"-std=c++17", f"-arch=sm_{architecture}".encode())
+    status = compiler.nvrtcCompileProgram(program, 2, options)
+    log = ctypes.create_string_buffer(1 << 16)
+    compiler.nvrtcGetProgramLog(program, log)
+    assert status == 0, log.value.decode()
+    lowered = ctypes.c_char_p()
+    assert compiler.nvrtcGetLoweredName(program, name, ctypes.byref(lowered)) == 0
+    assert b"decode_self_attention" in lowered.value
+
+
+PLANS = """
+#include "plan.h"
+extern "C" void plan(const long long* sizes, long long itemsize, bool aligned, long long* out) {
+  const auto* s = sizes;
+  const auto p = spear_fast::plan_self_attention(s[0], s[1], s[2], s[3], s[4], s[5], s[6], itemsize, aligned);
+  const long long found[] = {p.lanes, p.rows, p.splits, p.tiles, p.blocks, p.partial};
+  for (int i = 0; i < 6; ++i) out[i] = found[i];
+}
+"""
+
+
+def test_python_and_cpp_cut_calls_up_alike():
+    found = library(PLANS)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        draw = [int(torch.randint(1, high, (), generator=generator)) for high in (600, 9, 5, 6, 5, 65, 600)]
+        utterances, beams, tokens, members, groups, half, buffer = draw
+        for itemsize in (2, 4):
+            aligned = half % 4 == 0
+            sizes = (utterances, beams, tokens, members * groups, groups, 2 * half, buffer)
+            out = (ctypes.c_longlong * 6)()
+            found.plan((ctypes.c_longlong * 7)(*sizes), ctypes.c_longlong(itemsize), ctypes.c_bool(aligned), out)
+            assert tuple(out) == plan(sizes, itemsize, aligned)
