@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
 
 PACKAGES = (
@@ -19,6 +22,9 @@ PACKAGES = (
     "kaldi-native-fbank",
     "accelerate",
     "triton",
+    "cupy",
+    "flash-attn",
+    "xformers",
 )
 
 
@@ -35,6 +41,7 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
+        "build": _build(),
         "ops": _ops(),
     }
 
@@ -43,7 +50,35 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
+        pass
+    # CuPy's distributions are named after the CUDA that they are for
+    others = packages_distributions().get(package.replace("-", "_"), [])
+    return f"{version(others[0])} ({others[0]})" if others else None
+
+
+def _build() -> dict[str, Any]:
+    """Returns what the compiled parts are built from and with, and what could build them here; None: not there."""
+    import torch
+
+    from spear_fast.ops import extension
+
+    built = extension.facts()
+    compiler = " ".join(str(built[name]) for name in ("compiler", "march", "capability") if built.get(name))
+    return {
+        "extension": extension.missing() or f"built for torch {built['torch']} by {compiler}",
+        "extension's CUDA kernels": f"for {built['cuda_targets']}, CUDA {built['cuda']}" if built.get("cuda") else None,
+        "torch's CUDA": torch.version.cuda,
+        "nvcc": _nvcc(),
+    }
+
+
+def _nvcc() -> str | None:
+    path = shutil.which("nvcc")
+    if path is None:
         return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release [\d.]+, V([\d.]+)", said)
+    return f"{release[1] if release else 'unknown'} ({path})"
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -93,6 +128,8 @@ def describe_text(facts: dict[str, Any]) -> str:
         details = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("device", "name"))
         devices.append((device["device"], device["name"], details))
     lines += _table(("device", "name", "details"), devices)
+    lines.append("")
+    lines += _table(("build", "found"), [(name, found or "none") for name, found in facts["build"].items()])
     lines.append("")
     ops = [(row["op"], row["provider"], row["devices"], row["missing"] or "runs") for row in facts["ops"]]
     lines += _table(("operation", "provider", "devices", "state"), ops)
