@@ -19,12 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from spear_fast.kernels import audit_triton
+from spear_fast.kernels import audit_nvcc, audit_triton
 from spear_fast.kernels.audit_rows import Job, Row, remembered
 from spear_fast.kernels.tiles import SHARED_MEMORY
 
 # each returns what is to be compiled: a name, a hash, and the function that compiles it
-SECTIONS: list[Callable[[], Iterable[Job]]] = [audit_triton.jobs]
+SECTIONS: list[Callable[[], Iterable[Job]]] = [audit_triton.jobs, audit_nvcc.jobs]
 
 
 def faults(row: Row) -> list[str]:

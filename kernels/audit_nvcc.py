@@ -9,13 +9,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from spear_fast.kernels.audit_rows import Job
+from spear_fast.kernels.audit_rows import Job, Row
+from spear_fast.kernels.tiles import ARCHITECTURES
 
 FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-ARCHITECTURES = (80, 90, 100)
 
 
 class Kernel(NamedTuple):
@@ -66,8 +65,6 @@ def compile_kernel(kernel: Kernel, architecture: int) -> dict[str, Any]:
 
 def jobs() -> Iterator[Job]:
     """Returns a job for each kernel and architecture; none where there is no nvcc or no checkout."""
-    from spear_fast.kernels.audit_rows import Job, Row
-
     if shutil.which("nvcc") is None or not FOLDER.is_dir():
         return
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
