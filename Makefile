@@ -11,18 +11,37 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: help demo test tests lint format recipe bench wheel clean
+.PHONY: help demo test tests interpreted asan lint format recipe bench wheel clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## label the committed recordings and print label, truth and error rate
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint tests ## lint, then the fast test suite
 
-tests: $(VENV)/.dev ## the fast test suite alone; ARGS="-k NAME" and the like go to pytest
+tests: $(VENV)/.dev ## the fast test suite alone; ARGS="-k NAME" and the like go to pytest, once, without `interpreted`
 	$(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
+	$(if $(ARGS),,$(MAKE) --no-print-directory interpreted)
+
+# Triton reads the setting when it compiles, so that this wants a process of its own
+interpreted: $(VENV)/.dev ## the Triton kernels' tests on the CPU, in Triton's interpreter; part of `tests`
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k triton \
+	    $(wildcard tests/test_ops_*.py tests/test_triton_*.py) $(ARGS); \
+	else echo "Triton is not installed here: its kernels are not tested"; fi
+
+# a build of its own, which stands in front of the installed one; the sanitizer must be there before anybody allocates, and
+# libstdc++ with it, or exceptions pass it by
+asan: $(VENV)/.dev ## the C++ ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	SPEAR_FAST_BUILD=require SPEAR_FAST_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	compiler=$${CXX:-c++}; PYTHONPATH=build/asan/lib PYTHONSAFEPATH=1 \
+	  LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SPEAR_FAST_TEST_SANITIZED=1 \
+	  $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k "not triton and not compiles" \
+	  $(wildcard tests/test_ops_*.py) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy and the import-direction rule
 	$(BIN)/ruff check .
@@ -45,7 +64,7 @@ wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)
-	rm -rf $(VENV) build/lib* build/temp* build/bdist* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f spear_fast/_C*.so spear_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -4,6 +4,7 @@ SPEAR_FAST_BUILD  auto (default): build the extension, or say why not; require: 
                   off: leave it out
 SPEAR_FAST_MARCH  what the compiler's -march gets: native (default), x86-64-v3, …; empty for the compiler's own default
 TORCH_CUDA_ARCH_LIST  what the CUDA kernels are built for, where torch has CUDA and nvcc of its major version is found
+SPEAR_FAST_SANITIZE  what -fsanitize gets, for tests: address,undefined (`make asan`)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent
 MODE = os.environ.get("SPEAR_FAST_BUILD", "auto")
 MARCH = os.environ.get("SPEAR_FAST_MARCH", "native")
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+SANITIZE = os.environ.get("SPEAR_FAST_SANITIZE", "")
 
 # compiler macro → the name that /proc/cpuinfo has for the same feature
 FEATURES = {
@@ -83,6 +85,15 @@ def capability(defined: set[str]) -> str:
     if {"__AVX2__", "__FMA__", "__F16C__"} <= defined:
         return "AVX2"
     return "DEFAULT"
+
+
+def sanitizers() -> tuple[list[str], list[str]]:
+    """Returns compile and link flags for the sanitizers asked for; what they find ends the process."""
+    if not SANITIZE:
+        return [], []
+    # torch hides the type information that checks of virtual calls need
+    checks = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    return ["-O1", "-g1", "-fno-omit-frame-pointer", *checks], checks
 
 
 def openmp(torch_lib: Path) -> tuple[list[str], list[str]]:
@@ -192,7 +203,8 @@ def extension_settings() -> dict:
         "-Wno-maybe-uninitialized",
         *omp_compile,
     ]
-    flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
+    sanitize_compile, sanitize_link = sanitizers()
+    flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", *sanitize_compile]
 
     nvcc = nvcc_for(torch.version.cuda)
     extension = cpp_extension.CppExtension(
@@ -202,7 +214,7 @@ def extension_settings() -> dict:
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": flags},
         # a symbol that nobody has is an error now, not when the library is loaded
-        extra_link_args=[*omp_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])],
+        extra_link_args=[*omp_link, *sanitize_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])],
     )
     facts = {
         "torch": torch.__version__,
@@ -210,6 +222,7 @@ def extension_settings() -> dict:
         "march": MARCH,
         "capability": level,
         "machine": platform.machine(),
+        "sanitize": SANITIZE or None,
         "features": sorted(name for macro, name in FEATURES.items() if macro in defined),
         "cuda": None,
         "nvcc": None,

@@ -9,7 +9,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from spear_fast.ops import available, backends, extension
+
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """Stops where `make asan` would test an extension that no sanitizer watches."""
+    if os.environ.get("SPEAR_FAST_TEST_SANITIZED") and (extension.missing() or not extension.facts().get("sanitize")):
+        raise pytest.UsageError(f"the C++ extension in {extension.__file__} is not built with sanitizers")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says whose ops were tested, and whose could not be, and why."""
+    reasons = {row.provider: row.missing for row in available()}
+    tested = ", ".join(name for name, missing in reasons.items() if missing is None)
+    where = " (Triton in its interpreter)" if backends.interpreted() else ""
+    sanitizers = extension.facts().get("sanitize")
+    terminalreporter.write_line(f"ops by {tested}{where}{f', C++ under {sanitizers}' if sanitizers else ''}")
+    for name, missing in reasons.items():
+        if missing is not None:
+            terminalreporter.write_line(f"ops by {name} are not tested in this process: {missing}")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spear_fast.ops import providers, ranges
 from spear_fast.ops.reference import ranges as reference
+from spear_fast.ops.selection_settings import Whole
 
 
 def first_above(limit):
@@ -26,6 +27,10 @@ def first_above(limit):
 
 def replace(values):
     return lambda tensor: torch.tensor(values, dtype=tensor.dtype)
+
+
+def column(which, value):
+    return lambda settings: settings.index_fill(1, torch.tensor(int(which)), value)
 
 
 # op, options, position of the argument, what makes it wrong, what is said
@@ -50,6 +55,11 @@ WRONG = [
     ("cross_entropy", {"ignored": "none"}, 2, first_above(6), "labels must lie in 0..6, got 7; "),
     ("cross_entropy", {}, 2, first_above(-2), "labels must lie in 0..6, got -1; "),
     ("cross_entropy_backward", {"ignored": "none"}, 3, first_above(6), "labels must lie in 0..6, got 7; "),
+    ("beam_step", {"plain": True}, 3, column(Whole.BEAM_SIZE, 4), "beam_size must lie in 1..3, got 4; "),
+    ("beam_step", {"plain": True}, 3, column(Whole.EOS_ID, 11), "eos_id must lie in -1..10, got 11; "),
+    ("beam_step", {}, 7, lambda lengths: torch.full_like(lengths, 9), "lengths must lie in 0..8, got 9; "),
+    ("sample_step", {"plain": True}, 4, column(Whole.PREFIX_LENGTH, 1), "prefix_length must lie in 0..0, got 1; "),
+    ("sample_step", {}, 9, lambda lengths: torch.full_like(lengths, -1), "lengths must lie in 0..8, got -1; "),
 ]
 
 
@@ -60,8 +70,8 @@ def careless(op):
 
     def function(*arguments):
         calls.append(arguments)
-        result = [torch.zeros_like(arguments[0]) for _ in range(5)]
-        return {"append_kv": None, "decode_self_attention": result[0]}.get(op, tuple(result[: len_of(op)]))
+        results = [torch.zeros_like(arguments[0]) for _ in getattr(torch.ops.spear_fast, op).default._schema.returns]
+        return None if not results else results[0] if len(results) == 1 else tuple(results)
 
     providers.register(providers.Provider(op, "careless", function))
     try:
@@ -70,10 +80,6 @@ def careless(op):
     finally:
         providers._providers[op].pop()
         providers.chosen(op).clear()
-
-
-def len_of(op):
-    return len(getattr(torch.ops.spear_fast, op).default._schema.returns)
 
 
 @pytest.mark.parametrize("debug", [True, False])
