@@ -211,7 +211,6 @@ _STRIDES = (
 ).split()
 _VARIANTS = {
     "whole": {"SPLIT": False, "log_sums": None, "scores": None},
-    "split": {"SPLIT": True, "scores": None},
     "weights": {"SPLIT": True},
 }
 AUDIT = [

@@ -247,8 +247,8 @@ AUDIT = [
             "s_ancestor_position": 1,
         },
         variants={
-            "whole": {"FOLLOW": "shared", "log_sums": None},
-            **{follow: {"FOLLOW": follow} for follow in ("shared", "gathered", "alone")},
+            "shared": {"FOLLOW": "shared", "log_sums": None},
+            **{follow: {"FOLLOW": follow} for follow in ("gathered", "alone")},
         },
         matrix=name == _MANY,
     )
