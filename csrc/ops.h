@@ -16,6 +16,43 @@ void append_kv_cpu(
     at::Tensor& cache_key,
     at::Tensor& cache_value);
 
+std::tuple<at::Tensor, at::Tensor> attention_cpu(
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const std::optional<at::Tensor>& key_mask,
+    const std::optional<at::Tensor>& cu_query,
+    const std::optional<at::Tensor>& cu_key,
+    int64_t max_query,
+    int64_t max_key,
+    const std::optional<at::Tensor>& null_key,
+    const std::optional<at::Tensor>& null_value,
+    const std::optional<at::Tensor>& freqs,
+    bool causal,
+    bool modulo_heads,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
+    const at::Tensor& grad_out,
+    const at::Tensor& query,
+    const at::Tensor& key,
+    const at::Tensor& value,
+    const at::Tensor& out,
+    const at::Tensor& lse,
+    const std::optional<at::Tensor>& key_mask,
+    const std::optional<at::Tensor>& cu_query,
+    const std::optional<at::Tensor>& cu_key,
+    int64_t max_query,
+    int64_t max_key,
+    const std::optional<at::Tensor>& null_key,
+    const std::optional<at::Tensor>& null_value,
+    const std::optional<at::Tensor>& freqs,
+    bool causal,
+    bool modulo_heads,
+    double dropout,
+    const std::optional<at::Tensor>& seed);
+
 std::tuple<at::Tensor, at::Tensor> cross_entropy_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels, int64_t ignore_index);
 

@@ -5,6 +5,8 @@
 
 TORCH_LIBRARY_IMPL(spear_fast, CPU, library) {
   library.impl("append_kv.cpu", TORCH_FN(spear_fast::append_kv_cpu));
+  library.impl("attention.cpu", TORCH_FN(spear_fast::attention_cpu));
+  library.impl("attention_backward.cpu", TORCH_FN(spear_fast::attention_backward_cpu));
   library.impl("cross_entropy.cpu", TORCH_FN(spear_fast::cross_entropy_cpu));
   library.impl("cross_entropy_backward.cpu", TORCH_FN(spear_fast::cross_entropy_backward_cpu));
   library.impl("decode_self_attention.cpu", TORCH_FN(spear_fast::decode_self_attention_cpu));

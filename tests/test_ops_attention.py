@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
 from spear_fast.ops import providers
-from spear_fast.ops.attention import options_of
+from spear_fast.ops.attention_options import options_of
 from spear_fast.ops.reference import attention as reference
 from spear_fast.ops.reference.philox import kept
 

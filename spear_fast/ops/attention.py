@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spear_fast.ops import attention_peers as peers
+from spear_fast.ops import attention_sdpa as sdpa
 from spear_fast.ops import backends
 from spear_fast.ops.attention_checks import check_attention
+from spear_fast.ops.attention_options import Options, options_of
 from spear_fast.ops.checks import check_shapes, refuse
 from spear_fast.ops.providers import Inputs, Provider, register
 from spear_fast.ops.reference import attention as reference
 from spear_fast.ops.registry import define, differentiate
-
-
-class Options(NamedTuple):
-    """What a provider of `attention` may refuse, beside device, dtype and head size."""
-
-    packed: bool = False
-    masked: bool = False
-    null: bool = False
-    rotary: bool = False
-    causal: bool = False
-    grouped: bool = False
-    modulo: bool = False
-    dropout: bool = False
 
 
 def attention(
@@ -89,23 +79,6 @@ def _longest(offsets: Tensor) -> int:
     return int(offsets.diff().max()) if offsets.dim() == 1 and offsets.shape[0] > 1 else 0
 
 
-def options_of(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Options:
-    key_mask, cu_query, _, _, _, null_key, _, freqs, causal, modulo_heads, dropout, _ = others
-    kv_heads = key.shape[-2]
-    grouped = kv_heads != query.shape[-2]
-    return Options(
-        packed=cu_query is not None,
-        masked=key_mask is not None,
-        null=null_key is not None,
-        rotary=freqs is not None,
-        causal=causal,
-        grouped=grouped,
-        # one key head, or one for each query head, is read alike in either order
-        modulo=modulo_heads and grouped and kv_heads > 1,
-        dropout=dropout > 0,
-    )
-
-
 def _backward_options(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Options:
     return options_of(query, key, value, *others[2:])
 
@@ -155,6 +128,7 @@ _attention = define(
     check=_check,
     fake=_fake,
     options=options_of,
+    native=("cpu",),
 )
 _attention_backward = define(
     "attention_backward",
@@ -163,6 +137,7 @@ _attention_backward = define(
     check=_check_backward,
     fake=_fake_backward,
     options=_backward_options,
+    native=("cpu",),
 )
 
 
@@ -194,5 +169,9 @@ def _triton_why_not(inputs: Inputs) -> str | None:
 
 
 for _op in ("attention", "attention_backward"):
+    register(backends.cpu(_op))
     register(backends.triton(_op, "attention", _triton_why_not))
+    register(Provider(_op, "sdpa", getattr(sdpa, _op), ("cpu", "cuda"), why_not=sdpa.why_not))
+    register(peers.flash_attn(_op))
+    register(peers.xformers(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))

@@ -1,0 +1,130 @@
+"""`attention` by packages that may be installed: flash-attn and xformers.
+
+flash-attn 2: https://github.com/Dao-AILab/flash-attention, its `flash_attn_interface`. xformers:
+https://facebookresearch.github.io/xformers/components/ops.html.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spear_fast.ops.attention_options import Options
+from spear_fast.ops.providers import Inputs, Provider
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _missing(module: str, package: str) -> Callable[[], str | None]:
+    def missing() -> str | None:
+        if find_spec(module) is None:
+            return f"{package} is not installed; pip install {package}"
+        return None if torch.cuda.is_available() else "there is no CUDA device"
+
+    return missing
+
+
+def _lacks(options: Options, names: dict[str, str]) -> str | None:
+    for option, name in names.items():
+        if getattr(options, option):
+            return f"has no {name}"
+    return None
+
+
+def flash_attn_why_not(inputs: Inputs) -> str | None:
+    """Returns why flash-attn cannot compute `attention` for such inputs, or None."""
+    if inputs.dtype not in HALVES:
+        return f"takes torch.float16 and torch.bfloat16, not {inputs.dtype}"
+    if inputs.size % 8 or inputs.size > 256:
+        return f"takes head sizes that are multiples of 8 up to 256, not {inputs.size}"
+    lacking = {"null": "null key", "rotary": "rotation", "dropout": "dropout by seed", "masked": "key mask"}
+    return _lacks(Options(*inputs.options), lacking | {"modulo": "key heads read in turns"})
+
+
+def xformers_why_not(inputs: Inputs) -> str | None:
+    """Returns why xformers cannot compute `attention` for such inputs, or None."""
+    if inputs.dtype not in (*HALVES, torch.float32):
+        return f"takes torch.float32, torch.float16 and torch.bfloat16, not {inputs.dtype}"
+    lacking = {"null": "null key", "rotary": "rotation", "dropout": "dropout by seed", "masked": "key mask"}
+    lacking |= {"grouped": "log-sum-exp for grouped heads", "packed": "log-sum-exp of one shape for packed rows"}
+    return _lacks(Options(*inputs.options), lacking)
+
+
+def _flash_attn() -> Any:
+    return importlib.import_module("flash_attn.flash_attn_interface")
+
+
+def _flash_attn_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    _, cu_query, cu_key, max_query, max_key, _, _, _, causal, *_ = others
+    if cu_query is None:
+        out, lse, _ = _flash_attn().flash_attn_func(query, key, value, causal=causal, return_attn_probs=True)
+    else:
+        out, lse, _ = _flash_attn().flash_attn_varlen_func(
+            query, key, value, cu_query, cu_key, max_query, max_key, causal=causal, return_attn_probs=True
+        )
+    # its sign for a query that reads nothing is +inf
+    return out.contiguous(), lse.masked_fill(lse.isposinf(), -torch.inf)
+
+
+def _flash_attn_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    _, cu_query, cu_key, max_query, max_key, _, _, _, causal, *_ = others
+    grads = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+    saved = grad_out, query, key, value, out, lse.masked_fill(lse.isneginf(), torch.inf)
+    settings = {
+        "dropout_p": 0.0,
+        "softmax_scale": query.shape[-1] ** -0.5,
+        "causal": causal,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "deterministic": False,
+    }
+    if cu_query is None:
+        _flash_attn()._flash_attn_backward(*saved, *grads, **settings)
+    else:
+        packing = cu_query, cu_key, max_query, max_key
+        _flash_attn()._flash_attn_varlen_backward(*saved, *grads, *packing, **settings)
+    return *grads, query.new_empty(0), query.new_empty(0)
+
+
+def _xformers() -> Any:
+    return importlib.import_module("xformers.ops.fmha")
+
+
+def _xformers_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    fmha = _xformers()
+    bias = fmha.attn_bias.LowerTriangularMask() if others[8] else None
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(query, key, value, attn_bias=bias)
+    # its rows may be rounded up to a whole number of vectors
+    return out.contiguous(), lse[..., : query.shape[1]].contiguous()
+
+
+def _xformers_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    fmha = _xformers()
+    bias = fmha.attn_bias.LowerTriangularMask() if others[8] else None
+    # to a whole number of vectors, as the forward pass leaves them; what is added belongs to no query
+    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    grads = fmha.memory_efficient_attention_backward(grad_out, out, lse, query, key, value, attn_bias=bias)
+    return *(each.contiguous() for each in grads), query.new_empty(0), query.new_empty(0)
+
+
+def flash_attn(op: str) -> Provider:
+    """Returns the provider `flash-attn` of `attention` or `attention_backward`."""
+    function = _flash_attn_forward if op == "attention" else _flash_attn_backward
+    return Provider(op, "flash-attn", function, ("cuda",), _missing("flash_attn", "flash-attn"), flash_attn_why_not)
+
+
+def xformers(op: str) -> Provider:
+    """Returns the provider `xformers` of `attention` or `attention_backward`."""
+    function = _xformers_forward if op == "attention" else _xformers_backward
+    return Provider(op, "xformers", function, ("cuda",), _missing("xformers", "xformers"), xformers_why_not)
