@@ -171,7 +171,7 @@ def _triton_why_not(inputs: Inputs) -> str | None:
 for _op in ("attention", "attention_backward"):
     register(backends.cpu(_op))
     register(backends.triton(_op, "attention", _triton_why_not))
-    register(Provider(_op, "sdpa", getattr(sdpa, _op), ("cpu", "cuda"), why_not=sdpa.why_not))
+    register(Provider(_op, "sdpa", getattr(sdpa, _op), ("cpu", "cuda"), why_not=sdpa.why_not, fastest=sdpa.fastest))
     register(peers.flash_attn(_op))
     register(peers.xformers(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))

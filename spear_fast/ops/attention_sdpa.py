@@ -5,11 +5,16 @@ They are what `scaled_dot_product_attention` calls, called so that the log-sum-e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.ops.attention_options import Options
+from spear_fast.ops.pointwise import rotary
 from spear_fast.ops.providers import Inputs
+from spear_fast.ops.reference.attention import in_front
 
 Maybe = Tensor | None
 
@@ -17,19 +22,18 @@ Maybe = Tensor | None
 def why_not(inputs: Inputs) -> str | None:
     """Returns why torch's kernels cannot compute `attention` for such inputs, or None."""
     options = Options(*inputs.options)
-    for lacking, name in (
-        (options.null, "null key"),
-        (options.rotary, "rotation"),
-        (options.dropout, "dropout by seed"),
-    ):
-        if lacking:
-            return f"has no {name}"
+    if options.dropout:
+        return "has no dropout by seed"
     if inputs.device.type == "cpu":
         return "takes no packed rows on the CPU" if options.packed else None
     if inputs.dtype not in (torch.float16, torch.bfloat16):
         return f"takes torch.float16 and torch.bfloat16 on CUDA, not {inputs.dtype}"
     if options.masked:
         return "takes no key mask on CUDA; pack the rows"
+    if options.packed and (options.null or options.rotary):
+        return "has no null key and no rotation for packed rows"
+    if options.null and options.causal:
+        return "has no null key in front of causal rows on CUDA"
     if options.modulo:
         return "reads key heads in consecutive groups only on CUDA"
     if inputs.size % 8 or inputs.size > 256:
@@ -37,13 +41,22 @@ def why_not(inputs: Inputs) -> str | None:
     return None
 
 
-def _mask(query: Tensor, keys: int, key_mask: Maybe, causal: bool) -> tuple[Maybe, Maybe]:
-    """Returns what is added to the scores, and which queries read nothing, both None without a mask."""
-    if key_mask is None:
+def fastest(inputs: Inputs) -> bool:
+    """Returns whether torch's kernel is measured to be the fastest: on the CPU, where no key is masked."""
+    options = Options(*inputs.options)
+    return inputs.device.type == "cpu" and not options.masked and not options.packed
+
+
+def _mask(query: Tensor, key_mask: Maybe, null: bool, causal: bool) -> tuple[Maybe, Maybe]:
+    """Returns what is added to the scores, and which queries read nothing; None where the kernel knows by itself."""
+    length = query.shape[1]
+    if key_mask is None and not (causal and null):
         return None, None
-    readable = key_mask[:, None, None]
+    readable = torch.ones(1, 1, 1, length, dtype=torch.bool) if key_mask is None else key_mask[:, None, None]
     if causal:
-        readable = readable & torch.ones(keys, keys, dtype=torch.bool, device=query.device).tril()
+        readable = readable & torch.ones(length, length, dtype=torch.bool).tril()
+    if null:
+        readable = F.pad(readable, (1, 0), value=True)
     added = torch.zeros(readable.shape, dtype=query.dtype, device=query.device)
     return added.masked_fill(~readable, -torch.inf), ~readable.any(-1)
 
@@ -63,6 +76,29 @@ def _summed(gradient: Tensor, kv_heads: int, modulo_heads: bool) -> Tensor:
     return by_head.sum(2 if modulo_heads else 3)
 
 
+def _prepared(
+    query: Tensor, key: Tensor, value: Tensor, null_key: Maybe, null_value: Maybe, freqs: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns query, key and value, rotated and with the null position in front, for kernels that know neither."""
+    if freqs is not None:
+        query, key = rotary(query, freqs), rotary(key, freqs)
+    return query, in_front(null_key, key), in_front(null_value, value)
+
+
+def _unprepared(
+    grads: Sequence[Tensor], null_key: Maybe, freqs: Maybe
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of what `_prepared` was given."""
+    grad_query, grad_key, grad_value = grads
+    grad_null_key, grad_null_value = grad_query.new_empty(0), grad_query.new_empty(0)
+    if null_key is not None:
+        grad_null_key, grad_null_value = grad_key[:, 0].sum(0), grad_value[:, 0].sum(0)
+        grad_key, grad_value = grad_key[:, 1:], grad_value[:, 1:]
+    if freqs is not None:
+        grad_query, grad_key = rotary(grad_query, freqs, inverse=True), rotary(grad_key, freqs, inverse=True)
+    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous(), grad_null_key, grad_null_value
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -80,11 +116,12 @@ def attention(
     dropout: float,
     seed: Maybe,
 ) -> tuple[Tensor, Tensor]:
+    null = null_key is not None
+    query, key, value = _prepared(query, key, value, null_key, null_value, freqs)
     if query.numel() == 0 or key.numel() == 0:
         precise = torch.promote_types(torch.float32, query.dtype)
-        shape = query.shape[:-1] if cu_query is None else (1, *query.shape[:-1])
-        lse = query.new_full(shape, -torch.inf, dtype=precise).transpose(1, 2).contiguous()
-        return torch.zeros_like(query, memory_format=torch.contiguous_format), lse if cu_query is None else lse[0]
+        lse = query.new_full(query.shape[:-1], -torch.inf, dtype=precise).transpose(-1, -2).contiguous()
+        return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
     if query.device.type != "cpu":
         if cu_query is None:
             max_query, max_key = query.shape[1], key.shape[1]
@@ -92,7 +129,7 @@ def attention(
         out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *packing, 0.0, causal, False)
         # that kernel's sign for a query that reads nothing
         return out, lse.masked_fill(lse.isposinf(), -torch.inf)
-    added, empty = _mask(query, key.shape[1], key_mask, causal)
+    added, empty = _mask(query, key_mask, null, causal)
     key, value = (_repeated(each, query.shape[2], modulo_heads).transpose(1, 2) for each in (key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2), key, value, 0.0, causal and added is None, attn_mask=added
@@ -121,9 +158,11 @@ def attention_backward(
     dropout: float,
     seed: Maybe,
 ) -> tuple[Tensor, ...]:
-    nothing = query.new_empty(0), query.new_empty(0)
+    null = null_key is not None
+    query, key, value = _prepared(query, key, value, null_key, null_value, freqs)
     if query.numel() == 0 or key.numel() == 0:
-        return *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)), *nothing
+        zeros = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
+        return _unprepared(zeros, null_key, freqs)
     if query.device.type != "cpu":
         if cu_query is None:
             max_query, max_key = query.shape[1], key.shape[1]
@@ -131,14 +170,13 @@ def attention_backward(
         lse = lse.masked_fill(lse.isneginf(), torch.inf)
         # without dropout the generator's state is not looked at
         state = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_out, query, key, value, out, lse, *packing, 0.0, causal, *state
-        )
-        return *(each.contiguous() for each in grads), *nothing
-    added, _ = _mask(query, key.shape[1], key_mask, causal)
+        saved = grad_out, query, key, value, out, lse
+        grads = torch.ops.aten._flash_attention_backward(*saved, *packing, 0.0, causal, *state)
+        return _unprepared(grads, null_key, freqs)
+    added, _ = _mask(query, key_mask, null, causal)
     heads, kv_heads = query.shape[2], key.shape[2]
     key, value = (_repeated(each, heads, modulo_heads).transpose(1, 2) for each in (key, value))
-    grad_query, *grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *(each.transpose(1, 2) for each in (grad_out, query)),
         key,
         value,
@@ -148,5 +186,5 @@ def attention_backward(
         *(0.0, causal and added is None),
         attn_mask=added,
     )
-    grad_key, grad_value = (_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in grads)
-    return grad_query.transpose(1, 2).contiguous(), grad_key, grad_value, *nothing
+    of_heads = [_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in (grad_key, grad_value)]
+    return _unprepared((grad_query.transpose(1, 2), *of_heads), null_key, freqs)

@@ -35,6 +35,7 @@ class Provider:
     devices: types of device it runs on; empty for any.
     missing: why it cannot run on this machine at all, or None.
     why_not: why it cannot run on such inputs, or None.
+    fastest: whether an automatic choice asks it first for such inputs, whatever the order.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Provider:
     devices: tuple[str, ...] = ()
     missing: Callable[[], str | None] = lambda: None
     why_not: Callable[[Inputs], str | None] = lambda inputs: None
+    fastest: Callable[[Inputs], bool] = lambda inputs: False
 
     def refusal(self, inputs: Inputs) -> str | None:
         """Returns why this provider cannot take such inputs here, or None."""
@@ -129,7 +131,9 @@ def choose(op: str, inputs: Inputs) -> Callable:
     global _forced
     if _forced is None:
         _forced = _parse(os.environ.get("SPEAR_FAST_PROVIDER", ""))
-    candidates = [get(op, _forced[op])] if op in _forced else _providers[op]
+    candidates = (
+        [get(op, _forced[op])] if op in _forced else sorted(_providers[op], key=lambda each: each.slower(inputs))
+    )
     refusals = []
     for provider in candidates:
         reason = provider.refusal(inputs)

@@ -63,7 +63,8 @@ def _turn(x: Tensor, freqs: Tensor | None, sign: int = 1) -> Tensor:
     return rotate(x, freqs, sign * torch.arange(x.shape[1], device=x.device))
 
 
-def _in_front(null: Tensor | None, x: Tensor) -> Tensor:
+def in_front(null: Tensor | None, x: Tensor) -> Tensor:
+    """Returns `[batch, length, heads, head_dim]` with `[heads, head_dim]` in front of each row, where there is one."""
     return x if null is None else torch.cat((null.expand(x.shape[0], 1, -1, -1), x), 1)
 
 
@@ -106,8 +107,8 @@ def attention(
 
     batch, length, heads, size = query.shape
     read = _heads_read(heads, key.shape[2], modulo_heads, query.device)
-    keys = _in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
-    values = _in_front(null_value, value)[:, :, read].transpose(1, 2)
+    keys = in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
+    values = in_front(null_value, value)[:, :, read].transpose(1, 2)
     scores = (_turn(query, freqs) * size**-0.5).transpose(1, 2) @ keys.mT
     readable = _readable(batch, length, key.shape[1], key_mask, null_key is not None, causal, query)
     scores = scores.to(_precise(query.dtype))
@@ -165,8 +166,8 @@ def attention_backward(
     query, key, value, grad_out, out = (each.to(precise) for each in (query, key, value, grad_out, out))
     batch, length, heads, size = query.shape
     read = _heads_read(heads, key.shape[2], modulo_heads, query.device)
-    keys = _in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
-    values = _in_front(null_value, value)[:, :, read].transpose(1, 2)
+    keys = in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
+    values = in_front(null_value, value)[:, :, read].transpose(1, 2)
     scaled = (_turn(query, freqs) * size**-0.5).transpose(1, 2)
     grad = grad_out.transpose(1, 2)
     readable = _readable(batch, length, key.shape[1], key_mask, null_key is not None, causal, query)
