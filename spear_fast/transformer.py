@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spear_fast.attend import attend
+from spear_fast import ops
 
 
 class RMSNorm(nn.Module):
@@ -72,20 +72,6 @@ class RotaryEmbedding(nn.Module):
             self.freqs.data = kept.to(self.freqs.device)
         return self
 
-    def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        """Returns cosine and sine, each `[length, dim // 2]`, in the dtype of the frequencies."""
-        freqs = self.freqs.detach()
-        angles = torch.outer(torch.arange(length, device=freqs.device, dtype=freqs.dtype), freqs)
-        return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns `x` `[..., length, dim]` with its interleaved pairs turned by `rotation`, in the dtype of `x`."""
-    cos, sin = rotation
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
-
 
 class Attention(nn.Module):
     """Self-attention with rotary positions, or cross-attention with a learned null key and value in front.
@@ -129,27 +115,31 @@ class Attention(nn.Module):
         *,
         context: Tensor | None = None,
         mask: Tensor | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Returns `[batch, length, dim]`.
 
         x: `[batch, length, dim]`. context: `[batch, context_length, dim]`, or None for self-attention.
         mask: `[batch, key length]`, bool, False where a key must not be read; the null key always is.
-        rotation: what `RotaryEmbedding` gives for this length.
         """
         x = self.norm(x)
-        query = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key_value = self.to_kv(x if context is None else context).unflatten(-1, (2, self.kv_heads, -1))
-        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        if self.add_null_kv:
-            null_key, null_value = self.null_kv[:, None].expand(-1, x.shape[0], -1, -1, -1).unbind(0)
-            key, value = torch.cat((null_key, key), dim=-2), torch.cat((null_value, value), dim=-2)
-            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, key_mask=mask, causal=self.causal, dropout=dropout)
-        return self.to_out(out.transpose(1, 2).flatten(-2))
+        query = self.to_q(x).unflatten(-1, (self.heads, -1))
+        key, value = self.to_kv(x if context is None else context).unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
+        # under autocast the projections are of another type than the parameters
+        null_key, null_value = self.null_kv[:, :, 0].to(key.dtype) if self.add_null_kv else (None, None)
+        out = ops.attention(
+            query,
+            key,
+            value,
+            key_mask=mask,
+            null_key=null_key,
+            null_value=null_value,
+            freqs=None if self.rotary_emb is None else self.rotary_emb.freqs,
+            causal=self.causal,
+            # the reference's grouping (its attend.py:139)
+            modulo_heads=True,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.to_out(out.flatten(-2))
 
 
 class Transformer(nn.Module):
@@ -205,9 +195,8 @@ class Transformer(nn.Module):
         """
         hiddens = []
         layers: Any = self.layers
-        rotation = layers[0][0].rotary_emb(x.shape[-2])
         for number, (self_attention, cross_attention, feed_forward) in enumerate(layers, start=1):
-            x = self_attention(x, mask=mask, rotation=rotation) + x
+            x = self_attention(x, mask=mask) + x
             if cross_attention is not None:
                 x = cross_attention(x, context=context, mask=context_mask) + x
             x = feed_forward(x) + x

@@ -102,7 +102,7 @@ CASES = {
     "no rows": {"batch": 0},
     "no queries": {"length": 0, "key_length": 5},
     "no keys": {"length": 5, "key_length": 0},
-    "no keys but null": {"length": 5, "key_length": 0, "null": True},
+    "no keys but null": {"length": 2, "key_length": 0, "heads": 2, "size": 4, "null": True},
     "strided": {"spread": True, "kv_heads": 2, "rotary": True},
     "masked": {"mask": "random", "length": 17, "key_length": 35},
     "all masked": {"mask": "none"},

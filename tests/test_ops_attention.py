@@ -83,6 +83,9 @@ def test_any_shape(provider, data):
     if not takes(provider, dtype, arguments):
         return
     assert_all_right(provider, arguments)
+    # a lone key's score has the gradient zero: all that is left is the rounding of what was saved, which torch has not
+    if arguments[KEY].shape[-3] < 2:
+        return
     assert_gradients("attention", provider, by_position, reference.attention, arguments, wanting=wanting(arguments))
 
 

@@ -5,16 +5,12 @@ They are what `scaled_dot_product_attention` calls, called so that the log-sum-e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.ops.attention_options import Options
 from spear_fast.ops.pointwise import rotary
 from spear_fast.ops.providers import Inputs
-from spear_fast.ops.reference.attention import in_front
 
 Maybe = Tensor | None
 
@@ -24,16 +20,16 @@ def why_not(inputs: Inputs) -> str | None:
     options = Options(*inputs.options)
     if options.dropout:
         return "has no dropout by seed"
+    if options.null:
+        return "has no null key"
     if inputs.device.type == "cpu":
         return "takes no packed rows on the CPU" if options.packed else None
     if inputs.dtype not in (torch.float16, torch.bfloat16):
         return f"takes torch.float16 and torch.bfloat16 on CUDA, not {inputs.dtype}"
     if options.masked:
         return "takes no key mask on CUDA; pack the rows"
-    if options.packed and (options.null or options.rotary):
-        return "has no null key and no rotation for packed rows"
-    if options.null and options.causal:
-        return "has no null key in front of causal rows on CUDA"
+    if options.packed and options.rotary:
+        return "has no rotation for packed rows"
     if options.modulo:
         return "reads key heads in consecutive groups only on CUDA"
     if inputs.size % 8 or inputs.size > 256:
@@ -47,16 +43,13 @@ def fastest(inputs: Inputs) -> bool:
     return inputs.device.type == "cpu" and not options.masked and not options.packed
 
 
-def _mask(query: Tensor, key_mask: Maybe, null: bool, causal: bool) -> tuple[Maybe, Maybe]:
+def _mask(query: Tensor, key_mask: Maybe, causal: bool) -> tuple[Maybe, Maybe]:
     """Returns what is added to the scores, and which queries read nothing; None where the kernel knows by itself."""
-    length = query.shape[1]
-    if key_mask is None and not (causal and null):
+    if key_mask is None:
         return None, None
-    readable = torch.ones(1, 1, 1, length, dtype=torch.bool) if key_mask is None else key_mask[:, None, None]
+    readable = key_mask[:, None, None]
     if causal:
-        readable = readable & torch.ones(length, length, dtype=torch.bool).tril()
-    if null:
-        readable = F.pad(readable, (1, 0), value=True)
+        readable = readable & torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
     added = torch.zeros(readable.shape, dtype=query.dtype, device=query.device)
     return added.masked_fill(~readable, -torch.inf), ~readable.any(-1)
 
@@ -76,27 +69,8 @@ def _summed(gradient: Tensor, kv_heads: int, modulo_heads: bool) -> Tensor:
     return by_head.sum(2 if modulo_heads else 3)
 
 
-def _prepared(
-    query: Tensor, key: Tensor, value: Tensor, null_key: Maybe, null_value: Maybe, freqs: Maybe
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns query, key and value, rotated and with the null position in front, for kernels that know neither."""
-    if freqs is not None:
-        query, key = rotary(query, freqs), rotary(key, freqs)
-    return query, in_front(null_key, key), in_front(null_value, value)
-
-
-def _unprepared(
-    grads: Sequence[Tensor], null_key: Maybe, freqs: Maybe
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of what `_prepared` was given."""
-    grad_query, grad_key, grad_value = grads
-    grad_null_key, grad_null_value = grad_query.new_empty(0), grad_query.new_empty(0)
-    if null_key is not None:
-        grad_null_key, grad_null_value = grad_key[:, 0].sum(0), grad_value[:, 0].sum(0)
-        grad_key, grad_value = grad_key[:, 1:], grad_value[:, 1:]
-    if freqs is not None:
-        grad_query, grad_key = rotary(grad_query, freqs, inverse=True), rotary(grad_key, freqs, inverse=True)
-    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous(), grad_null_key, grad_null_value
+def _rotated(query: Tensor, key: Tensor, freqs: Maybe, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    return (query, key) if freqs is None else (rotary(query, freqs, None, inverse), rotary(key, freqs, None, inverse))
 
 
 def attention(
@@ -116,8 +90,7 @@ def attention(
     dropout: float,
     seed: Maybe,
 ) -> tuple[Tensor, Tensor]:
-    null = null_key is not None
-    query, key, value = _prepared(query, key, value, null_key, null_value, freqs)
+    query, key = _rotated(query, key, freqs)
     if query.numel() == 0 or key.numel() == 0:
         precise = torch.promote_types(torch.float32, query.dtype)
         lse = query.new_full(query.shape[:-1], -torch.inf, dtype=precise).transpose(-1, -2).contiguous()
@@ -129,7 +102,7 @@ def attention(
         out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *packing, 0.0, causal, False)
         # that kernel's sign for a query that reads nothing
         return out, lse.masked_fill(lse.isposinf(), -torch.inf)
-    added, empty = _mask(query, key_mask, null, causal)
+    added, empty = _mask(query, key_mask, causal)
     key, value = (_repeated(each, query.shape[2], modulo_heads).transpose(1, 2) for each in (key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2), key, value, 0.0, causal and added is None, attn_mask=added
@@ -158,11 +131,10 @@ def attention_backward(
     dropout: float,
     seed: Maybe,
 ) -> tuple[Tensor, ...]:
-    null = null_key is not None
-    query, key, value = _prepared(query, key, value, null_key, null_value, freqs)
+    nothing = query.new_empty(0), query.new_empty(0)
+    query, key = _rotated(query, key, freqs)
     if query.numel() == 0 or key.numel() == 0:
-        zeros = [torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
-        return _unprepared(zeros, null_key, freqs)
+        return *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)), *nothing
     if query.device.type != "cpu":
         if cu_query is None:
             max_query, max_key = query.shape[1], key.shape[1]
@@ -172,8 +144,8 @@ def attention_backward(
         state = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
         saved = grad_out, query, key, value, out, lse
         grads = torch.ops.aten._flash_attention_backward(*saved, *packing, 0.0, causal, *state)
-        return _unprepared(grads, null_key, freqs)
-    added, _ = _mask(query, key_mask, null, causal)
+        return *_rotated(grads[0], grads[1], freqs, inverse=True), grads[2], *nothing
+    added, _ = _mask(query, key_mask, causal)
     heads, kv_heads = query.shape[2], key.shape[2]
     key, value = (_repeated(each, heads, modulo_heads).transpose(1, 2) for each in (key, value))
     grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -186,5 +158,6 @@ def attention_backward(
         *(0.0, causal and added is None),
         attn_mask=added,
     )
-    of_heads = [_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in (grad_key, grad_value)]
-    return _unprepared((grad_query.transpose(1, 2), *of_heads), null_key, freqs)
+    grad_key, grad_value = (_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in (grad_key, grad_value))
+    grad_query, grad_key = _rotated(grad_query.transpose(1, 2), grad_key, freqs, inverse=True)
+    return grad_query.contiguous(), grad_key.contiguous(), grad_value, *nothing

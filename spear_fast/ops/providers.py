@@ -131,9 +131,8 @@ def choose(op: str, inputs: Inputs) -> Callable:
     global _forced
     if _forced is None:
         _forced = _parse(os.environ.get("SPEAR_FAST_PROVIDER", ""))
-    candidates = (
-        [get(op, _forced[op])] if op in _forced else sorted(_providers[op], key=lambda each: each.slower(inputs))
-    )
+    by_speed = sorted(_providers[op], key=lambda provider: not provider.fastest(inputs))
+    candidates = [get(op, _forced[op])] if op in _forced else by_speed
     refusals = []
     for provider in candidates:
         reason = provider.refusal(inputs)

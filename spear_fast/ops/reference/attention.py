@@ -63,7 +63,7 @@ def _turn(x: Tensor, freqs: Tensor | None, sign: int = 1) -> Tensor:
     return rotate(x, freqs, sign * torch.arange(x.shape[1], device=x.device))
 
 
-def in_front(null: Tensor | None, x: Tensor) -> Tensor:
+def _in_front(null: Tensor | None, x: Tensor) -> Tensor:
     """Returns `[batch, length, heads, head_dim]` with `[heads, head_dim]` in front of each row, where there is one."""
     return x if null is None else torch.cat((null.expand(x.shape[0], 1, -1, -1), x), 1)
 
@@ -76,6 +76,11 @@ def _readable(batch: int, length: int, keys: int, key_mask: Tensor | None, null:
     if key_mask is not None:
         readable = readable & key_mask[:, None, None]
     return torch.nn.functional.pad(readable, (1, 0), value=True) if null else readable
+
+
+def _softmax(scores: Tensor, readable: Tensor) -> Tensor:
+    """Returns the weights of the readable keys; zeros for a query that reads none."""
+    return scores.masked_fill(~readable, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~readable, 0)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -107,13 +112,13 @@ def attention(
 
     batch, length, heads, size = query.shape
     read = _heads_read(heads, key.shape[2], modulo_heads, query.device)
-    keys = in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
-    values = in_front(null_value, value)[:, :, read].transpose(1, 2)
+    keys = _in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
+    values = _in_front(null_value, value)[:, :, read].transpose(1, 2)
     scores = (_turn(query, freqs) * size**-0.5).transpose(1, 2) @ keys.mT
     readable = _readable(batch, length, key.shape[1], key_mask, null_key is not None, causal, query)
     scores = scores.to(_precise(query.dtype))
     lse = scores.detach().masked_fill(~readable, -torch.inf).logsumexp(-1)
-    weights = scores.masked_fill(~readable, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~readable, 0)
+    weights = _softmax(scores, readable)
     if dropout > 0 and seed is not None:
         weights = weights * kept(seed, weights.shape, dropout) / (1 - dropout)
     out = weights.to(query.dtype) @ values
@@ -161,23 +166,23 @@ def attention_backward(
         )
         return by_query.pack(grad_query), by_key.pack(grad_key), by_key.pack(grad_value), grad_null[0], grad_null[1]
 
-    # in the precision of the statistics: where two large numbers cancel, a rounded product would be all that is left
+    # everything anew and in the precision of the statistics: where large numbers cancel, the rounding of what was saved
+    # would be all that is left
     dtype, precise = query.dtype, _precise(query.dtype)
-    query, key, value, grad_out, out = (each.to(precise) for each in (query, key, value, grad_out, out))
+    query, key, value, grad_out = (each.to(precise) for each in (query, key, value, grad_out))
     batch, length, heads, size = query.shape
     read = _heads_read(heads, key.shape[2], modulo_heads, query.device)
-    keys = in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
-    values = in_front(null_value, value)[:, :, read].transpose(1, 2)
+    keys = _in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
+    values = _in_front(null_value, value)[:, :, read].transpose(1, 2)
     scaled = (_turn(query, freqs) * size**-0.5).transpose(1, 2)
     grad = grad_out.transpose(1, 2)
     readable = _readable(batch, length, key.shape[1], key_mask, null_key is not None, causal, query)
-    # a row that reads nothing has the log-sum-exp -inf, and weights of zero
-    weights = (scaled @ keys.mT - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp().masked_fill(~readable, 0)
+    weights = _softmax(scaled @ keys.mT, readable)
     share = torch.ones_like(weights)
     if dropout > 0 and seed is not None:
         share = kept(seed, weights.shape, dropout).to(precise) / (1 - dropout)
-    delta = (grad * out.transpose(1, 2)).sum(-1, keepdim=True)
-    grad_scores = weights * (grad @ values.mT * share - delta)
+    grad_weights = grad @ values.mT * share
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
 
     def by_kv_head(gradient: Tensor) -> Tensor:
         """Returns `[batch, keys, kv_heads, head_dim]`: the sum over the query heads that read each of them."""
