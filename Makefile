@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: help demo test tests interpreted asan lint format recipe bench wheel clean
+.PHONY: help demo test tests interpreted audit asan lint format recipe bench wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## list the commands
 demo: $(VENV)/.demo ## label the committed recordings and print label, truth and error rate
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: lint tests ## lint, then the fast test suite
+test: lint tests audit ## lint, the fast test suite, then the audit of the GPU kernels
 
 tests: $(VENV)/.dev ## the fast test suite alone; ARGS="-k NAME" and the like go to pytest, once, without `interpreted`
 	$(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
@@ -43,6 +43,9 @@ asan: $(VENV)/.dev ## the C++ ops' tests under AddressSanitizer and UndefinedBeh
 	  $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k "not triton and not compiles" \
 	  $(wildcard tests/test_ops_*.py) $(ARGS)
 
+audit: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and look for spilled registers and the like; AUDIT="--only WORD"
+	TRITON_INTERPRET= $(BIN)/python -m spear_fast.kernels.audit $(AUDIT)
+
 lint: $(VENV)/.dev ## ruff, mypy and the import-direction rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,7 +67,7 @@ wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)
-	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f spear_fast/_C*.so spear_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

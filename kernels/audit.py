@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "") == "1":
         parser.error("kernels are not compiled under TRITON_INTERPRET=1; unset it")
+    if find_spec("triton") is None:
+        parser.error("Triton must be there to compile its kernels; pip install triton")
     jobs = [job for section in SECTIONS for job in section() if options.only in job.name]
     if not jobs:
         parser.error(f"--only must be part of a kernel's name, got {options.only!r}; leave it out to see them all")

@@ -1,0 +1,150 @@
+"""The audit sees what is wrong with a kernel, and is quiet about one that is as it should be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from spear_fast.kernels.audit_rows import Job, Row, remembered
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from spear_fast.kernels import audit, audit_triton, tiles  # noqa: E402
+from spear_fast.kernels.declaration import Declaration  # noqa: E402
+from spear_fast.kernels.tiles import Entry  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+GOOD = Row("copy", "", 90, "bf16", "64: 16", wanted=("wgmma",), registers=40, shared=1024, matrix=("wgmma", "mma"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"shared": 227 * 1024 + 1}, "takes 232449 bytes of shared memory, and there are 232448"),
+        ({"shared": 99 * 1024 + 1, "architecture": 80}, "bytes of shared memory, and there are 101376"),
+        ({"matrix": ("mma",)}, "has no wgmma"),
+        ({"matrix": (), "wanted": ("tcgen05", "mma")}, "has no tcgen05 or mma"),
+        ({"error": "out of luck"}, "does not compile: out of luck"),
+    ],
+)
+def test_faults(change, said):
+    assert audit.faults(GOOD) == []
+    (fault,) = audit.faults(replace(GOOD, **change))
+    assert said in fault
+
+
+@triton.jit
+def product_kernel(a, b, out, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    o_row, o_size = tl.arange(0, ROWS), tl.arange(0, SIZE)
+    block = tl.load(a + o_row[:, None] * SIZE + o_size[None, :])
+    other = tl.load(b + o_size[:, None] * SIZE + o_size[None, :])
+    tl.store(out + o_row[:, None] * SIZE + o_size[None, :], tl.dot(block, other))
+
+
+@triton.jit
+def hoarding_kernel(a, b, out, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    o_all = tl.arange(0, SIZE * ROWS)
+    block = tl.load(a + o_all).to(tl.float32)
+    # all of the block waits in registers for its own sum
+    tl.store(out + o_all, block - tl.sum(block, 0))
+
+
+def audited(monkeypatch, kernel, rows, warps, architecture):
+    """Returns the rows of the audit of one kernel at one tile."""
+    entry = Entry("tested", 80, 64, 16, warps, 1, {"ROWS": rows})
+    monkeypatch.setattr(tiles, "TABLE", (entry,))
+    tiles.lookup.cache_clear()
+    declaration = Declaration(
+        kernel=kernel,
+        tile="tested",
+        signature={"a": "*T:16", "b": "*T:16", "out": "*fp32:16"},
+        constants=lambda size: {"SIZE": size},
+        matrix=kernel is product_kernel,
+    )
+    jobs = [job for job in audit_triton.jobs([declaration]) if job.row.architecture == architecture]
+    tiles.lookup.cache_clear()
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rows", "found", "faults"),
+    [(80, 64, "mma", 0), (90, 64, "wgmma", 0), (90, 16, "mma", 1)],
+)
+def test_matrix_instructions_are_found_or_missed(monkeypatch, tmp_path, architecture, rows, found, faults):
+    (job,) = audited(monkeypatch, product_kernel, rows, 4, architecture)
+    row = remembered(job, tmp_path)
+    assert row.error == ""
+    assert found in row.matrix
+    assert len(audit.faults(row)) == faults
+    assert 0 < row.registers <= 255
+    assert row.shared > 0
+
+
+def test_spilled_registers_are_seen(monkeypatch, tmp_path):
+    (job,) = audited(monkeypatch, hoarding_kernel, 256, 1, 80)
+    row = remembered(job, tmp_path)
+    assert row.spilled > 0
+    assert [fault for fault in audit.faults(row) if "spills" in fault]
+
+
+def test_an_argument_that_is_not_declared_is_named(monkeypatch):
+    monkeypatch.setattr(tiles, "TABLE", (Entry("tested", 80, 64, 16, 4, 1, {"ROWS": 16}),))
+    tiles.lookup.cache_clear()
+    declaration = Declaration(product_kernel, "tested", {"a": "*T", "b": "*T"}, lambda size: {"SIZE": size})
+    with pytest.raises(ValueError, match="product_kernel must declare out"):
+        list(audit_triton.jobs([declaration]))
+    tiles.lookup.cache_clear()
+
+
+def test_results_are_kept_and_failures_are_not(tmp_path):
+    calls = []
+
+    def compile(fails):
+        calls.append(fails)
+        if fails:
+            raise RuntimeError("first line\nlast line")
+        return {"registers": 3, "spilled": 0, "shared": 5, "matrix": ("wgmma",)}
+
+    job = Job("copy", "key", Row("copy", "", 90, "bf16", ""), compile, (True,))
+    assert remembered(job, tmp_path).error == "last line"
+    good = replace(job, arguments=(False,))
+    rows = [remembered(good, tmp_path) for _ in range(3)]
+    assert rows[0] == rows[1] == rows[2]
+    assert rows[0].shared == 5
+    assert calls == [True, False]
+
+
+def run(*arguments, **environment):
+    command = [sys.executable, "-m", "spear_fast.kernels.audit", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=250)
+
+
+def test_the_exit_status_is_that_of_the_worst_kernel(monkeypatch, capsys, tmp_path):
+    jobs = [Job("copy", str(i), replace(GOOD, spilled=8 * i), lambda: {}, ()) for i in range(2)]
+    monkeypatch.setattr(audit, "SECTIONS", [lambda: jobs])
+    assert audit.main(["--jobs", "1", "--cache", str(tmp_path)]) == 1
+    assert "copy sm_90 bf16 64: 16: spills 8 bytes" in capsys.readouterr().err
+    jobs.pop()
+    assert audit.main(["--jobs", "1", "--cache", str(tmp_path)]) == 0
+    assert "1 compiled kernels, 0 faults" in capsys.readouterr().out
+
+
+def test_wrong_calls_are_answered_in_a_sentence():
+    wrong = run("--only", "nothing of the kind")
+    assert wrong.returncode == 2
+    assert "--only must be part of a kernel's name, got 'nothing of the kind'" in wrong.stderr
+    assert "unset it" in run(TRITON_INTERPRET="1").stderr
+
+
+def test_a_kernel_of_the_table_is_audited(tmp_path):
+    """Where processes share the work too."""
+    done = run("--only", "rotation", "--jobs", "2", "--cache", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "attention_rotation_kernel" in done.stdout
+    assert "0 faults" in done.stdout
