@@ -248,7 +248,7 @@ AUDIT = [
         },
         variants={
             "shared": {"FOLLOW": "shared", "log_sums": None},
-            **{follow: {"FOLLOW": follow} for follow in ("gathered", "alone")},
+            **{follow: {"FOLLOW": follow} for follow in ("alone", "gathered")},
         },
         matrix=name == _MANY,
     )

@@ -26,8 +26,8 @@ GOOD = Row("copy", "", 90, "bf16", "64: 16", wanted=("wgmma",), registers=40, sh
     ("change", "said"),
     [
         ({"spilled": 8}, "spills 8 bytes"),
-        ({"shared": 227 * 1024 + 1}, "takes 232449 bytes of shared memory, and there are 232448"),
-        ({"shared": 99 * 1024 + 1, "architecture": 80}, "bytes of shared memory, and there are 101376"),
+        ({"shared": 227 * 1024 + 1}, "takes 232449 bytes of shared memory and sm_90 has 232448"),
+        ({"shared": 99 * 1024 + 1, "architecture": 80}, "bytes of shared memory and sm_80 has 101376"),
         ({"matrix": ("mma",)}, "has no wgmma"),
         ({"matrix": (), "wanted": ("tcgen05", "mma")}, "has no tcgen05 or mma"),
         ({"error": "out of luck"}, "does not compile: out of luck"),
@@ -87,7 +87,7 @@ def test_matrix_instructions_are_found_or_missed(monkeypatch, tmp_path, architec
 
 
 def test_spilled_registers_are_seen(monkeypatch, tmp_path):
-    (job,) = audited(monkeypatch, hoarding_kernel, 256, 1, 80)
+    (job,) = audited(monkeypatch, hoarding_kernel, 128, 1, 80)
     row = remembered(job, tmp_path)
     assert row.spilled > 0
     assert [fault for fault in audit.faults(row) if "spills" in fault]
@@ -100,6 +100,20 @@ def test_an_argument_that_is_not_declared_is_named(monkeypatch):
     with pytest.raises(ValueError, match="product_kernel must declare out"):
         list(audit_triton.jobs([declaration]))
     tiles.lookup.cache_clear()
+
+
+def test_variants_are_all_compiled_for_the_main_target_only(monkeypatch):
+    rows = [Entry("tested", 80, 64, bits, 4, 1, {"ROWS": 16}) for bits in (16, 32)]
+    monkeypatch.setattr(tiles, "TABLE", tuple(rows))
+    tiles.lookup.cache_clear()
+    signature = {"a": "*T", "b": "*T", "out": "*T"}
+    declaration = Declaration(
+        product_kernel, "tested", signature, lambda size: {"SIZE": size}, {"light": {}, "heavy": {}}
+    )
+    found = [(job.row.architecture, job.row.dtype, job.row.variant) for job in audit_triton.jobs([declaration])]
+    tiles.lookup.cache_clear()
+    heavy = [(sm, dtype, "heavy") for sm in (80, 90, 100) for dtype in ("bf16", "fp32")]
+    assert sorted(found) == sorted([*heavy, (90, "bf16", "light")])
 
 
 def test_results_are_kept_and_failures_are_not(tmp_path):
