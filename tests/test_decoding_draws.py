@@ -205,3 +205,24 @@ def test_filters() -> None:
     assert keep_top_k(logits, 9).isfinite().tolist() == [[True, True, True, False]]
     for share, kept in ((0.1, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.84, 3), (1.0, 4)):
         assert int(keep_top_p(logits, share, torch.zeros(1, 4)).isfinite().sum()) in (kept, min(kept, 3))
+
+
+def test_a_verification_is_one_call_of_each_op(monkeypatch) -> None:
+    """Layers above the early exit see all drafted positions at once, those below one at a time."""
+    from spear_fast import ops
+
+    seen = []
+    real = ops.decode_self_attention
+
+    def counted(query, *others):
+        seen.append(query.shape[2])
+        return real(query, *others)
+
+    monkeypatch.setattr(ops, "decode_self_attention", counted)
+    model = build_model(1, target_depth=3, target_early_exit_layer=1)
+    memory, mask = build_memory(model, 2)
+    options = DecodingOptions(method="speculative", gamma=3, max_length=4, min_length=3)
+    decode(model.decoder("speech"), memory, mask, options)
+    one_round = [1] * 4 + [4] * 2
+    assert seen[: len(one_round)] == one_round
+    assert len(seen) % len(one_round) == 0
