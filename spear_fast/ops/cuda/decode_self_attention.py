@@ -9,12 +9,11 @@ from torch import Tensor
 
 from spear_fast.ops.checks import refuse
 from spear_fast.ops.cuda import runtime
-from spear_fast.ops.cuda.runtime import Launch
+from spear_fast.ops.cuda.runtime import SCALARS, Launch
 
 SOURCE, STRUCT = "decode_self_attention.cu", "SelfAttention"
 # as in the source: threads of a block, positions of a chunk, query rows that a warp of the merge takes
 THREADS, CHUNK, MERGED = 128, 128, 4
-SCALARS = {torch.float32: "float", torch.bfloat16: "spear_fast::BFloat16", torch.float16: "spear_fast::Half"}
 # lanes of a warp that share a row of the cache, 16 bytes each
 LANES = (8, 16, 32)
 ADVICE = "call .contiguous() when they are made"

@@ -11,6 +11,9 @@ import torch
 
 from spear_fast.ops.cuda import sources
 
+# the types that the kernels are written for
+SCALARS = {torch.float32: "float", torch.bfloat16: "spear_fast::BFloat16", torch.float16: "spear_fast::Half"}
+
 
 class Launch(NamedTuple):
     """One launch of a kernel.
