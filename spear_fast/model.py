@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
 from spear_fast.alignment import alignment_loss
-from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, decode
+from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, decode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
@@ -28,6 +28,7 @@ Modality = Literal["speech", "text"]
 Source = Tensor | list[str]
 
 # decoders packed from a model's weights, outside the model so that copies, pickles and state dicts do not carry them
+_ENCODERS: weakref.WeakKeyDictionary[nn.Module, dict[str, Encoder]] = weakref.WeakKeyDictionary()
 _DECODERS: weakref.WeakKeyDictionary[nn.Module, dict[str, Decoder]] = weakref.WeakKeyDictionary()
 
 
@@ -360,6 +361,14 @@ class TextToSemantic(HubModel):
         if self.detach_early_exit_embed:
             embedded = embedded.detach()
         return _cross_entropy(self.to_early_exit_semantic_logits(embedded[:, :-1]).transpose(1, 2), labels)
+
+    def encoder(self, source_type: Modality) -> Encoder:
+        """Returns the packed encoder of a modality, packed again whenever a weight has changed."""
+        packed = _ENCODERS.setdefault(self, {})
+        if source_type not in packed or packed[source_type].is_stale():
+            embedding: Tensor = self.token_emb[source_type].weight  # type: ignore[assignment]
+            packed[source_type] = Encoder.from_modules(self.source_transformer, embedding)
+        return packed[source_type]
 
     def decoder(self, target_type: Modality) -> Decoder:
         """Returns the packed decoder of a modality, packed again whenever a weight has changed."""

@@ -17,7 +17,7 @@ from plain_decoding import (
 )
 
 from spear_fast.decoding import Decoder, DecodingOptions, decode
-from spear_fast.decoding.search import best_candidates
+from spear_fast.ops.reference.candidates import best_candidates
 
 TINY = dict(num_text_token_ids=2, text_pad_id=-1)
 

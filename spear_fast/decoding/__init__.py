@@ -6,9 +6,12 @@ result = decode(decoder, memory, memory_mask, DecodingOptions(beam_size=4))
 
 from __future__ import annotations
 
+from spear_fast.decoding.budget import Plan
 from spear_fast.decoding.decoder import Decoder
+from spear_fast.decoding.encoder import Encoder
+from spear_fast.decoding.engine import Engine
 from spear_fast.decoding.loop import decode
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult
 
-__all__ = ["Decoder", "DecodingOptions", "DecodingResult", "decode"]
+__all__ = ["Decoder", "DecodingOptions", "DecodingResult", "Encoder", "Engine", "Plan", "decode"]

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_fast.decoding.linear import FeedForward, Linear
+from spear_fast.decoding.linear import FeedForward, Linear, fed_forward, folded, head_order
+from spear_fast.decoding.watch import Watch
 
 # elements of the projected memory that are held besides the result
 CHUNK = 1 << 24
-# values of each parameter that show whether it has changed
-SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,7 @@ class Decoder:
     start_id: int
     eos_id: int | None
     pad_id: int
-    _sources: list[Any]
-    _tensors: list[Tensor]
-    _signature: list[tuple]
-    _samples: Tensor
+    _watch: Watch
 
     @classmethod
     @torch.no_grad()
@@ -108,9 +104,8 @@ class Decoder:
         Raises ValueError when the transformer has no cross-attention.
         """
         self = object.__new__(cls)
-        self._sources = [target_transformer, *([] if early_exit is None else [early_exit[1]])]
-        self._tensors = [token_embedding, start_token]
-        self._signature, self._samples = self._current_signature(), self._current_samples()
+        modules = [target_transformer, *([] if early_exit is None else [early_exit[1]])]
+        self._watch = Watch(modules, [token_embedding, start_token])
         if not len(target_transformer.layers) or any(layer[1] is None for layer in target_transformer.layers):
             raise ValueError(
                 "a decoder needs layers with cross-attention, got a transformer without; pass the target's."
@@ -126,11 +121,11 @@ class Decoder:
         self.layers = [_layer(*layer) for layer in target_transformer.layers]
         projections = [layer[1].to_kv[0].weight for layer in target_transformer.layers]
         self.memory_key_value = Linear(torch.cat(projections).detach())
-        self.logits = Linear(_folded(token_embedding, target_transformer.final_norm))
+        self.logits = Linear(folded(token_embedding, target_transformer.final_norm))
         self.early_exit = None
         if early_exit is not None:
             depth, (residual, norm, linear) = early_exit
-            self.early_exit = EarlyExit(depth, _feed_forward(residual.fn), Linear(_folded(linear.weight, norm)))
+            self.early_exit = EarlyExit(depth, fed_forward(residual.fn), Linear(folded(linear.weight, norm)))
         return self
 
     @property
@@ -141,28 +136,9 @@ class Decoder:
     def device(self) -> torch.device:
         return self.embedding.device
 
-    def _current_tensors(self) -> list[Tensor]:
-        return [*self._tensors, *(parameter for module in self._sources for parameter in module.parameters())]
-
-    def _current_samples(self) -> Tensor:
-        """Returns a few values of every packed parameter, `[values]` float32."""
-        flat = [tensor.detach().reshape(-1) for tensor in self._current_tensors()]
-        return torch.cat([values[:: max(1, len(values) // SAMPLES)].float() for values in flat])
-
-    def _current_signature(self) -> list[tuple]:
-        tensors = self._current_tensors()
-        return [
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
-            for tensor in tensors
-        ]
-
     def is_stale(self) -> bool:
-        """Returns whether a parameter that was packed has since been changed, moved or replaced.
-
-        Writing through `.data`, as moving averages and some optimizers do, leaves no trace but the values: a sample of
-        them is compared, which shows every change of whole tensors, not that of a single element by hand.
-        """
-        return self._signature != self._current_signature() or not torch.equal(self._samples, self._current_samples())
+        """Returns whether a parameter that was packed has since been changed, moved or replaced; see `Watch`."""
+        return self._watch.changed()
 
     def project_memory(self, memory: Tensor, mask: Tensor) -> ProjectedMemory:
         """Returns the cross-attention keys and values of all layers, masked positions left out.
@@ -188,35 +164,24 @@ class Decoder:
         return ProjectedMemory(list(projected[:, 0]), list(projected[:, 1]), lengths)
 
 
-def _folded(weight: Tensor, norm: Any) -> Tensor:
-    """Returns `weight` `[out, dim]` times the norm's gamma and sqrt(dim), rounded once."""
-    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return (exact * (norm.gamma.detach() * exact.shape[-1] ** 0.5)).to(weight.dtype)
-
-
-def _feed_forward(feed_forward: Any) -> FeedForward:
-    norm, first, _, _, last = feed_forward
-    return FeedForward(_folded(first.weight, norm), first.bias.detach(), last.weight.detach(), last.bias.detach())
-
-
 def _layer(self_attention: Any, cross_attention: Any, feed_forward: Any) -> DecoderLayer:
     heads, kv_heads = self_attention.heads, self_attention.kv_heads
     # query head i of the reference reads kv head i % kv_heads; here those of one kv head stand together
-    order = torch.arange(heads).view(-1, kv_heads).t().flatten().to(self_attention.to_out.weight.device)
+    order = head_order(heads, kv_heads).to(self_attention.to_out.weight.device)
     query = self_attention.to_q[0].weight.detach().unflatten(0, (heads, -1))[order].flatten(0, 1)
     output = self_attention.to_out.weight.detach().unflatten(1, (heads, -1))[:, order].flatten(1)
     null_key, null_value = cross_attention.null_kv.detach()[:, :, 0]
     cross_output = cross_attention.to_out.weight.detach()
     return DecoderLayer(
         query_key_value=Linear(
-            _folded(torch.cat((query, self_attention.to_kv[0].weight.detach())), self_attention.norm)
+            folded(torch.cat((query, self_attention.to_kv[0].weight.detach())), self_attention.norm)
         ),
         self_output=Linear(output),
-        cross_query=Linear(_folded(cross_attention.to_q[0].weight, cross_attention.norm)),
+        cross_query=Linear(folded(cross_attention.to_q[0].weight, cross_attention.norm)),
         cross_output=Linear(cross_output),
         null_key=null_key.contiguous(),
         null_value=null_value.contiguous(),
         null_output=cross_output @ null_value.flatten(),
-        feed_forward=_feed_forward(feed_forward),
+        feed_forward=fed_forward(feed_forward),
         freqs=self_attention.rotary_emb.freqs.detach().float(),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,15 @@ def packs(weight: Tensor) -> bool:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def rounded_rows(count: int) -> int:
+    """Returns `count` rounded up to one of eight sizes between powers of two, and to a multiple of 8.
+
+    Each number of rows has a product planned and kept for it: with any number they would be without end.
+    """
+    step = max(8, (1 << max(count - 1, 0).bit_length()) // 16)
+    return -(-count // step) * step
 
 
 class Linear:
@@ -82,3 +93,23 @@ def unit(x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
         return (x / norm).to(x.dtype)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
+
+
+def folded(weight: Tensor, norm: Any) -> Tensor:
+    """Returns `weight` `[out, dim]` times the norm's gamma and sqrt(dim), rounded once."""
+    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return (exact * (norm.gamma.detach() * exact.shape[-1] ** 0.5)).to(weight.dtype)
+
+
+def fed_forward(feed_forward: Any) -> FeedForward:
+    """Returns the packed products of a reference's feed-forward, its norm folded in."""
+    norm, first, _, _, last = feed_forward
+    return FeedForward(folded(first.weight, norm), first.bias.detach(), last.weight.detach(), last.bias.detach())
+
+
+def head_order(heads: int, kv_heads: int) -> Tensor:
+    """Returns the reference's query heads, `[heads]`, so ordered that those of one key head stand together.
+
+    Head i of the reference reads key head `i % kv_heads`.
+    """
+    return torch.arange(heads).view(-1, kv_heads).t().flatten()

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.result import DecodingResult, gather_result, join_results
-from spear_fast.decoding.search import selection
+from spear_fast.decoding.result import DecodingResult, gather_result, join_results, joined
+from spear_fast.decoding.search import select_reference_beam
+from spear_fast.decoding.settings import new_seed
+from spear_fast.decoding.slots import Slots
 from spear_fast.decoding.speculative import speculate
 from spear_fast.decoding.state import DecodeState, new_state
-from spear_fast.decoding.step import step
+from spear_fast.decoding.step import advance, step
 
 # steps between two looks at whether all is done, where a look makes the host wait: a sixteenth of those made
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 4, 32
@@ -28,20 +30,58 @@ def decode(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: Decod
     _check(decoder, memory, memory_mask, options)
     with torch.inference_mode():
         if not memory.shape[0]:
-            return _nothing(decoder, options).clone()
-        projected = decoder.project_memory(memory, memory_mask)
-        limit = options.max_length
-        if options.method == "speculative":
-            limit += options.gamma + 1
-        state = new_state(decoder, projected, options, limit)
-        result = _run(decoder, state, options, limit)
+            result = _nothing(decoder, options)
+        elif in_lockstep(options):
+            limit = options.max_length + (options.gamma + 1 if options.method == "speculative" else 0)
+            projected = decoder.project_memory(memory, memory_mask)
+            result = _run(decoder, new_state(decoder, projected, options, limit), options, limit)
+        else:
+            result = _served(decoder, memory, memory_mask, options)
     # tensors of inference mode could not be written to by the caller
     return result.clone()
 
 
+def in_lockstep(options: DecodingOptions) -> bool:
+    """Returns whether the rows of a batch depend on each other, or go on by whole rounds: not for the engine."""
+    return options.method == "speculative" or (options.method == "beam" and options.beam_mode == "reference")
+
+
+def _served(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: DecodingOptions) -> DecodingResult:
+    """Decodes each row in a place of its own; a row that is done leaves at once."""
+    memories = [row[kept] for row, kept in zip(memory, memory_mask, strict=True)]
+    slots = Slots(
+        decoder,
+        count=len(memories),
+        beams=options.hypotheses,
+        positions=options.max_length + 1,
+        source=max(1, *map(len, memories)),
+        guided=options.guided,
+    )
+    seeds = [new_seed(options) for _ in memories]
+    rows = dict(enumerate(slots.admit(memories, [options] * len(memories), seeds)))
+    rows = {place: row for row, place in rows.items()}
+    results: list[DecodingResult | None] = [None] * len(memories)
+    made, next_look = 0, 0
+    while rows:
+        view = slots.view()
+        advance(decoder, view, [options if place in rows else None for place in range(view.batch)])
+        made += 1
+        if made < next_look:
+            continue
+        next_look = made + interval(decoder.device, made)
+        done = [place for place, ended in enumerate(view.done.tolist()) if ended and place in rows]
+        if not done:
+            continue
+        for place, result in zip(done, slots.collect(done, [options] * len(done)), strict=True):
+            results[rows.pop(place)] = result
+        for origin, target in slots.release(done).items():
+            rows[target] = rows.pop(origin)
+    return joined([result for result in results if result is not None], decoder.pad_id).to(decoder.device)
+
+
 def _run(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: int) -> DecodingResult:
     """Makes steps, or speculative rounds, until all utterances are done; those that are leave once they are half."""
-    select = None if options.method == "speculative" else selection(options)
+    select = None if options.method == "speculative" else select_reference_beam
     stride = options.gamma + 1 if select is None else 1
     # the reference's search stops its rows together, so that none may leave
     may_leave = not (options.method == "beam" and options.beam_mode == "reference")

@@ -13,6 +13,9 @@ from torch import Tensor
 Method = Literal["greedy", "sample", "beam", "speculative"]
 BeamMode = Literal["standard", "reference"]
 
+# what only the fused selection of a step knows
+_STANDARD_ONLY = ("repetition_penalty", "no_repeat_ngram_size", "prefix", "patience")
+
 # ancestors are stored in one byte
 LARGEST_BEAM = 256
 # the reference divides by max(temperature, 1e-10): below that only the maximum is left
@@ -41,6 +44,10 @@ class DecodingOptions:
     num_return_sequences: hypotheses returned for each row, best first: of the beam, or independent draws.
     gamma: drafted tokens for each verification. lenience: below 1 accepts drafts more often and is no longer exact.
     generator: of the random draws, on the model's device.
+    repetition_penalty: divides the positive and multiplies the negative scores (in beam search: log-probabilities) of
+        tokens that came before; 1 is none. no_repeat_ngram_size: no n-gram of this size comes twice; 0 is no ban.
+    prefix: ids that every hypothesis starts with; they cost nothing and count as generated tokens.
+    patience: the search may end once `round(patience * beam_size)` hypotheses have (arXiv 2204.05424).
     """
 
     method: Method = "beam"
@@ -59,6 +66,10 @@ class DecodingOptions:
     gamma: int = 5
     lenience: float = 1.0
     generator: torch.Generator | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    prefix: tuple[int, ...] = ()
+    patience: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self.method in get_args(Method), "method", "one of " + ", ".join(get_args(Method)), self.method)
@@ -78,6 +89,14 @@ class DecodingOptions:
             "True, False or 'never'",
             self.early_stopping,
         )
+        _check(_is_number(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "above 0",
+               self.repetition_penalty)  # fmt: skip
+        _check(_is_whole(self.no_repeat_ngram_size) and self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size",
+               "a whole number of 0 or more", self.no_repeat_ngram_size)  # fmt: skip
+        _check(_is_number(self.patience) and self.patience > 0, "patience", "above 0", self.patience)
+        _check(isinstance(self.prefix, tuple) and all(_is_whole(token) and token >= 0 for token in self.prefix),
+               "prefix", "a tuple of ids", self.prefix)  # fmt: skip
+        _check(len(self.prefix) < self.max_length, "prefix", f"shorter than max_length {self.max_length}", self.prefix)
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
         if self.top_p is not None:
@@ -92,11 +111,18 @@ class DecodingOptions:
         _check(_is_whole(self.num_return_sequences) and 1 <= self.num_return_sequences <= most, "num_return_sequences",
                f"from 1 to {most} with method {self.method!r}", self.num_return_sequences)  # fmt: skip
         if self.method == "beam" and self.beam_mode == "reference":
-            for name, plain in (("length_penalty", 1.0), ("early_stopping", False), ("min_length", 0)):
-                if getattr(self, name) != plain:
+            for name in (*_STANDARD_ONLY, "length_penalty", "early_stopping", "min_length"):
+                if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
                         f"{name} is not part of the reference's search, got {getattr(self, name)!r}; "
                         "use beam_mode='standard'."
+                    )
+
+        if self.method == "speculative":
+            for name in _STANDARD_ONLY:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is not part of speculative decoding, got {getattr(self, name)!r}; sample."
                     )
 
     @property

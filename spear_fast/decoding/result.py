@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,9 +38,19 @@ class DecodingResult:
         """Returns the result of some utterances. index: `[b]` int64, or `[B]` bool."""
         return DecodingResult(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
+    def to(self, device: torch.device | str) -> DecodingResult:
+        """Returns the same on a device."""
+        return DecodingResult(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
     def clone(self) -> DecodingResult:
         """Returns a copy of every tensor; made outside of inference mode these are ordinary ones."""
         return DecodingResult(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+
+
+def joined(results: Sequence[DecodingResult], pad_id: int) -> DecodingResult:
+    """Returns one result of all utterances in order, from those of single ones; tokens are padded with `pad_id`."""
+    places = torch.arange(len(results), device=results[0].tokens.device)
+    return join_results([(places[i : i + 1], result) for i, result in enumerate(results)], pad_id)
 
 
 def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> DecodingResult:
@@ -62,10 +73,8 @@ def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> Dec
 def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> DecodingResult:
     """Returns the result of a state that is done, or that has made all the steps that it may."""
     count = options.num_return_sequences
-    if options.method == "beam" and options.beam_mode == "reference":
-        return _reference_result(decoder, state, count)
     if options.method == "beam":
-        return _pool_result(decoder, state, count)
+        return _reference_result(decoder, state, count)
     ends, finished = state.generated, state.finished & ~state.scores.isnan()
     tokens, logprobs = trace(state, ends, torch.arange(state.beams, device=ends.device).expand_as(ends))
     scores = state.scores / ends.clamp(min=1).to(state.scores.dtype) ** options.length_penalty
@@ -102,23 +111,6 @@ def _reference_result(decoder: Decoder, state: DecodeState, count: int) -> Decod
         finished = ended.any(dim=-1)
         length = torch.where(finished, ended.byte().argmax(dim=-1), length)
     return _result(decoder, tokens, logprobs, length, finished, logprobs.sum(dim=-1))
-
-
-def _pool_result(decoder: Decoder, state: DecodeState, count: int) -> DecodingResult:
-    pool = state.pool
-    assert pool is not None
-    scores, ends, finished = pool.scores[:, :count], pool.ends[:, :count], pool.finished[:, :count]
-    # a place that nothing took, where the vocabulary had too few hypotheses
-    ends, finished = ends.masked_fill(scores == -torch.inf, 0), finished & (scores > -torch.inf)
-    tokens, logprobs = trace(state, ends, pool.slots[:, :count])
-    longest = int((ends + finished).max())
-    tokens, logprobs = (F.pad(t, (0, longest - t.shape[-1])) for t in (tokens, logprobs))
-    if decoder.eos_id is not None and longest:
-        last = torch.where(finished, ends, longest - 1)[..., None]
-        tokens = tokens.scatter(2, last, torch.where(finished[..., None], decoder.eos_id, tokens.gather(2, last)))
-        final = torch.where(finished, pool.last_logprobs[:, :count], logprobs.gather(2, last)[..., 0])
-        logprobs = logprobs.scatter(2, last, final[..., None])
-    return _result(decoder, tokens, logprobs, ends, finished, scores)
 
 
 def _result(

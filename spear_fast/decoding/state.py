@@ -1,4 +1,4 @@
-"""All tensors of a batch that is being decoded: data only, in buffers that stay where they are between two growths.
+"""All tensors of a batch decoded in lockstep: data only, in buffers that stay where they are between two growths.
 
 Nothing here is moved when hypotheses change places: keys and values stay in the slot in which they were written, and
 the ancestor table says for each hypothesis and position which slot that was.
@@ -20,22 +20,6 @@ FIRST_CAPACITY = 64
 
 
 @dataclass
-class Pool:
-    """The best hypotheses that have ended, for each utterance, best first; `[batch, beam]` each.
-
-    scores: float, -inf where the place is free. slots: int64, the hypothesis behind its last token but the end of
-    sequence. ends: int64, tokens without the end of sequence. finished: bool, False where the length limit ended it.
-    last_logprobs: float, of the end of sequence, 0 without one.
-    """
-
-    scores: Tensor
-    slots: Tensor
-    ends: Tensor
-    finished: Tensor
-    last_logprobs: Tensor
-
-
-@dataclass
 class DecodeState:
     """B utterances with K hypotheses each; R = B, or 2·B under guidance: first with their source, then without.
 
@@ -46,7 +30,6 @@ class DecodeState:
     finished: `[B, K]` bool, the hypothesis holds an end of sequence. done: `[B]` bool, the utterance is frozen.
     stop: `[]` int64, the number of steps after which the whole batch may stop, -1 before that is known.
     tokens, parents, logprobs: `[T, B, K]` int32, uint8, float: what each step appended, to which hypothesis.
-    pool: ended hypotheses of the standard beam search.
     """
 
     keys: list[Tensor]
@@ -62,7 +45,6 @@ class DecodeState:
     tokens: Tensor
     parents: Tensor
     logprobs: Tensor
-    pool: Pool | None
 
     @property
     def batch(self) -> int:
@@ -113,10 +95,8 @@ class DecodeState:
                 buffers[i] = buffers[i][index]
         self.memory = ProjectedMemory(self.memory.keys, self.memory.values, self.memory.lengths[rows])
         self.ancestors, self.lengths = self.ancestors[both], self.lengths[both]
-        for owner, names in ((self, ("inputs", "scores", "finished", "done")), (self.pool, Pool.__dataclass_fields__)):
-            if owner is not None:
-                for name in names:
-                    setattr(owner, name, getattr(owner, name)[rows])
+        for name in ("inputs", "scores", "finished", "done"):
+            setattr(self, name, getattr(self, name)[rows])
         for name in ("tokens", "parents", "logprobs"):
             setattr(self, name, getattr(self, name)[:, rows])
 
@@ -136,13 +116,6 @@ def new_state(decoder: Decoder, memory: ProjectedMemory, options: DecodingOption
         return [torch.zeros(cache, dtype=decoder.dtype, device=device) for _ in decoder.layers]
 
     history, pair = (capacity, batch, beams), (batch, beams)
-    pool = Pool(
-        scores=full(pair, -torch.inf, precise),
-        slots=full(pair, 0, torch.int64),
-        ends=full(pair, 0, torch.int64),
-        finished=full(pair, False, torch.bool),
-        last_logprobs=full(pair, 0, precise),
-    )
     scores = full(pair, 0, precise)
     if options.method == "beam":
         # all hypotheses start out the same, so that only one may have descendants
@@ -161,5 +134,4 @@ def new_state(decoder: Decoder, memory: ProjectedMemory, options: DecodingOption
         tokens=full(history, 0, torch.int32),
         parents=full(history, 0, torch.uint8),
         logprobs=full(history, 0, precise),
-        pool=pool if options.method == "beam" and options.beam_mode == "standard" else None,
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from spear_fast import ops
 from spear_fast.decoding.decoder import Decoder, EarlyExit
 from spear_fast.decoding.linear import unit
+from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.slots import View
 from spear_fast.decoding.state import DecodeState
+from spear_fast.ops.selection_settings import Real
 
 
 def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tensor:
@@ -21,13 +26,56 @@ def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tenso
     return guided_logits(decoder.logits(unit(x)), state, cond_scale)[:, :, 0]
 
 
-def embed(decoder: Decoder, state: DecodeState, inputs: Tensor) -> Tensor:
+def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions | None]) -> None:
+    """Makes one step of all utterances in view: the newest inputs through the decoder, then each one's selection.
+
+    options: of the utterance in each place, None for a free one.
+    """
+    x = embed(decoder, view, view.inputs[:, :, None])
+    x = run_layers(decoder, view, x, range(len(decoder.layers)))
+    logits = decoder.logits(unit(x)).view(*view.lengths.shape, -1)
+    sighted, blind = logits.chunk(2) if view.guided else (logits, None)
+    buffers = view.inputs, view.scores, view.lengths, view.ancestors, view.tokens, view.parents, view.logprobs
+    settings = view.real_settings, view.whole_settings, view.prefix
+    methods = {each.method == "beam" for each in options if each is not None}
+    if True in methods:
+        ops.beam_step(
+            sighted, blind, *settings, *buffers, view.pool_scores, view.pool_slots, view.pool_ends, view.pool_finished,
+            view.pool_last_logprobs, view.ended, view.done,
+        )  # fmt: skip
+    if False in methods:
+        filtered = _filtered(sighted, blind, view, options)
+        ops.sample_step(sighted, blind, filtered, *settings, view.seeds, *buffers, view.finished, view.done)
+
+
+def _filtered(
+    sighted: Tensor, blind: Tensor | None, view: View, options: Sequence[DecodingOptions | None]
+) -> Tensor | None:
+    """Returns the logits with each request's own function applied, or None where none has one."""
+    places: dict[Callable[[Tensor], Tensor], list[int]] = {}
+    for place, each in enumerate(options):
+        if each is not None and each.method != "beam" and each.filter_logits is not None:
+            places.setdefault(each.filter_logits, []).append(place)
+    if not places:
+        return None
+    logits = sighted.to(view.scores.dtype)
+    if blind is not None:
+        guidance = view.real_settings[:, Real.GUIDANCE, None, None]
+        logits = torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
+    filtered = logits.clone()
+    for function, own in places.items():
+        rows = logits[own]
+        filtered[own] = function(rows.flatten(0, 1)).view_as(rows)
+    return filtered.to(sighted.dtype)
+
+
+def embed(decoder: Decoder, state: DecodeState | View, inputs: Tensor) -> Tensor:
     """Returns the vectors `[R * K * Q, dim]` of inputs `[B, K, Q]` int64: Q consecutive ones of each hypothesis."""
     x = decoder.embedding[inputs.flatten()]
     return torch.cat((x, x)) if state.guided else x
 
 
-def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, first: int = 0) -> Tensor:
+def run_layers(decoder: Decoder, state: DecodeState | View, x: Tensor, layers: range, first: int = 0) -> Tensor:
     """Returns hidden states `[R * K * Q, dim]` after some of the layers.
 
     x: `[R * K * Q, dim]`, Q consecutive inputs of each hypothesis, the first one at position `lengths + first`.
@@ -78,7 +126,7 @@ def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tens
     return blind + (sighted - blind) * cond_scale
 
 
-def _claim_slots(state: DecodeState, positions: Tensor, count: int) -> None:
+def _claim_slots(state: DecodeState | View, positions: Tensor, count: int) -> None:
     """Notes that each hypothesis reads `count` positions from its own slot, where it is about to write them.
 
     positions: `[R, K]`, int64, the first of them.

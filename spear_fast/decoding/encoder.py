@@ -1,0 +1,106 @@
+"""The weights of the source side, packed once: utterances one behind the other, no work on padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spear_fast import ops
+from spear_fast.decoding.linear import FeedForward, Linear, fed_forward, folded, head_order, rounded_rows, unit
+from spear_fast.decoding.watch import Watch
+
+# length of the utterances that spare rows make up
+SPARE = 64
+
+
+@dataclass(frozen=True)
+class EncoderLayer:
+    """Products of one layer, the gamma of the norm in front folded in.
+
+    query_key_value: to `[(heads + 2 * kv_heads) * head_dim]`; query head i reads kv head `i // (heads / kv_heads)`.
+    """
+
+    query_key_value: Linear
+    output: Linear
+    feed_forward: FeedForward
+    freqs: Tensor
+
+
+class Encoder:
+    """Packed weights of one source side; `from_modules` makes it.
+
+    embedding: `[vocabulary, dim]`. gamma: `[dim]`, the final norm's, times sqrt(dim).
+    """
+
+    layers: list[EncoderLayer]
+    embedding: Tensor
+    gamma: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    _watch: Watch
+
+    def __init__(self) -> None:
+        raise TypeError("an Encoder is made from modules: call Encoder.from_modules.")
+
+    @classmethod
+    @torch.no_grad()
+    def from_modules(cls, source_transformer: Any, token_embedding: Tensor) -> Encoder:
+        """Returns the encoder of a `Transformer` without cross-attention, of this package or of the reference."""
+        self = object.__new__(cls)
+        self._watch = Watch([source_transformer], [token_embedding])
+        attention = source_transformer.layers[0][0]
+        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.head_dim = attention.to_q[0].weight.shape[0] // self.heads
+        self.embedding = token_embedding.detach()
+        norm = source_transformer.final_norm
+        self.gamma = norm.gamma.detach() * token_embedding.shape[-1] ** 0.5
+        self.layers = [_layer(attention, feed_forward) for attention, _, feed_forward in source_transformer.layers]
+        return self
+
+    def is_stale(self) -> bool:
+        """Returns whether a parameter that was packed has since been changed, moved or replaced; see `Watch`."""
+        return self._watch.changed()
+
+    def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Returns the memory `[tokens, dim]` of utterances one behind the other.
+
+        ids: `[tokens]`, int64, in the vocabulary. lengths: `[utterances]`, int64, on the host; they sum up to `tokens`.
+        """
+        count = len(ids)
+        spare = rounded_rows(count) - count
+        if spare:
+            # rows that nobody reads, as utterances of their own
+            ids = F.pad(ids, (0, spare))
+            lengths = torch.cat((lengths, torch.full((spare // SPARE,), SPARE), torch.tensor([spare % SPARE])))
+        x = self.embedding[ids]
+        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        bounds[1:] = lengths.cumsum(0)
+        bounds, longest = bounds.to(ids.device), int(lengths.max())
+        split = [self.heads, self.kv_heads, self.kv_heads]
+        for layer in self.layers:
+            projected = layer.query_key_value(unit(x)).unflatten(-1, (-1, self.head_dim))
+            query, key, value = projected.split(split, dim=1)
+            attended = ops.attention(
+                query, key, value, cu_query=bounds, cu_key=bounds, max_query=longest, max_key=longest, freqs=layer.freqs
+            )
+            x = layer.output(attended.flatten(1), x)
+            x = layer.feed_forward(unit(x), x)
+        return unit(x[:count]) * self.gamma
+
+
+def _layer(attention: Any, feed_forward: Any) -> EncoderLayer:
+    heads, kv_heads = attention.heads, attention.kv_heads
+    order = head_order(heads, kv_heads).to(attention.to_out.weight.device)
+    query = attention.to_q[0].weight.detach().unflatten(0, (heads, -1))[order].flatten(0, 1)
+    output = attention.to_out.weight.detach().unflatten(1, (heads, -1))[:, order].flatten(1)
+    return EncoderLayer(
+        query_key_value=Linear(folded(torch.cat((query, attention.to_kv[0].weight.detach())), attention.norm)),
+        output=Linear(output),
+        feed_forward=fed_forward(feed_forward),
+        freqs=attention.rotary_emb.freqs.detach().float(),
+    )

@@ -1,0 +1,48 @@
+"""A small model with random weights, engines for it, and the plain search that they are compared with."""
+
+from __future__ import annotations
+
+import torch
+
+from spear_fast import DecodingOptions, TextToSemantic
+from spear_fast.decoding.budget import Plan
+from spear_fast.decoding.engine import Engine
+
+VOCABULARY = 20
+
+
+def tiny_model(**settings) -> TextToSemantic:
+    torch.manual_seed(0)
+    sizes = dict(source_depth=1, target_depth=2, heads=4, dim_head=8, target_kv_heads=2, cond_drop_prob=0.1)
+    model = TextToSemantic(
+        32, num_text_token_ids=VOCABULARY, num_semantic_token_ids=VOCABULARY, **(sizes | settings)
+    ).eval()
+    for parameter in model.parameters():
+        # norms and null keys that do something
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def sources(count: int, seed: int = 0, longest: int = 30) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def engine_of(model, *, slots: int, beams: int, max_length: int, max_source: int = 30, guided: bool = False) -> Engine:
+    decoder = model.decoder("text")
+    plan = Plan.of(decoder, slots=slots, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
+    return Engine(model.encoder("speech"), decoder, plan, guided=guided)
+
+
+def ask(engine: Engine, source: torch.Tensor, *, callback=None, beam_size: int = 4, max_length: int = 12):
+    return engine.submit(source, DecodingOptions(beam_size=beam_size, max_length=max_length), callback=callback)
+
+
+def alone(model, source: torch.Tensor, options: DecodingOptions):
+    """Returns what `decode` makes of one request by itself: without the engine's queue, neighbours and encoder."""
+    with torch.no_grad():
+        embedded = model.token_emb["speech"](source)[None]
+        mask = torch.ones(1, len(source), dtype=torch.bool)
+        return model.decode(model.source_transformer(embedded, mask), mask, target_type="text", options=options)

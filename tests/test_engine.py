@@ -1,0 +1,233 @@
+"""The engine serves every request as if it were alone, whatever else is in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+from engine_models import alone, ask, engine_of, sources, tiny_model
+
+from spear_fast import DecodingOptions
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def options_of(seed, **fixed):
+    """Returns options drawn for a request: any that the engine serves."""
+    draw = random.Random(seed)
+    length = draw.randint(1, 12)
+    common = {"max_length": length, "min_length": draw.randint(0, length - 1)}
+    common |= {"repetition_penalty": draw.choice([1.0, 1.3]), "no_repeat_ngram_size": draw.choice([0, 0, 2])}
+    kind = draw.choice(["beam", "beam", "greedy", "sample"])
+    if kind == "beam":
+        beams = draw.randint(1, 4)
+        common |= {
+            "beam_size": beams,
+            "num_return_sequences": draw.randint(1, beams),
+            "length_penalty": draw.choice([0.0, 1.0, 1.7]),
+            "early_stopping": draw.choice([True, False, "never"]),
+            "patience": draw.choice([1.0, 1.5]),
+        }
+    elif kind == "sample":
+        # a generator of its own: the draws are the request's, wherever it stands
+        common |= {"top_k": draw.choice([None, 3]), "generator": torch.Generator().manual_seed(seed)}
+        common |= {"num_return_sequences": draw.randint(1, 4), "temperature": draw.choice([0.7, 1.0])}
+    return DecodingOptions(method=kind, **(common | fixed))
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=0, atol=0)
+    torch.testing.assert_close(ours.lengths, theirs.lengths)
+    torch.testing.assert_close(ours.finished, theirs.finished)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.sum_logprobs, theirs.sum_logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.token_logprobs, theirs.token_logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_every_request_is_served_as_if_it_were_alone(model):
+    asked = [(source, options_of(i)) for i, source in enumerate(sources(60, seed=1))]
+    expected = [alone(model, source, options_of(i)) for i, (source, _) in enumerate(asked)]
+    with engine_of(model, slots=5, beams=4, max_length=12) as engine:
+        served = {ticket.number: ticket.result() for ticket in engine.run(asked)}
+    assert sorted(served) == list(range(60))
+    for number, result in served.items():
+        same(result, expected[number])
+
+
+def test_guided_and_unguided_requests_share_a_batch(model):
+    asked = [(source, options_of(i, cond_scale=1.0 + i % 3)) for i, source in enumerate(sources(20, seed=2))]
+    expected = [alone(model, source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in enumerate(asked)]
+    with engine_of(model, slots=3, beams=4, max_length=12, guided=True) as engine:
+        for ticket in engine.run(asked):
+            same(ticket.result(), expected[ticket.number])
+
+
+def test_a_looping_row_holds_up_nobody(model):
+    """One request of 60 tokens beside 30 of one: those are done while it goes on."""
+    with engine_of(model, slots=2, beams=1, max_length=60) as engine:
+        tokens = sources(31, seed=3)
+        looping = engine.submit(tokens[0], DecodingOptions(method="greedy", max_length=60, min_length=59))
+        short = [engine.submit(each, DecodingOptions(method="greedy", max_length=1)) for each in tokens[1:]]
+        for ticket in short:
+            ticket.result()
+        assert not looping.done()
+        assert looping.result().tokens.shape[-1] >= 59
+
+
+def test_results_come_as_they_are_finished(model):
+    lengths = [12, 1, 2, 3]
+    asked = [
+        (source, DecodingOptions(method="greedy", max_length=n, min_length=n - 1))
+        for source, n in zip(sources(4, seed=4), lengths, strict=True)
+    ]
+    with engine_of(model, slots=4, beams=1, max_length=12) as engine:
+        assert [ticket.number for ticket in engine.run(asked)] == [1, 2, 3, 0]
+
+
+WRONG = [
+    (torch.zeros(0, dtype=torch.long), {}, "source must have 1 to 30 ids"),
+    (torch.zeros(31, dtype=torch.long), {}, "source must have 1 to 30 ids"),
+    (torch.zeros(3), {}, "source must be a tensor of integer ids"),
+    (torch.tensor([1, 99]), {}, "source ids must lie in 0.."),
+    (torch.tensor([-1, 2]), {}, "source ids must lie in 0.."),
+    (torch.tensor([1, 2]), {"beam_size": 5}, "up to 4 hypotheses"),
+    (torch.tensor([1, 2]), {"max_length": 13}, "max_length may be up to 12"),
+    (torch.tensor([1, 2]), {"cond_scale": 2.0}, "guided=True"),
+    (torch.tensor([1, 2]), {"beam_mode": "reference"}, "call decode()"),
+    (torch.tensor([1, 2]), {"prefix": (1, 99)}, "prefix"),
+]
+
+
+@pytest.mark.parametrize(("source", "settings", "said"), WRONG)
+def test_a_request_that_cannot_be_served_fails_alone(model, source, settings, said):
+    good = sources(3, seed=5)
+    with engine_of(model, slots=2, beams=4, max_length=12, max_source=30) as engine:
+        before, after = ask(engine, good[0]), None
+        bad = engine.submit(source, DecodingOptions(**({"max_length": 12} | settings)))
+        after = ask(engine, good[1])
+        with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")) as caught:
+            bad.result()
+        assert "\n" not in str(caught.value)
+        for ticket, source_ids in ((before, good[0]), (after, good[1])):
+            same(ticket.result(), alone(model, source_ids, DecodingOptions(beam_size=4, max_length=12)))
+
+
+def test_cancelling_frees_the_slot(model):
+    with engine_of(model, slots=1, beams=1, max_length=60) as engine:
+        long = engine.submit(sources(1)[0], DecodingOptions(method="greedy", max_length=60, min_length=59))
+        waiting = engine.submit(sources(1)[0], DecodingOptions(method="greedy", max_length=2))
+        gone = engine.submit(sources(1)[0], DecodingOptions(method="greedy", max_length=2))
+        engine.step()
+        assert engine.in_flight == 1
+        assert gone.cancel()
+        assert long.cancel()
+        assert not long.cancel()
+        assert waiting.result().tokens.numel()
+        for ticket in (long, gone):
+            with pytest.raises(CancelledError):
+                ticket.result()
+        assert engine.in_flight == engine.waiting == 0
+
+
+def test_an_exception_in_a_callback_stops_nothing(model, caplog):
+    called = []
+
+    def broken(ticket):
+        called.append(ticket.number)
+        raise RuntimeError("broken callback")
+
+    with engine_of(model, slots=2, beams=1, max_length=5) as engine:
+        tickets = [ask(engine, source, callback=broken, beam_size=1, max_length=5) for source in sources(5)]
+        for ticket in tickets:
+            assert ticket.result().tokens.numel()
+    assert sorted(called) == list(range(5))
+    assert "broken callback" in caplog.text
+
+
+def test_closing_ends_everything(model):
+    engine = engine_of(model, slots=1, beams=1, max_length=40)
+    tickets = [ask(engine, source, beam_size=1, max_length=40) for source in sources(3)]
+    engine.step()
+    engine.close()
+    engine.close()
+    for ticket in tickets:
+        with pytest.raises(CancelledError):
+            ticket.result()
+    with pytest.raises(RuntimeError, match="closed"):
+        ask(engine, sources(1)[0], beam_size=1, max_length=5)
+
+
+def test_coroutines_wait_for_tickets(model):
+    async def main(engine):
+        tickets = [ask(engine, source, beam_size=2, max_length=8) for source in sources(9, seed=6)]
+        return await asyncio.gather(*(asyncio.wrap_future(ticket) for ticket in tickets))
+
+    with engine_of(model, slots=2, beams=2, max_length=8).start() as engine:
+        results = asyncio.run(asyncio.wait_for(main(engine), timeout=120))
+    for source, result in zip(sources(9, seed=6), results, strict=True):
+        same(result, alone(model, source, DecodingOptions(beam_size=2, max_length=8)))
+
+
+def test_an_error_of_the_step_is_that_of_what_took_part(model, monkeypatch):
+    from spear_fast.decoding import engine as module
+
+    engine = engine_of(model, slots=2, beams=1, max_length=5)
+    advance, calls = module.advance, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the device is gone")
+        advance(*arguments)
+
+    monkeypatch.setattr(module, "advance", failing)
+    tickets = [ask(engine, source, beam_size=1, max_length=5) for source in sources(4)]
+    for ticket in tickets:
+        ticket.exception()
+    failed = [ticket for ticket in tickets if ticket.exception() is not None]
+    assert len(failed) == 2
+    assert all("the device is gone" in str(ticket.exception()) for ticket in failed)
+    engine.close()
+
+
+def test_out_of_memory_halves_the_places_and_goes_on(model, monkeypatch):
+    from spear_fast.decoding import engine as module
+
+    engine = engine_of(model, slots=8, beams=1, max_length=6)
+    advance = module.advance
+
+    def failing(decoder, view, options):
+        if view.batch > 2:
+            raise torch.OutOfMemoryError("no memory")
+        advance(decoder, view, options)
+
+    monkeypatch.setattr(module, "advance", failing)
+    tokens = sources(12, seed=7)
+    tickets = [ask(engine, source, beam_size=1, max_length=6) for source in tokens]
+    for source, ticket in zip(tokens, tickets, strict=True):
+        same(ticket.result(), alone(model, source, DecodingOptions(beam_size=1, max_length=6)))
+    assert engine.plan.slots == 2
+    engine.close()
+    assert engine.in_flight == 0
+
+
+def test_a_plan_says_what_it_takes_and_refuses_what_it_cannot(model):
+    from spear_fast.decoding.budget import Plan
+
+    decoder = model.decoder("text")
+    plan = Plan.of(decoder, slots=3, beams=4, max_length=12, max_source=30)
+    slots = plan.make(decoder)
+    buffers = [*slots.all.keys, *slots.all.values, *slots.all.memory.keys, *slots.all.memory.values]
+    buffers += [slots.all.ancestors, slots.all.tokens, slots.all.parents, slots.all.logprobs, slots.all.prefix]
+    assert plan.bytes == sum(buffer.nbytes for buffer in buffers)
+    each = plan.slot_bytes
+    assert Plan.of(decoder, beams=4, max_length=12, max_source=30, budget=2 * each).slots == 2
+    for wanted, budget in ((None, each - 1), (3, 3 * each - 1)):
+        with pytest.raises(ValueError, match="the budget is"):
+            Plan.of(decoder, slots=wanted, beams=4, max_length=12, max_source=30, budget=budget)
