@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: help demo test tests interpreted audit asan lint format recipe bench wheel clean
+.PHONY: help demo test tests interpreted audit asan lint format recipe bench benchtests readme gpu wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,15 @@ recipe: $(VENV)/.recipe ## speak sentences, train and measure the demo's model f
 
 bench: $(VENV)/.dev ## measure this machine: ARGS="op --ops rms_norm", "generate --cases b8-beam4", "train", "compare"
 	$(BIN)/python -m benchmarks $(or $(ARGS),op)
+
+benchtests: $(VENV)/.dev ## the cases of the ops under pytest-benchmark; ARGS="--benchmark-compare" and the like go to it
+	$(BIN)/python -m pytest -q -n 0 -p benchmark benchmarks/test_operations.py $(ARGS)
+
+readme: $(VENV)/.dev ## write the tables of README.md from the committed rows
+	$(BIN)/python -m benchmarks readme
+
+gpu: ## on a machine with a CUDA GPU: build, test and measure there, into OUT (benchmarks/results); no network
+	$(PYTHON) -m benchmarks gpu --out $(or $(OUT),benchmarks/results) $(ARGS)
 
 wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
+
+REFERENCE, CTRANSLATE2, CTRANSLATE2_INT8 = "reference", "ctranslate2 float32", "ctranslate2 int8_float32"
+TRANSFORMERS = "transformers"
+OURS, STANDARD, ENGINE = "spear_fast", "spear_fast standard", "spear_fast engine"
 
 
 @dataclass(frozen=True)
@@ -11,6 +18,10 @@ class Case:
     """One model and one batch: `batch` sources of `source` ids, `tokens` output tokens for each, no early end.
 
     beam: hypotheses for each source, 1 for greedy.
+    ends: where utterances end at lengths of their own, between which they are drawn; sources then are from `shortest`
+        to `source` ids long. slots: utterances that are decoded at the same time.
+    peers: what it is compared with. wanted: peer → how many times as fast to be.
+    sets: where it belongs: tiny, cpu or gpu.
     """
 
     name: str
@@ -25,6 +36,21 @@ class Case:
     source: int = 250
     tokens: int = 64
     beam: int = 4
+    shortest: int | None = None
+    ends: tuple[int, int] | None = None
+    slots: int = 32
+    peers: tuple[str, ...] = ()
+    wanted: Mapping[str, float] = field(default_factory=dict)
+    sets: tuple[str, ...] = ("cpu",)
+
+    def drawn(self) -> tuple[list[int], list[int]]:
+        """Returns the length of each source and of each text, the same ones every time."""
+        if self.ends is None:
+            return [self.source] * self.batch, [self.tokens] * self.batch
+        generator = torch.Generator().manual_seed(3)
+        lengths = torch.randint(self.shortest or self.source, self.source + 1, (self.batch,), generator=generator)
+        texts = torch.randint(self.ends[0], self.ends[1] + 1, (self.batch,), generator=generator)
+        return lengths.tolist(), texts.tolist()
 
     @property
     def inner(self) -> int:
@@ -46,7 +72,10 @@ class Case:
         )
 
     def shape(self) -> dict[str, Any]:
-        return asdict(self)
+        sizes = asdict(self)
+        for name in ("peers", "wanted", "sets"):
+            del sizes[name]
+        return sizes
 
     def encoder_weights(self) -> int:
         attention = self.heads * self.head_dim
@@ -59,41 +88,90 @@ class Case:
 
     def flops(self) -> float:
         """Floating-point operations of encoding, projecting and decoding, each piece of work done once."""
-        attention, rows = self.heads * self.head_dim, self.batch * self.beam
-        positions = self.batch * self.source
-        encoder = 2 * positions * self.encoder_weights() + 4 * self.source_layers * positions * self.source * attention
-        projection = 4 * positions * self.target_layers * self.dim * attention
-        history = sum(range(1, self.tokens + 1))
-        decoder = self.tokens * 2 * rows * self.decoder_weights()
-        decoder += 4 * self.target_layers * rows * attention * (self.tokens * (self.source + 1) + history)
-        return float(encoder + projection + decoder)
+        attention = self.heads * self.head_dim
+        total = 0
+        for source, tokens in zip(*self.drawn(), strict=True):
+            encoder = 2 * source * self.encoder_weights() + 4 * self.source_layers * source * source * attention
+            projection = 4 * source * self.target_layers * self.dim * attention
+            history = tokens * (tokens + 1) // 2
+            decoder = tokens * 2 * self.beam * self.decoder_weights()
+            decoder += 4 * self.target_layers * self.beam * attention * (tokens * (source + 1) + history)
+            total += encoder + projection + decoder
+        return float(total)
 
     def bytes(self, size: int = 4) -> float:
-        """Bytes that decoding reads at least, each step: weights, shared cross K/V, the beams' distinct histories."""
+        """Bytes that decoding reads at least: a step's weights for all, shared cross K/V, the beams' own histories."""
         attention, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        step = self.decoder_weights() + self.target_layers * self.batch * (self.source + 1) * 2 * attention
-        history = self.target_layers * self.batch * self.beam * 2 * shared * sum(range(1, self.tokens + 1))
-        return float(size * (self.tokens * step + history))
+        lengths, texts = self.drawn()
+        # in slots that are always full
+        steps = sum(texts) / min(self.slots if self.ends else self.batch, self.batch)
+        total = steps * self.decoder_weights()
+        for source, tokens in zip(lengths, texts, strict=True):
+            total += self.target_layers * tokens * (source + 1) * 2 * attention
+            total += self.target_layers * self.beam * 2 * shared * (tokens * (tokens + 1) // 2)
+        return float(size * total)
+
+    def memory(self, size: int = 4) -> float:
+        """Bytes that must be held: the weights of both sides, the encoder's output, cross K/V, every beam's history."""
+        attention, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        weights = self.encoder_weights() + self.decoder_weights() + self.vocabulary * self.dim
+        weights += 2 * self.target_layers * self.dim * attention
+        positions = self.batch * self.source
+        crossed = self.target_layers * positions * 2 * attention
+        history = self.target_layers * self.batch * self.beam * self.tokens * 2 * shared
+        return float(size * (weights + positions * self.dim + crossed + history))
+
+
+_FLOAT32 = (CTRANSLATE2, TRANSFORMERS)
+_TINY = Case(
+    "tiny",
+    dim=64,
+    source_layers=2,
+    target_layers=2,
+    heads=4,
+    head_dim=16,
+    vocabulary=50,
+    batch=2,
+    source=20,
+    tokens=8,
+    peers=(REFERENCE, *_FLOAT32),
+    sets=("tiny",),
+)
+_LARGE = dict(dim=1024, source_layers=12, target_layers=12, heads=16)
+
+
+def _on_gpu() -> list[Case]:
+    """Returns the sizes at which GPUs are measured: models by utterances and beams, 512 numbers a vocabulary."""
+    sizes = ((1, 1, 250), (32, 4, 500), (128, 5, 500), (512, 5, 500))
+    common: dict[str, Any] = dict(vocabulary=512, tokens=100, peers=(REFERENCE, TRANSFORMERS), sets=("gpu",))
+    return [
+        Case(f"{name} {batch}x{beam}", batch=batch, beam=beam, source=source, **model, **common)
+        for batch, beam, source in sizes
+        for name, model in (("512x6", {}), ("1024x12", _LARGE))
+    ]
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("b8-beam4"),
-        Case("b8-greedy", beam=1),
-        Case("b1-beam4", batch=1),
-        Case("b32-beam4", batch=32),
+        Case("b8-beam4", peers=(REFERENCE, *_FLOAT32), wanted={REFERENCE: 18.0}),
+        Case("b8-greedy", beam=1, peers=(REFERENCE, *_FLOAT32)),
+        Case("b1-beam4", batch=1, peers=(REFERENCE, *_FLOAT32), wanted={CTRANSLATE2: 1.1}),
+        Case("b32-beam4", batch=32, peers=(*_FLOAT32, CTRANSLATE2_INT8), wanted={CTRANSLATE2: 1.25}),
+        Case("b32-beam10", batch=32, beam=10, peers=(CTRANSLATE2,)),
         Case(
-            "tiny",
-            dim=64,
-            source_layers=2,
-            target_layers=2,
-            heads=4,
-            head_dim=16,
-            vocabulary=50,
-            batch=2,
-            source=20,
-            tokens=8,
+            "b256-mixed",
+            batch=256,
+            source=500,
+            shortest=50,
+            tokens=120,
+            ends=(10, 120),
+            peers=(CTRANSLATE2,),
+            wanted={CTRANSLATE2: 1.5},
         ),
+        _TINY,
+        replace(_TINY, name="tiny-mixed", batch=5, shortest=5, ends=(2, 8), dim=128, heads=8, slots=2,
+                peers=(CTRANSLATE2,)),
+        *_on_gpu(),
     )
-}
+}  # fmt: skip

@@ -11,7 +11,6 @@ first of the providers, or the newer of the commits, is faster.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from benchmarks import op
 from benchmarks import rows as rowfile
+from benchmarks.build import build
 from benchmarks.machine import REPOSITORY
 from benchmarks.timing import quantile
 
@@ -91,17 +91,8 @@ def checkout(commit: str, folder: Path) -> Path:
     for name in ("benchmarks", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # where spear_fast is imported from a folder, its kernels are sought inside it
-    kernels = folder / "spear_fast" / "kernels"
-    if not kernels.exists():
-        kernels.symlink_to(folder / "kernels", target_is_directory=True)
     print(f"building {commit}", flush=True)
-    built = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "SPEAR_FAST_BUILD": "auto"},
-    )  # fmt: skip
-    if built.returncode:
-        raise ValueError(f"{commit} could not be built: {built.stderr.strip().splitlines()[-1]}")
+    build(folder)
     return folder
 
 

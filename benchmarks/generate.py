@@ -1,145 +1,198 @@
-"""Generation, ours beside the reference: `python -m benchmarks generate --cases b8-beam4 --rounds 3`.
+"""Generation, ours beside the reference and peers of the same sizes.
 
-First the gate: in float32 ours must give the reference's tokens for the very case that is timed. Then both run in turn.
-Tokens are output tokens of the returned hypothesis; encoding the source is inside the time.
+    python -m benchmarks generate --cases b8-beam4 b32-beam4 --peers --rounds 3 --threads 2
+
+First the gate: in float32 ours must give the reference's tokens, for the whole batch where it is small, else for its
+first utterances; where the reference package is not installed, those of the plain-torch ops. Then all run in turn.
+Tokens are those of the returned hypothesis; encoding the source is inside the time.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import rows as rowfile
-from benchmarks.cases import CASES, Case
-from benchmarks.machine import CPU, environment, limits, results_file
-from benchmarks.peers import pair
+from benchmarks.cases import CASES, REFERENCE, STANDARD, Case
+from benchmarks.machine import DTYPES, environment, limits, results_file
+from benchmarks.memory import peak_of_generation
+from benchmarks.operations.case import SETS
 from benchmarks.timing import interleaved, quantiles
+from benchmarks.variants import Generation
+from spear_fast import ops
+from spear_fast.ops import providers as table_of_providers
+
+# utterances that the gate looks at where the batch is larger
+CHECKED = 2
+DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
 
 
-def providers() -> dict[str, str]:
-    """Returns which provider each decoding op uses for float32 on this machine."""
-    from spear_fast.ops import providers as table
-
-    inputs = table.Inputs(torch.device("cpu"), torch.float32, 64)
+def providers(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Returns which provider each decoding op uses on this machine."""
+    inputs = table_of_providers.Inputs(device, dtype, 64)
     return {
-        op: next(name for name in table.names(op) if table.get(op, name).function is table.choose(op, inputs))
-        for op in ("append_kv", "decode_self_attention", "decode_cross_attention")
+        op: next(
+            name
+            for name in table_of_providers.names(op)
+            if table_of_providers.get(op, name).function is table_of_providers.choose(op, inputs)
+        )
+        for op in DECODING
     }
 
 
-def variants_of(case: Case, reference: Any, ours: Any, source: Tensor) -> dict[str, Callable[[], Any]]:
-    """Returns what is timed, by name; each call generates the whole batch from its ids."""
-    common: dict[str, Any] = dict(source_type="speech", target_type="text", max_length=case.tokens)
-    if case.beam == 1:
-        # no noise: both then take the likeliest token
-        common["temperature"] = 0.0
-        return {
-            "reference": lambda: reference.generate(source, **common),
-            "spear_fast": lambda: ours.generate(source, **common),
-        }
-    common |= dict(beam_search_decode=True, beam_size=case.beam)
-    return {
-        "reference": lambda: reference.generate(source, **common),
-        "spear_fast": lambda: ours.generate(source, **common),
-        "spear_fast standard": lambda: ours.generate(source, beam_mode="standard", **common),
-    }
-
-
-def share_of_equal_tokens(variants: dict[str, Callable[[], Any]]) -> float:
-    """Returns the share of tokens that ours has in common with the reference; the call warms both up."""
-    theirs, ours = variants["reference"](), variants["spear_fast"]()
+def equal_tokens(case: Case, device: torch.device) -> float:
+    """Returns the share of tokens, in float32, that are those of the reference or else of the plain-torch ops."""
+    generation = Generation(case, device)
+    rows = list(range(case.batch if case.batch <= 8 and REFERENCE in case.peers else CHECKED))[: case.batch]
+    ours = generation.generate(generation.ours, rows)
+    if generation.reference is not None:
+        theirs = generation.generate(generation.reference, rows)
+    else:
+        with ops.forced("*=reference"):
+            theirs = generation.generate(generation.ours, rows)
     return float((theirs == ours).float().mean()) if theirs.shape == ours.shape else 0.0
 
 
-def measure(case: Case, rounds: int, *, with_reference: bool = True) -> list[dict[str, Any]]:
-    """Returns a row for each variant of a case, timed in turn; raises RuntimeError when the tokens differ."""
-    reference, ours = pair(case)
-    source = torch.randint(0, case.vocabulary, (case.batch, case.source), generator=torch.Generator().manual_seed(1))
-    variants = variants_of(case, reference, ours, source)
-    equal = None
-    if with_reference:
-        equal = share_of_equal_tokens(variants)
-        if equal < 1:
-            raise RuntimeError(
-                f"{case.name}: {equal:.2%} of the tokens are the reference's, wanted all; nothing was timed."
-            )
-    else:
-        del variants["reference"]
-    for name, run in variants.items():
-        if name != "reference":
-            run()
-    machine = limits()
-    seconds = interleaved(variants, rounds)
-    tokens, flops, read = case.batch * case.tokens, case.flops(), case.bytes()
+def measure(
+    case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype, peers: bool, quick: bool = False
+) -> tuple[list[rowfile.Row], list[str]]:
+    """Returns a row for each variant of a case, timed in turn, and why others have none.
+
+    Raises RuntimeError when the tokens are not those that they must be.
+    """
+    equal = equal_tokens(case, device)
+    if equal < 1:
+        raise RuntimeError(f"{case.name}: {equal:.2%} of the tokens are right, wanted all; nothing was timed.")
+    generation = Generation(case, device, dtype)
+    variants = generation.own()
+    others, missing = generation.peers(case.peers if peers else [each for each in case.peers if each == REFERENCE])
+    variants |= others
+    with torch.inference_mode():
+        for decode in variants.values():
+            decode()
+        machine = limits(device, dtype, quick=quick)
+        seconds = interleaved(variants, rounds)
+    tokens, size = sum(generation.texts), torch.finfo(dtype).bits // 8
+    flops, read = case.flops(), case.bytes(size)
     floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
     bound = max(floors, key=lambda name: floors[name])
-    rows = []
+    chosen, rows = providers(device, dtype), []
     for name, times in seconds.items():
         spread = quantiles(times)
-        row = {
+        row: dict[str, Any] = {
             "benchmark": "generate",
             "case": case.name,
+            "dtype": str(dtype).removeprefix("torch."),
             "variant": name,
             "rounds": rounds,
-            **{key: round(value, 4) for key, value in spread.items()},
+            **{key: float(f"{value:.4g}") for key, value in spread.items()},
             "tokens_per_second": round(tokens / spread["p50"], 2),
             "gflops": round(flops / spread["p50"] / 1e9, 2),
             "gbs": round(read / spread["p50"] / 1e9, 2),
             "bound": bound,
             "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
             "limit": {key: round(value, 1) for key, value in machine.items()},
-            "tokens_equal_to_reference": equal,
-            "dtype": "float32",
-            "providers": providers(),
+            "equal_tokens": equal,
+            "providers": chosen,
             "shape": case.shape(),
-            **environment(),
+            **environment(device),
         }
-        if with_reference:
-            # by rounds: both sides of a ratio were measured within one of them
-            ratios = [theirs / own for theirs, own in zip(seconds["reference"], times, strict=True)]
-            row["times_the_reference"] = {key: round(value, 2) for key, value in quantiles(ratios).items()}
+        # by rounds: both sides of a ratio were measured within one of them
+        row["times"] = {
+            peer: {key: round(value, 3) for key, value in quantiles(ratios).items()}
+            for peer in others
+            for ratios in [[a / b for a, b in zip(seconds[peer], times, strict=True)]]
+        }
+        wanted = {peer: times for peer, times in case.wanted.items() if peer in row["times"]}
+        if wanted and name not in others:
+            row |= {"wanted": wanted, "reached": all(row["times"][peer]["p50"] >= wanted[peer] for peer in wanted)}
         rows.append(rowfile.finished(row))
-    return rows
+    return rows, [f"{case.name}: {reason}" for reason in missing]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def measure_memory(case: Case, device: torch.device, dtype: torch.dtype) -> rowfile.Row:
+    """Returns a row with the most bytes that a beam search of a case held, and those that it must hold."""
+    peak, needed = peak_of_generation(case, STANDARD, device, dtype), case.memory(torch.finfo(dtype).bits // 8)
+    row = {
+        "benchmark": "generate memory",
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "variant": STANDARD,
+        "peak_bytes": peak,
+        "needed_bytes": needed,
+        "times_needed": round(peak / needed, 3),
+        "wanted": {"times_needed": 1.3},
+        "reached": peak <= 1.3 * needed,
+        "shape": case.shape(),
+        **environment(device),
+    }
+    return rowfile.finished(row)
+
+
+def table(rows: Sequence[rowfile.Row]) -> str:
     """Returns the rows as a Markdown table."""
-    lines = [
-        "| case | variant | seconds p20 / p50 / p80 | tokens/s | of the limit | times the reference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratio = row.get("times_the_reference")
-        lines.append(
-            f"| {row['case']} | {row['variant']} | {row['p20']:.2f} / {row['p50']:.2f} / {row['p80']:.2f} | "
-            f"{row['tokens_per_second']:.0f} | {row['percent_of_limit']:.0f} % ({row['bound']}) | "
-            f"{'' if ratio is None else format(ratio['p50'], '.1f')} |"
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["times"]))
+    header = ("case", "variant", "p20 / p50 / p80", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "")
+    return rowfile.table(header, (_line(row, peers) for row in rows))
+
+
+def _line(row: rowfile.Row, peers: Sequence[str]) -> list[str]:
+    said = ""
+    if "wanted" in row:
+        said = ("reached " if row["reached"] else "MISSED ") + ", ".join(
+            f"{n:g} × {p}" for p, n in row["wanted"].items()
         )
-    return "\n".join(lines)
+    return [
+        f"{row['case']}, {row['dtype']}",
+        row["variant"],
+        " / ".join(rowfile.seconds(row[name]) for name in ("p20", "p50", "p80")),
+        f"{row['tokens_per_second']:.0f}",
+        f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+        *(f"{row['times'][peer]['p50']:.2f}" if peer in row["times"] else "" for peer in peers),
+        said,
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="spear-fast bench generate", description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["b8-beam4", "b8-greedy"], metavar="CASE")
+    parser.add_argument("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--without-reference", action="store_true", help="time ours alone; no gate, no ratio")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="append the rows to this JSONL file, or to the device's in a folder"
-    )
+    parser.add_argument("--peers", action="store_true", help="CTranslate2 and transformers too, beside the reference")
+    parser.add_argument("--memory", action="store_true", help="the most memory held in place of the time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch and of peers on the CPU")
+    parser.add_argument("--limit", type=float, default=None, help="seconds after which no further case is begun")
+    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
     chosen = parser.parse_args(arguments)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
+    device = torch.device(chosen.device)
+    dtype = DTYPES[chosen.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
     out = chosen.out
     if out is not None and out.suffix != ".jsonl":
-        out = results_file(CPU, out)
-    for name in chosen.cases:
-        rows = measure(CASES[name], chosen.rounds, with_reference=not chosen.without_reference)
+        out = results_file(device, out)
+    kind = chosen.kind or ("cpu" if device.type == "cpu" else "gpu")
+    cases = [CASES[name] for name in chosen.cases or ()] or [case for case in CASES.values() if kind in case.sets]
+    began = time.perf_counter()
+    for case in cases:
+        if chosen.limit is not None and time.perf_counter() - began > chosen.limit:
+            print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
+            continue
+        if chosen.memory:
+            row = measure_memory(case, device, dtype)
+            rowfile.append(out, [row])
+            print(f"{case.name}: {row['peak_bytes'] / 1e6:.0f} MB, {row['times_needed']:.2f} times what it must hold")
+            continue
+        rows, missing = measure(
+            case, chosen.rounds, device=device, dtype=dtype, peers=chosen.peers, quick="tiny" in case.sets
+        )
         rowfile.append(out, rows)
-        print(table(rows) + "\n", flush=True)
+        print("\n".join([*(f"not timed: {reason}" for reason in missing), table(rows), ""]), flush=True)
     return 0

@@ -82,20 +82,12 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
 
 def _providers(case: OpCase, settings: Settings, arguments: Sequence[Any]) -> Iterator[Candidate]:
     size = arguments[0].shape[-1]
-    depends = _options(case, arguments)
+    depends = case.options(arguments)
     for name in providers.names(case.op):
         if settings.providers and name not in settings.providers:
             continue
         refusal = providers.get(case.op, name).refusal(providers.Inputs(settings.device, settings.dtype, size, depends))
         yield Candidate(name, True, refused=refusal)
-
-
-def _options(case: OpCase, arguments: Sequence[Any]) -> tuple:
-    """Returns what the op's definition says that its providers depend on, as its own choice remembers it."""
-    memory = providers.chosen(case.op)
-    with providers.forced(f"{case.op}=reference"):
-        getattr(torch.ops.spear_fast, case.op).default(*cloned(arguments))
-        return next(iter(memory))[3]
 
 
 def _baselines(case: OpCase) -> Iterator[Candidate]:
@@ -253,7 +245,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", choices=SETS, dest="kind", help="which shapes (cpu or gpu, by the device)")
     parser.add_argument("--providers", nargs="+", default=(), metavar="NAME", help="these providers alone")
     parser.add_argument("--without-baselines", action="store_true")
-    parser.add_argument("--no-extra", action="store_true", help="leave out the shapes of second rank")
+    rank = parser.add_mutually_exclusive_group()
+    rank.add_argument("--no-extra", action="store_true", help="leave out the shapes of second rank")
+    rank.add_argument("--only-extra", action="store_true", help="the shapes of second rank alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
@@ -270,6 +264,7 @@ def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
     dtypes = chosen.dtypes or ["float32" if device.type == "cpu" else "bfloat16"]
     kind = chosen.kind or {"cpu": "cpu"}.get(device.type, "gpu")
     cases = chosen_cases(kind, chosen.ops, chosen.cases, extra=not chosen.no_extra)
+    cases = [case for case in cases if case.extra or not chosen.only_extra]
     if not cases:
         raise ValueError(f"no case of the set {kind} has these ops and words; choose others with --ops and --cases.")
     unknown = {case.op for case in cases} - set(providers.ops())

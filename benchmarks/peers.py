@@ -1,4 +1,4 @@
-"""What we are compared with. The reference is loaded as the tests load it: the real package behind four stubs."""
+"""The reference package's model of a case beside ours; it is loaded as the tests load it, behind four stubs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 from benchmarks.cases import Case
 
 
-def pair(case: Case, seed: int = 0) -> tuple[nn.Module, Any]:
-    """Returns the reference's model of a case and ours, with the same random weights.
-
-    Raises RuntimeError when the reference package is not installed; it says how to install it.
-    """
+def pair(case: Case, seed: int = 0) -> tuple[nn.Module | None, Any]:
+    """Returns the reference's model of a case, None where the package is not installed, and ours, with its weights."""
     from reference import load_reference
 
     from spear_fast import TextToSemantic
 
     torch.manual_seed(seed)
-    reference = load_reference().TextToSemantic(**case.model_arguments()).eval()
     ours = TextToSemantic(**case.model_arguments())
+    try:
+        reference = load_reference().TextToSemantic(**case.model_arguments()).eval()
+    except (RuntimeError, ImportError):
+        return None, ours.eval()
     ours.load_state_dict(reference.state_dict(), strict=True)
     return reference, ours.eval()

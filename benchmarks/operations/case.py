@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spear_fast.ops import providers
+
 FORWARD = "forward"
 BOTH = "forward+backward"
 SETS = ("tiny", "cpu", "gpu")
@@ -94,6 +96,13 @@ class OpCase:
     @property
     def title(self) -> str:
         return f"{self.op} {self.name}"
+
+    def options(self, arguments: Sequence[Any]) -> tuple:
+        """Returns what the op's definition says that its providers depend on, as its own choice remembers it."""
+        memory = providers.chosen(self.op)
+        with providers.forced(f"{self.op}=reference"):
+            getattr(torch.ops.spear_fast, self.op).default(*cloned(arguments))
+            return next(iter(memory))[3]
 
     def results(self, result: Any, arguments: Sequence[Any]) -> list[Tensor]:
         """Returns what is compared, of the op's result or of what it wrote."""

@@ -1,0 +1,138 @@
+"""Writes README.md's tables from the committed rows, between two markers: `python -m benchmarks readme [--check]`.
+
+A device without rows has no table. Of each thing the newest row counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import rows as rowfile
+from benchmarks.machine import REPOSITORY, RESULTS
+
+README = REPOSITORY / "README.md"
+BEGIN, END = "<!-- measured: begin; make readme writes this part -->", "<!-- measured: end -->"
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """Returns the Markdown of all devices that have rows."""
+    parts = []
+    for device, rows in rowfile.read_all(folder).items():
+        sections = [section for make in (_generation, _memory, _ops, _training) for section in make(rows)]
+        if sections:
+            newest = max(rows, key=lambda row: row["time"])
+            where = f"{newest['threads']} threads, {newest['capability']}" if "driver" not in newest else (
+                f"{newest['capability']}, driver {newest['driver']}"
+            )  # fmt: skip
+            about = f"Rows: `benchmarks/results`; torch {newest['torch']}, {where}. Medians of samples taken in turn."
+            parts.append("\n\n".join((f"### {device}", about, *sections)))
+    return "\n\n".join(parts)
+
+
+def _of(rows: Iterable[rowfile.Row], benchmark: str) -> list[rowfile.Row]:
+    return [row for row in rows if row["benchmark"] == benchmark]
+
+
+def _figure(row: rowfile.Row, say: Callable[[str, float], str]) -> str:
+    """Returns what was aimed at, and whether it was reached."""
+    if "wanted" not in row:
+        return ""
+    wanted = ", ".join(say(name, value) for name, value in row["wanted"].items())
+    return f"{wanted}: {'reached' if row['reached'] else '**missed**'}"
+
+
+def _generation(rows: Sequence[rowfile.Row]) -> list[str]:
+    found = _of(rows, "generate")
+    if not found:
+        return []
+    peers = list(dict.fromkeys(peer for row in found for peer in row["times"]))
+    lines = []
+    for row in found:
+        shape = row["shape"]
+        ends = f"{shape['tokens']}" if not shape.get("ends") else "{} to {}".format(*shape["ends"])
+        lines.append((
+            f"{shape['dim']}×{shape['target_layers']}, B {shape['batch']}, S {shape['source']}, "
+            f"beam {shape['beam']}, {ends} tokens, {row['dtype']}",
+            row["variant"],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            *(f"{row['times'][peer]['p50']:.2f}" if peer in row["times"] else "" for peer in peers),
+            _figure(row, lambda peer, times: f"{times:g} × {peer}"),
+        ))  # fmt: skip
+    header = ("generation", "by", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "aim")
+    return [rowfile.table(header, lines)]
+
+
+def _memory(rows: Sequence[rowfile.Row]) -> list[str]:
+    lines = [
+        (row["case"], f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['times_needed']:.2f}",
+         _figure(row, lambda _, times: f"at most {times:g}"))
+        for row in _of(rows, "generate memory")
+    ]  # fmt: skip
+    return [rowfile.table(("generation", "most memory", "× weights and caches", "aim"), lines)] if lines else []
+
+
+def _ops(rows: Sequence[rowfile.Row]) -> list[str]:
+    """The provider that is chosen by itself, from cold caches, beside the fastest baseline."""
+    lines = []
+    for row in _of(rows, "op"):
+        if not row["automatic"] or row["cache"] != "cold":
+            continue
+        ratio = f"{row['times_baseline']['p50']:.2f} × {row['baseline']}" if "times_baseline" in row else ""
+        lines.append((
+            f"`{row['op']}` {row['case'].removeprefix(row['op']).strip()}",
+            row["mode"],
+            row["variant"],
+            rowfile.seconds(row["p50"]),
+            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            ratio,
+            _figure(row, _aim),
+        ))  # fmt: skip
+    header = ("op, shape", "", "by", "time", "of the limit", "as fast as", "aim")
+    return [rowfile.table(header, lines)] if lines else []
+
+
+def _aim(name: str, value: float) -> str:
+    return {"times": f"{value:g} ×", "percent": f"{value:g} %"}.get(name) or f"under {rowfile.seconds(value)}"
+
+
+def _training(rows: Sequence[rowfile.Row]) -> list[str]:
+    lines = [
+        (
+            f"{row['case']}, {row['dtype']}",
+            row["variant"],
+            rowfile.seconds(row["p50"]),
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['mfu']:.0f} %",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB",
+            f"{row['times']['reference']['p50']:.2f}" if "times" in row else "",
+        )
+        for row in _of(rows, "train")
+    ]
+    header = ("training step", "by", "time", "tokens/s", "of the product limit", "memory", "× reference")
+    return [rowfile.table(header, lines)] if lines else []
+
+
+def written(text: str, folder: Path = RESULTS) -> str:
+    """Returns the README with the tables in their place.
+
+    Raises ValueError where the markers are missing.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must hold {BEGIN} and {END} once each; put them around the tables.")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables(folder)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="say whether it is up to date, write nothing")
+    chosen = parser.parse_args(arguments)
+    text = README.read_text()
+    new = written(text)
+    if chosen.check:
+        return int(new != text)
+    README.write_text(new)
+    return 0

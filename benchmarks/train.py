@@ -1,0 +1,216 @@
+"""A training step, forward, backward and AdamW, of this package's model and of the reference's on the same batch.
+
+    python -m benchmarks train --threads 2
+
+The gate: in float32 both have the same loss, and gradients that differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tolerance import GRADIENTS, allowed_error, to_float64
+from torch import Tensor
+
+from benchmarks import rows as rowfile
+from benchmarks.cases import OURS, REFERENCE, Case
+from benchmarks.machine import DTYPES, environment, limits, results_file
+from benchmarks.operations.case import SETS, mixed_lengths
+from benchmarks.peers import pair
+from benchmarks.timing import interleaved, quantiles
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model and a batch: `batch` sources of up to `source` ids, and texts of up to `target`; all lengths differ."""
+
+    name: str
+    model: Case
+    batch: int
+    source: int
+    target: int
+    sets: tuple[str, ...]
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        cpu = torch.device("cpu")
+        return mixed_lengths(self.batch, self.source, cpu), mixed_lengths(self.batch, self.target, cpu)
+
+    def ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns source and target ids, padded with -1 and 0 as the models pad."""
+        generator = torch.Generator().manual_seed(4)
+        padded = []
+        for longest, lengths, pad in zip((self.source, self.target), self.lengths(), (-1, 0), strict=True):
+            ids = torch.randint(1, self.model.vocabulary, (self.batch, longest), generator=generator)
+            padded.append(ids.masked_fill_(torch.arange(longest) >= lengths[:, None], pad).to(device))
+        return padded[0], padded[1]
+
+    def flops(self) -> float:
+        """Floating-point operations of the step without padding: backward is twice forward."""
+        model, attention, total = self.model, self.model.heads * self.model.head_dim, 0.0
+        for source, target in zip(*(each.tolist() for each in self.lengths()), strict=True):
+            total += 2 * source * model.encoder_weights() + 4 * model.source_layers * source**2 * attention
+            total += 2 * target * model.decoder_weights() + 2 * model.target_layers * target**2 * attention
+            total += 4 * source * model.target_layers * model.dim * attention
+            total += 4 * model.target_layers * target * (source + 1) * attention
+        return 3 * total
+
+
+_SMALL = dict(source_layers=1, target_layers=1, dim=32, heads=2, head_dim=16, vocabulary=40)
+_LARGE = dict(dim=1024, source_layers=12, target_layers=12, heads=16)
+CASES = (
+    Training("tiny b3", Case("tiny", **_SMALL), 3, 12, 7, ("tiny",)),  # type: ignore[arg-type]
+    Training("512x6 b8", Case("512x6"), 8, 250, 64, ("cpu",)),
+    Training("512x6 b32", Case("512x6"), 32, 500, 100, ("gpu",)),
+    Training("1024x12 b32", Case("1024x12", **_LARGE), 32, 500, 100, ("gpu",)),  # type: ignore[arg-type]
+)
+
+
+def loss_of(model: Any, source: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the loss of a batch; in other types than float32 and float64 under autocast."""
+    autocast = torch.autocast(source.device.type, dtype, enabled=dtype not in (torch.float32, torch.float64))
+    # the reference looks for pads in text alone, and in speech takes a mask
+    with autocast:
+        return model(
+            source.clamp(min=0), target, source_type="speech", target_type="text", source_mask=source >= 0,
+            return_loss=True,
+        )  # fmt: skip
+
+
+def gradients(model: Any, source: Tensor, target: Tensor) -> list[Tensor]:
+    """Returns the loss and the gradient of every parameter, zeros where it plays no part."""
+    model.train()
+    parameters = [each for _, each in sorted(model.named_parameters()) if each.requires_grad]
+    dtype = next(each.dtype for each in parameters)
+    loss = loss_of(model, source, target, dtype)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [loss.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True))]
+
+
+def check(ours: Any, reference: Any, source: Tensor, target: Tensor) -> float:
+    """Returns the largest error of loss and gradients over the allowed one, by the tests' rule.
+
+    Raises RuntimeError where it is above 1.
+    """
+    mine, theirs = gradients(ours, source, target), gradients(reference, source, target)
+    double = reference.double()
+    truths = [to_float64(each) for each in gradients(double, source, target)]
+    reference.float()
+    worst = 0.0
+    # all gradients together: a single bias may be exact by chance
+    for name, own, other, truth in (
+        ("loss", mine[:1], theirs[:1], truths[:1]),
+        ("gradients", mine[1:], theirs[1:], truths[1:]),
+    ):
+        flat_own, flat_other, flat_truth = (torch.cat([t.flatten() for t in each]) for each in (own, other, truth))
+        error = (flat_own.double() - flat_truth).abs().max().item()
+        share = error / allowed_error(flat_truth, flat_other, factor=GRADIENTS)
+        if not share <= 1:
+            raise RuntimeError(f"the {name} are off by {share:.2f} times what is allowed; nothing was timed.")
+        worst = max(worst, share)
+    return worst
+
+
+def stepper(model: Any, source: Tensor, target: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    """Returns a training step."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        loss_of(model, source, target, dtype).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(case: Training, rounds: int, *, device: torch.device, dtype: torch.dtype, quick: bool) -> list[rowfile.Row]:
+    """Returns a row for each model, timed in turn."""
+    reference, ours = pair(case.model)
+    models = {OURS: ours.to(device)} | ({} if reference is None else {REFERENCE: reference.to(device)})
+    source, target = case.ids(device)
+    share = None if reference is None else round(check(ours, reference, source, target), 3)
+    steps = {name: stepper(model, source, target, dtype) for name, model in models.items()}
+    peaks: dict[str, int | None] = dict.fromkeys(steps)
+    for name, step in steps.items():
+        step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            peaks[name] = torch.cuda.max_memory_allocated()
+    machine = limits(device, dtype, quick=quick)
+    seconds = interleaved(steps, rounds)
+    tokens, flops, rows = sum(int(each.sum()) for each in case.lengths()), case.flops(), []
+    for name, times in seconds.items():
+        spread = quantiles(times)
+        row: dict[str, Any] = {
+            "benchmark": "train",
+            "case": case.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "variant": name,
+            "rounds": rounds,
+            **{key: float(f"{value:.4g}") for key, value in spread.items()},
+            "tokens_per_second": round(tokens / spread["p50"], 1),
+            "flops": flops,
+            "mfu": round(100 * flops / spread["p50"] / 1e9 / machine["gflops"], 1),
+            "limit": {key: round(value, 1) for key, value in machine.items()},
+            "peak_bytes": peaks[name],
+            "error_of_allowed": share,
+            "shape": {**asdict(case), "model": case.model.shape()},
+            **environment(device),
+        }
+        if REFERENCE in seconds:
+            ratios = [a / b for a, b in zip(seconds[REFERENCE], times, strict=True)]
+            row["times"] = {REFERENCE: {key: round(value, 3) for key, value in quantiles(ratios).items()}}
+        rows.append(rowfile.finished(row))
+    return rows
+
+
+def table(rows: Sequence[rowfile.Row]) -> str:
+    """Returns the rows as a Markdown table."""
+    header = ("case", "variant", "p20 / p50 / p80", "tokens/s", "MFU", "memory", f"× {REFERENCE}")
+    return rowfile.table(
+        header,
+        (
+            (
+                f"{row['case']}, {row['dtype']}",
+                row["variant"],
+                " / ".join(rowfile.seconds(row[name]) for name in ("p20", "p50", "p80")),
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['mfu']:.0f} %",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['times'][REFERENCE]['p50']:.2f}" if "times" in row else "",
+            )
+            for row in rows
+        ),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="spear-fast bench train", description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", nargs="+", metavar="CASE", choices=[case.name for case in CASES])
+    parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 (autocast) on a GPU")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
+    chosen = parser.parse_args(arguments)
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    device = torch.device(chosen.device)
+    dtype = DTYPES[chosen.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    out = chosen.out
+    if out is not None and out.suffix != ".jsonl":
+        out = results_file(device, out)
+    kind = chosen.kind or ("cpu" if device.type == "cpu" else "gpu")
+    for case in CASES:
+        if case.name in (chosen.cases or ()) or (not chosen.cases and kind in case.sets):
+            rows = measure(case, chosen.rounds, device=device, dtype=dtype, quick="tiny" in case.sets)
+            rowfile.append(out, rows)
+            print(table(rows) + "\n", flush=True)
+    return 0

@@ -1,0 +1,106 @@
+"""What generates a case's batch: this package in its ways, the reference package, and peers of the same sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import t5
+from benchmarks.cases import CTRANSLATE2, CTRANSLATE2_INT8, OURS, REFERENCE, STANDARD, TRANSFORMERS, Case
+from benchmarks.peers import pair
+
+Variants = dict[str, Callable[[], Any]]
+
+
+class Generation:
+    """A case's models and sources on a device.
+
+    reference: the reference package's model, or None without the package. ours: with the same weights.
+    sources: `[n]` int64 for each utterance.
+    """
+
+    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.case, self.device, self.dtype = case, device, dtype
+        self.reference, self.ours = pair(case)
+        self.ours = self.ours.to(device, dtype)
+        if self.reference is not None:
+            self.reference = self.reference.to(device, dtype)
+        generator = torch.Generator().manual_seed(1)
+        lengths, self.texts = case.drawn()
+        whole = torch.randint(case.vocabulary, (case.batch, case.source), generator=generator)
+        self.sources = [row[:length].to(device) for row, length in zip(whole, lengths, strict=True)]
+
+    def common(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Returns the arguments of `generate` for some of the utterances: until the longest of their ends."""
+        longest = max(self.texts[row] for row in rows)
+        options: dict[str, Any] = dict(source_type="speech", target_type="text", max_length=longest)
+        if self.case.beam == 1:
+            # no noise: everybody then takes the likeliest token
+            return options | {"temperature": 0.0}
+        return options | {"beam_search_decode": True, "beam_size": self.case.beam}
+
+    def generate(self, model: Any, rows: Sequence[int], **options: Any) -> Tensor:
+        """Returns the ids of some of the utterances, of one length or padded."""
+        sources = [self.sources[row] for row in rows]
+        padded = nn.utils.rnn.pad_sequence(sources, batch_first=True)
+        if len({len(source) for source in sources}) > 1:
+            lengths = torch.tensor([len(source) for source in sources], device=self.device)
+            options["source_mask"] = torch.arange(padded.shape[1], device=self.device) < lengths[:, None]
+        return model.generate(padded, **self.common(rows), **options)
+
+    def batches(self) -> list[list[int]]:
+        """Returns the utterances of each batch: all, or by length as many as are decoded at the same time."""
+        everything = list(range(self.case.batch))
+        if not self.case.ends:
+            return [everything]
+        ordered = sorted(everything, key=lambda row: -len(self.sources[row]))
+        return [ordered[i : i + self.case.slots] for i in range(0, len(ordered), self.case.slots)]
+
+    def own(self) -> Variants:
+        """Returns this package's ways."""
+        batches = self.batches()
+
+        def decode(**options: Any) -> list[Tensor]:
+            return [self.generate(self.ours, rows, **options) for rows in batches]
+
+        found: Variants = {OURS: decode}
+        if self.case.beam > 1:
+            found[STANDARD] = lambda: decode(beam_mode="standard")
+        return found
+
+    def peers(self, names: Sequence[str]) -> tuple[Variants, list[str]]:
+        """Returns what can run here of the peers, and why the others cannot."""
+        makers: Mapping[str, Callable[[], Callable[[], Any]]] = {
+            REFERENCE: self._reference,
+            CTRANSLATE2: lambda: self._ctranslate2("float32"),
+            CTRANSLATE2_INT8: lambda: self._ctranslate2("int8_float32"),
+            TRANSFORMERS: self._transformers,
+        }
+        found, missing = {}, []
+        for name in names:
+            try:
+                found[name] = makers[name]()
+            except (ImportError, RuntimeError, ValueError) as error:
+                missing.append(f"{name}: {str(error).splitlines()[0]}")
+        return found, missing
+
+    def _reference(self) -> Callable[[], Any]:
+        if self.reference is None:
+            raise RuntimeError("the reference package is not installed")
+        return lambda: [self.generate(self.reference, rows) for rows in self.batches()]
+
+    def _ids(self) -> list[list[int]]:
+        if self.case.ends:
+            return t5.asking(self.case, self.texts, [len(source) for source in self.sources])
+        return [(source + t5.SPECIAL).tolist() for source in self.sources]
+
+    def _ctranslate2(self, compute_type: str) -> Callable[[], Any]:
+        if self.device.type == "cuda":
+            compute_type = compute_type.replace("float32", "bfloat16")
+        return t5.by_ctranslate2(self.case, t5.t5(self.case), self._ids(), compute_type, self.device.type)
+
+    def _transformers(self) -> Callable[[], Any]:
+        return t5.by_transformers(self.case, t5.t5(self.case).to(self.dtype), self._ids(), self.device)
