@@ -64,7 +64,7 @@ bench: $(VENV)/.dev ## measure this machine: ARGS="op --ops rms_norm", "generate
 	$(BIN)/python -m benchmarks $(or $(ARGS),op)
 
 benchtests: $(VENV)/.dev ## the cases of the ops under pytest-benchmark; ARGS="--benchmark-compare" and the like go to it
-	$(BIN)/python -m pytest -q -n 0 -p benchmark benchmarks/test_operations.py $(ARGS)
+	$(BIN)/python -m pytest -q -n 0 benchmarks/test_operations.py $(ARGS)
 
 readme: $(VENV)/.dev ## write the tables of README.md from the committed rows
 	$(BIN)/python -m benchmarks readme

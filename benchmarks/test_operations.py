@@ -1,4 +1,4 @@
-"""The cases of the ops under pytest-benchmark, on the CPU: `make benchtests`; `-k` chooses, `--benchmark-save` keeps."""
+"""The cases of the ops under pytest-benchmark, on the CPU: `make benchtests ARGS="-k rms_norm"`."""
 
 from __future__ import annotations
 
