@@ -210,7 +210,9 @@ def test_generation_counts_what_each_piece_of_work_takes():
     assert case.bytes() == 4 * (decoder + 3 * 2 + 2)
     mixed = CASES["b256-mixed"]
     lengths, texts = mixed.drawn()
-    assert (min(lengths), max(lengths), min(texts), max(texts)) == (50, 500, 10, 120)
+    assert 50 <= min(lengths) < 60
+    assert 490 < max(lengths) <= 500
+    assert (min(texts), max(texts)) == (10, 120)
 
 
 def test_generation_is_measured_beside_the_reference(tmp_path):
