@@ -178,9 +178,9 @@ def _baselines(options: Options, keys: Tensor, length: int, wanting: Sequence[in
 
         return Prepared(run, read, functools.partial(_only, backend))
 
-    found: dict[str, Baseline] = {"sdpa": lambda arguments: prepare(arguments, None)}
+    found: dict[str, Baseline] = {"torch sdpa": lambda arguments: prepare(arguments, None)}
     for backend in BACKENDS:
-        name = f"sdpa {backend.partition('_')[0].lower()}"
+        name = f"torch sdpa {backend.partition('_')[0].lower()}"
         found[name] = lambda arguments, backend=backend: prepare(arguments, backend)
     return found
 
