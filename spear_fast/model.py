@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
 from spear_fast.alignment import alignment_loss
-from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, decode
+from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, Engine, Plan, decode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
@@ -388,6 +388,37 @@ class TextToSemantic(HubModel):
         return packed[target_type]
 
     @torch.no_grad()
+    def engine(
+        self,
+        *,
+        source_type: Modality = "speech",
+        target_type: Modality = "text",
+        slots: int | None = None,
+        beams: int = 4,
+        max_length: int = 512,
+        max_source: int = 2048,
+        budget: int | None = None,
+        guided: bool = False,
+        deterministic: bool = False,
+    ) -> Engine:
+        """Returns an engine that decodes many requests at once with this model's weights as they are now.
+
+        slots: utterances in flight; beams, max_length, max_source: the most that a request may want; budget: bytes for
+        the buffers; see `Plan.of`. guided, deterministic: see `Engine`. Sources are ids `[n]`, with the
+        end-of-sequence where the model sets one automatically: `encode` adds it, an engine takes them as they are.
+        """
+        decoder = self.decoder(target_type)
+        plan = Plan.of(
+            decoder,
+            slots=slots,
+            beams=beams,
+            max_length=max_length,
+            max_source=max_source,
+            budget=budget,
+            guided=guided,
+        )
+        return Engine(self.encoder(source_type), decoder, plan, guided=guided, deterministic=deterministic)
+
     def decode(
         self, memory: Tensor, memory_mask: Tensor, *, target_type: Modality, options: DecodingOptions
     ) -> DecodingResult:

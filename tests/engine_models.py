@@ -30,10 +30,11 @@ def sources(count: int, seed: int = 0, longest: int = 30) -> list[torch.Tensor]:
     return [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in lengths]
 
 
-def engine_of(model, *, slots: int, beams: int, max_length: int, max_source: int = 30, guided: bool = False) -> Engine:
+def engine_of(model, *, slots: int, beams: int, max_length: int, max_source: int = 30, **settings) -> Engine:
     decoder = model.decoder("text")
+    guided = settings.get("guided", False)
     plan = Plan.of(decoder, slots=slots, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
-    return Engine(model.encoder("speech"), decoder, plan, guided=guided)
+    return Engine(model.encoder("speech"), decoder, plan, **settings)
 
 
 def ask(engine: Engine, source: torch.Tensor, *, callback=None, beam_size: int = 4, max_length: int = 12):

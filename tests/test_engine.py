@@ -68,6 +68,27 @@ def test_guided_and_unguided_requests_share_a_batch(model):
             same(ticket.result(), expected[ticket.number])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_results_are_the_same_to_the_bit_in_any_company(dtype):
+    model = tiny_model().to(dtype)
+    asked = [(source, options_of(i)) for i, source in enumerate(sources(30, seed=8))]
+    order = list(range(30))
+    random.Random(0).shuffle(order)
+
+    def served(which):
+        with engine_of(model, slots=6, beams=4, max_length=12, deterministic=True) as engine:
+            # a fresh generator for each request: seeds are drawn when they are submitted
+            return {which[ticket.number]: ticket.result() for ticket in engine.run(
+                (asked[i][0], options_of(i)) for i in which
+            )}  # fmt: skip
+
+    together, shuffled = served(list(range(30))), served(order)
+    for i in range(30):
+        for other in (shuffled[i], served([i])[i]):
+            for name in ("tokens", "lengths", "scores", "sum_logprobs", "token_logprobs"):
+                assert torch.equal(getattr(together[i], name), getattr(other, name)), f"{name} of request {i}"
+
+
 def test_a_looping_row_holds_up_nobody(model):
     """One request of 60 tokens beside 30 of one: those are done while it goes on."""
     with engine_of(model, slots=2, beams=1, max_length=60) as engine:

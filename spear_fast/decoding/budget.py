@@ -66,8 +66,8 @@ class Plan:
     def halved(self) -> Plan:
         return replace(self, slots=max(1, self.slots // 2))
 
-    def make(self, decoder: Decoder, *, guided: bool = False) -> Slots:
-        """Returns the buffers."""
+    def make(self, decoder: Decoder, *, guided: bool = False, fixed: bool = False) -> Slots:
+        """Returns the buffers; see `Slots`."""
         # the last token is an input too, in the step behind the end
         return Slots(
             decoder,
@@ -76,6 +76,7 @@ class Plan:
             positions=self.max_length + 1,
             source=self.max_source,
             guided=guided,
+            fixed=fixed,
         )
 
 

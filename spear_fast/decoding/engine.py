@@ -52,16 +52,27 @@ class Engine:
     encoder, decoder: packed weights of the model's two sides; `TextToSemantic.engine` gives both.
     plan: sizes of the buffers, see `Plan`. encode_tokens: most source tokens that are encoded together.
     guided: whether requests may have a `cond_scale` above 1; each step then also decodes without the source.
+    deterministic: the same bits for a request alone and in any company or order, by an engine of the same plan: sources
+        are encoded one by one, and every step works on all places, free ones too.
 
     Use it as a context manager, or call `close`. One thread at a time makes steps: whoever asks for results, or, after
     `start`, a thread of the engine's own.
     """
 
     def __init__(
-        self, encoder: Encoder, decoder: Decoder, plan: Plan, *, encode_tokens: int = 8192, guided: bool = False
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        plan: Plan,
+        *,
+        encode_tokens: int = 8192,
+        guided: bool = False,
+        deterministic: bool = False,
     ) -> None:
-        self.encoder, self.decoder, self.plan, self.guided = encoder, decoder, plan, guided
-        self.encode_tokens = encode_tokens
+        self.encoder, self.decoder, self.plan = encoder, decoder, plan
+        self.guided, self.deterministic = guided, deterministic
+        # one source at a time: the first always fits
+        self.encode_tokens = 0 if deterministic else encode_tokens
         self._slots: Slots | None = None
         self._flying: dict[int, _Waiting] = {}
         # (minus the source's length, number): the longest first, the earlier one among equals
@@ -252,7 +263,7 @@ class Engine:
         free = self.plan.slots - len(self._flying)
         if not free or not self.waiting:
             return
-        if len(self._encoded) < free:
+        while len(self._encoded) < free and self._waiting:
             self._encode()
         chosen: list[_Waiting] = []
         with self._lock:
@@ -261,7 +272,7 @@ class Engine:
         if not chosen:
             return
         if self._slots is None:
-            self._slots = self.plan.make(self.decoder, guided=self.guided)
+            self._slots = self.plan.make(self.decoder, guided=self.guided, fixed=self.deterministic)
         memories = [entry.memory for entry in chosen if entry.memory is not None]
         places = self._slots.admit(memories, [entry.options for entry in chosen], [entry.seed for entry in chosen])
         for place, entry in zip(places, chosen, strict=True):

@@ -1,8 +1,8 @@
 """The engine's buffers: a place for each utterance in flight, planned once, filled and freed one by one.
 
 Utterances stand in the first places: where one leaves and none waits, the last one moves into its place, so that a step
-works on whole buffers' beginnings and on nothing idle. Under guidance the buffers have a second half, and all places
-take part in every step.
+works on whole buffers' beginnings and on nothing idle. With `fixed` all places take part in every step, so that a
+product always has the same number of rows; under guidance it is so too, because the buffers have a second half.
 """
 
 from __future__ import annotations
@@ -76,10 +76,19 @@ class Slots:
     """Buffers for `count` utterances of `beams` hypotheses, `positions` inputs and `source` memory positions each."""
 
     def __init__(
-        self, decoder: Decoder, *, count: int, beams: int, positions: int, source: int, guided: bool = False
+        self,
+        decoder: Decoder,
+        *,
+        count: int,
+        beams: int,
+        positions: int,
+        source: int,
+        guided: bool = False,
+        fixed: bool = False,
     ) -> None:
         self.decoder = decoder
         self.count, self.beams, self.positions, self.source, self.guided = count, beams, positions, source, guided
+        self.fixed = fixed or guided
         self.used = 0
         device = decoder.device
         rows = count * (2 if guided else 1)
@@ -123,11 +132,13 @@ class Slots:
             ended=zeros(count, dtype=torch.int64),
             done=torch.ones(count, dtype=torch.bool, device=device),
         )
+        # a free place is of a kind that the ops know
+        self.all.whole_settings[:, Whole.BEAM_SIZE] = 1
         self._views: dict[int, View] = {count: self.all}
 
     def view(self) -> View:
         """Returns the places that the next step works on."""
-        used = self.count if self.guided else self.used
+        used = self.count if self.fixed else self.used
         if used not in self._views:
             whole = self.all
             caches = used * self.beams
