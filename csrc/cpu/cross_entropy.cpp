@@ -9,13 +9,14 @@
 #include <limits>
 
 #include "../ops.h"
+#include "exponential.h"
 #include "rows.h"
 
 namespace spear_fast {
 namespace {
 
-// logits that are held at once: a megabyte or two, which a core's own cache nearly holds
-constexpr int64_t kLogits = 1 << 18;
+// logits that are held at once: enough rows for a product at full speed
+constexpr int64_t kLogits = 1 << 20;
 // logits that are worth a thread of their own
 constexpr int64_t kGrain = 1 << 13;
 
@@ -61,7 +62,7 @@ acc_t sum_of_exponentials(const acc_t* logits, int64_t count, acc_t largest) {
   const int64_t whole = count / width * width;
   Lanes<acc_t> sums(0);
   for (int64_t i = 0; i < whole; i += width) {
-    sums = sums + (Lanes<acc_t>::loadu(logits + i) - Lanes<acc_t>(largest)).exp();
+    sums = sums + exponential(Lanes<acc_t>::loadu(logits + i) - Lanes<acc_t>(largest));
   }
   acc_t sum = sum_of<acc_t>(sums);
   for (int64_t i = whole; i < count; ++i) {
@@ -129,7 +130,7 @@ void differentiate(
         }
         const acc_t grad = p_grads[start + row], sum = p_lse[start + row];
         for (int64_t i = 0; i < whole; i += width) {
-          const auto share = (Lanes<acc_t>::loadu(row_logits + i) - Lanes<acc_t>(sum)).exp();
+          const auto share = exponential(Lanes<acc_t>::loadu(row_logits + i) - Lanes<acc_t>(sum));
           (share * Lanes<acc_t>(grad)).store(row_logits + i);
         }
         for (int64_t i = whole; i < vocabulary; ++i) {
