@@ -21,6 +21,7 @@ from spear_fast.alignment import alignment_loss
 from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, Engine, Plan, decode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
+from spear_fast.loss import token_loss
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
 from spear_fast.weights import load_into, read_package
 
@@ -331,14 +332,14 @@ class TextToSemantic(HubModel):
             return_hiddens=return_early_exit_loss,
         )
         hidden = output[0] if return_early_exit_loss else output
-        logits = self.to_logits[target_type](hidden)
+        to_logits = self.to_logits[target_type]
         if not return_loss:
-            return logits
+            return to_logits(hidden)
 
         labels = token_ids.labels_of(target, target_mask)
         # the last position predicts nothing
-        logits = logits[:, :-1].transpose(1, 2)
-        loss = _cross_entropy(logits, labels)
+        predicting = hidden[:, :-1]
+        loss = token_loss(predicting, to_logits, labels)
         if return_early_exit_loss:
             loss = loss + self._early_exit_loss(output[1], labels, source_type, target_type)
         if (
@@ -350,7 +351,7 @@ class TextToSemantic(HubModel):
             temperature = self.align_reg_logsumexp_pool_temp if self.align_reg_use_logsumexp_pool else None
             regulariser = alignment_loss(memory, source_mask, hidden, decoder_mask, dropped, temperature)
             loss = loss + regulariser * self.align_reg_loss_weight
-        return (loss, logits) if return_logits else loss
+        return (loss, to_logits(predicting).transpose(1, 2)) if return_logits else loss
 
     def _early_exit_loss(self, hiddens: Tensor, labels: Tensor, source_type: Modality, target_type: Modality) -> Tensor:
         if self.early_exit_layer is None:
@@ -360,7 +361,8 @@ class TextToSemantic(HubModel):
         embedded = hiddens[self.early_exit_layer - 1]
         if self.detach_early_exit_embed:
             embedded = embedded.detach()
-        return _cross_entropy(self.to_early_exit_semantic_logits(embedded[:, :-1]).transpose(1, 2), labels)
+        residual, norm, to_logits = self.to_early_exit_semantic_logits
+        return token_loss(norm(residual(embedded[:, :-1])), to_logits, labels)
 
     def encoder(self, source_type: Modality) -> Encoder:
         """Returns the packed encoder of a modality, packed again whenever a weight has changed."""
@@ -513,10 +515,6 @@ class TextToSemantic(HubModel):
             kept = result.lengths + result.finished
             returned = (*returned, torch.arange(target.shape[-1], device=target.device) < kept.flatten()[:, None])
         return returned if len(returned) > 1 else target
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, ignore_index=token_ids.IGNORED_LABEL)
 
 
 def _check_sizes(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Decoding does not go through these modules: `spear_fast.decoding` packs their we
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +24,40 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * self.scale * self.gamma
+        # under autocast x may be of another precision than the weights
+        dtype = torch.promote_types(x.dtype, self.gamma.dtype)
+        return ops.rms_norm(x.to(dtype), self.gamma.to(dtype))
 
 
 class GEGLU(nn.Module):
     """First half times the exact GELU of the second half of the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = x.chunk(2, dim=-1)
-        return F.gelu(gate) * x
+        return ops.geglu(x)
 
 
-def FeedForward(dim: int, mult: float = 4, dropout: float = 0.0) -> nn.Sequential:  # noqa: N802 (the reference's name)
-    """Returns norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features."""
-    dim_inner = int(dim * mult * 2 / 3)
-    return nn.Sequential(
-        RMSNorm(dim), nn.Linear(dim, dim_inner * 2), GEGLU(), nn.Dropout(dropout), nn.Linear(dim_inner, dim)
-    )
+class FeedForward(nn.Sequential):
+    """Norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features.
+
+    The bias of the first linear is added inside the GEGLU, unless another kind of module has taken the linear's place
+    or a hook wants to see its result.
+    """
+
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0) -> None:
+        inner = int(dim * mult * 2 / 3)
+        super().__init__(RMSNorm(dim), nn.Linear(dim, inner * 2), GEGLU(), nn.Dropout(dropout), nn.Linear(inner, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, widen, activation, dropout, narrow = self
+        if not is_plain(widen) or type(activation) is not GEGLU:
+            return super().forward(x)
+        product = F.linear(norm(x), widen.weight)
+        return narrow(dropout(ops.geglu(product, widen.bias.to(product.dtype))))
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Returns whether `module` is torch's linear and nobody watches it: its weights may then be used without it."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class Residual(nn.Module):

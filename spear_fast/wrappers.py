@@ -57,8 +57,8 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         self.reconstruct_seq = reconstruct_seq
         self.mask_id = mask_id
 
-    def forward(self, x: Tensor, return_early_exit_loss: bool = False) -> Any:
-        """Returns loss and logits.
+    def forward(self, x: Tensor, return_early_exit_loss: bool = False, return_logits: bool = True) -> Any:
+        """Returns loss and logits, or the loss alone, which is quicker without logits.
 
         x: semantic ids `[batch, length]`, padded behind with the model's `semantic_pad_id`, or raw audio
         `[batch, samples]`.
@@ -80,7 +80,7 @@ class SpeechSpeechPretrainWrapper(nn.Module):
             source_type="speech",
             target_type="speech",
             return_loss=True,
-            return_logits=True,
+            return_logits=return_logits,
             return_early_exit_loss=return_early_exit_loss,
         )
 
@@ -92,15 +92,15 @@ class SemanticToTextWrapper(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, semantic_token_ids: Tensor, grapheme_token_ids: Tensor) -> Any:
-        """Returns loss and logits. Both arguments: ids `[batch, length]`."""
+    def forward(self, semantic_token_ids: Tensor, grapheme_token_ids: Tensor, return_logits: bool = True) -> Any:
+        """Returns loss and logits, or the loss alone. Both ids arguments: `[batch, length]`."""
         return self.model(
             semantic_token_ids,
             grapheme_token_ids,
             source_type="speech",
             target_type="text",
             return_loss=True,
-            return_logits=True,
+            return_logits=return_logits,
         )
 
 
@@ -112,15 +112,19 @@ class TextToSemanticWrapper(nn.Module):
         self.model = model
 
     def forward(
-        self, grapheme_token_ids: Tensor, semantic_token_ids: Tensor, return_early_exit_loss: bool = True
+        self,
+        grapheme_token_ids: Tensor,
+        semantic_token_ids: Tensor,
+        return_early_exit_loss: bool = True,
+        return_logits: bool = True,
     ) -> Any:
-        """Returns loss and logits. Both ids arguments: `[batch, length]`."""
+        """Returns loss and logits, or the loss alone. Both ids arguments: `[batch, length]`."""
         return self.model(
             grapheme_token_ids,
             semantic_token_ids,
             source_type="text",
             target_type="speech",
             return_loss=True,
-            return_logits=True,
+            return_logits=return_logits,
             return_early_exit_loss=return_early_exit_loss,
         )

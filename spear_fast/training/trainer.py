@@ -81,7 +81,7 @@ class SpeechSpeechPretrainer(Trainer):
 
     def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         (speech,) = batch
-        loss, _ = wrapper(self.speech_ids(speech))
+        loss = wrapper(self.speech_ids(speech), return_logits=False)
         return loss
 
 
@@ -137,7 +137,7 @@ class SemanticToTextTrainer(Trainer):
 
     def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         speech, text = batch
-        loss, _ = wrapper(self.speech_ids(speech), text)
+        loss = wrapper(self.speech_ids(speech), text, return_logits=False)
         return loss
 
 
@@ -217,7 +217,7 @@ class TextToSemanticTrainer(Trainer):
 
     def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         speech, text = batch
-        loss, _ = wrapper(text, self.speech_ids(speech), return_early_exit_loss=self.train_early_exit)
+        loss = wrapper(text, self.speech_ids(speech), return_early_exit_loss=self.train_early_exit, return_logits=False)
         return loss
 
 
