@@ -62,7 +62,8 @@ def rotary(
 
 
 def cross_entropy(rows=5, vocab=7, size=8, *, dtype=torch.float32, ignored="some", strided=False, ignore_index=-100):
-    hidden, weight = torch.randn(rows, size, dtype=dtype), torch.randn(vocab, size, dtype=dtype)
+    # logits of about unit variance, as models have them: the log-sum-exp of large ones is itself rounded
+    hidden, weight = torch.randn(rows, size, dtype=dtype), torch.randn(vocab, size, dtype=dtype) * max(size, 1) ** -0.5
     labels = torch.randint(vocab, (rows,))
     if ignored != "none":
         labels[torch.rand(rows) < {"some": 0.4, "all": 2.0}[ignored]] = ignore_index
