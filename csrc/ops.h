@@ -53,6 +53,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     double dropout,
     const std::optional<at::Tensor>& seed);
 
+void beam_step_cpu(
+    const at::Tensor& logits,
+    const std::optional<at::Tensor>& null_logits,
+    const at::Tensor& real_settings,
+    const at::Tensor& whole_settings,
+    const at::Tensor& prefix,
+    at::Tensor& inputs,
+    at::Tensor& scores,
+    at::Tensor& lengths,
+    at::Tensor& ancestors,
+    at::Tensor& tokens,
+    at::Tensor& parents,
+    at::Tensor& logprobs,
+    at::Tensor& pool_scores,
+    at::Tensor& pool_slots,
+    at::Tensor& pool_ends,
+    at::Tensor& pool_finished,
+    at::Tensor& pool_last_logprobs,
+    at::Tensor& ended,
+    at::Tensor& done);
+
 std::tuple<at::Tensor, at::Tensor> cross_entropy_cpu(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& labels, int64_t ignore_index);
 
@@ -98,5 +119,23 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward_cpu(
 
 at::Tensor rotary_cpu(
     const at::Tensor& x, const at::Tensor& freqs, const std::optional<at::Tensor>& positions, bool inverse);
+
+void sample_step_cpu(
+    const at::Tensor& logits,
+    const std::optional<at::Tensor>& null_logits,
+    const std::optional<at::Tensor>& filtered,
+    const at::Tensor& real_settings,
+    const at::Tensor& whole_settings,
+    const at::Tensor& prefix,
+    const at::Tensor& seeds,
+    at::Tensor& inputs,
+    at::Tensor& scores,
+    at::Tensor& lengths,
+    at::Tensor& ancestors,
+    at::Tensor& tokens,
+    at::Tensor& parents,
+    at::Tensor& logprobs,
+    at::Tensor& finished,
+    at::Tensor& done);
 
 }  // namespace spear_fast

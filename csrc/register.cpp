@@ -7,6 +7,7 @@ TORCH_LIBRARY_IMPL(spear_fast, CPU, library) {
   library.impl("append_kv.cpu", TORCH_FN(spear_fast::append_kv_cpu));
   library.impl("attention.cpu", TORCH_FN(spear_fast::attention_cpu));
   library.impl("attention_backward.cpu", TORCH_FN(spear_fast::attention_backward_cpu));
+  library.impl("beam_step.cpu", TORCH_FN(spear_fast::beam_step_cpu));
   library.impl("cross_entropy.cpu", TORCH_FN(spear_fast::cross_entropy_cpu));
   library.impl("cross_entropy_backward.cpu", TORCH_FN(spear_fast::cross_entropy_backward_cpu));
   library.impl("decode_self_attention.cpu", TORCH_FN(spear_fast::decode_self_attention_cpu));
@@ -16,4 +17,5 @@ TORCH_LIBRARY_IMPL(spear_fast, CPU, library) {
   library.impl("rms_norm.cpu", TORCH_FN(spear_fast::rms_norm_cpu));
   library.impl("rms_norm_backward.cpu", TORCH_FN(spear_fast::rms_norm_backward_cpu));
   library.impl("rotary.cpu", TORCH_FN(spear_fast::rotary_cpu));
+  library.impl("sample_step.cpu", TORCH_FN(spear_fast::sample_step_cpu));
 }

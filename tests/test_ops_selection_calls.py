@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from ops_matrix import runnable
@@ -9,7 +12,7 @@ from ops_selection_inputs import random_state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
-from spear_fast.ops.selection_settings import Whole
+from spear_fast.ops.selection_settings import COLDEST, EarlyStopping, Method, Real, Whole
 
 OPS = ("beam_step", "sample_step")
 PUBLIC = {op: getattr(ops, op) for op in OPS}
@@ -112,3 +115,20 @@ def test_wrong_argument(op, provider, name, spoil, said):
     assert said in text
     assert "\n" not in text
     assert "; " in text
+
+
+HEADER = Path(__file__).parent.parent / "csrc" / "select" / "settings.h"
+
+
+@pytest.mark.parametrize("columns", [Real, Whole, Method, EarlyStopping])
+def test_the_columns_are_those_of_the_header(columns):
+    """One name and one place for each, in Python and in C++."""
+    enumerations = re.findall(r"enum (\w+) {([^}]*)}", HEADER.read_text())
+    listed = {name.removesuffix("Setting"): re.findall(r"k(\w+)", body) for name, body in enumerations}
+    wanted = [member.name.title().replace("_", "") for member in columns]
+    found = listed[columns.__name__]
+    assert found[: len(wanted)] == wanted
+    assert found[len(wanted) :] == ([f"{columns.__name__}s"] if columns in (Real, Whole) else [])
+    assert [int(member) for member in columns] == list(range(len(wanted)))
+    (coldest,) = re.findall(r"kColdest = ([\d.e-]+);", HEADER.read_text())
+    assert float(coldest) == COLDEST

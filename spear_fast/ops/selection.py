@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spear_fast.ops import backends
 from spear_fast.ops.checks import refuse, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import selection as reference
@@ -237,13 +238,16 @@ _beam_step = define(
     f"(Tensor logits, Tensor? null_logits, {_SETTINGS}{_written(_BEAM, 'abcdefghijklmn')}) -> ()",
     check=_check_beam_step,
     fake=_check_beam_step,
+    native=("cpu",),
 )
 _sample_step = define(
     "sample_step",
     f"(Tensor logits, Tensor? null_logits, Tensor? filtered, {_SETTINGS}{_written(_SAMPLE, 'abcdefghi')}) -> ()",
     check=_check_sample_step,
     fake=_check_sample_step,
+    native=("cpu",),
 )
 
 for _op in ("beam_step", "sample_step"):
+    register(backends.cpu(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))
