@@ -27,19 +27,21 @@ class Kernel(NamedTuple):
 
 
 # each type at the sizes of the models, and what takes the most registers
-KERNELS = tuple(
-    Kernel("decode_self_attention.cu", name, arguments, "SelfAttention")
-    for name, arguments in (
-        ("decode_self_attention", "BFloat16, 8, 1, true"),
-        ("decode_self_attention", "BFloat16, 8, 5, true"),
-        ("decode_self_attention", "BFloat16, 8, 8, true"),
-        ("decode_self_attention", "BFloat16, 8, 5, false"),
-        ("decode_self_attention", "BFloat16, 32, 8, true"),
-        ("decode_self_attention", "Half, 16, 8, true"),
-        ("decode_self_attention", "float, 16, 8, true"),
-        ("decode_self_attention", "float, 16, 5, false"),
-        ("merge_self_attention", "BFloat16"),
-    )
+SELF_ATTENTION = (
+    "BFloat16, 8, 1, true",
+    "BFloat16, 8, 5, true",
+    "BFloat16, 8, 8, true",
+    "BFloat16, 8, 5, false",
+    "BFloat16, 32, 8, true",
+    "Half, 16, 8, true",
+    "float, 16, 8, true",
+    "float, 16, 5, false",
+)
+KERNELS = (
+    *(Kernel("decode_self_attention.cu", "decode_self_attention", each, "SelfAttention") for each in SELF_ATTENTION),
+    Kernel("decode_self_attention.cu", "merge_self_attention", "BFloat16", "SelfAttention"),
+    Kernel("beam_step.cu", "beam_step", "BFloat16", "BeamStep"),
+    Kernel("beam_step.cu", "beam_step", "float", "BeamStep"),
 )
 
 

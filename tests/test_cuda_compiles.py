@@ -18,7 +18,7 @@ from spear_fast.ops.cuda.decode_self_attention import plan
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("kernel", audit_nvcc.KERNELS[2::6], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
+@pytest.mark.parametrize("kernel", audit_nvcc.KERNELS[2::7], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
 def test_nvcc(kernel):
     """Two of the kernels on one architecture; `make audit` compiles them all."""
     found = audit_nvcc.compile_kernel(kernel, 90)
@@ -37,14 +37,19 @@ def nvrtc():
     pytest.skip("there is no NVRTC")
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_nvrtc(architecture):
+@pytest.mark.parametrize(
+    ("source", "kernel", "architecture"),
+    [
+        ("decode_self_attention.cu", "decode_self_attention<spear_fast::BFloat16, 8, 5, true>", 80),
+        ("decode_self_attention.cu", "merge_self_attention<float>", 90),
+        ("beam_step.cu", "beam_step<spear_fast::Half>", 90),
+    ],
+)
+def test_nvrtc(source, kernel, architecture):
     """As CuPy does it: the text alone, and the name of one kernel."""
     compiler, program = nvrtc(), ctypes.c_void_p()
-    text = sources.text("decode_self_attention.cu").encode()
-    assert b"#include <" not in text
+    text, name = sources.text(source).encode(), f"spear_fast::{kernel}".encode()
     assert compiler.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None) == 0
-    name = b"spear_fast::decode_self_attention<spear_fast::BFloat16, 8, 5, true>"
     assert compiler.nvrtcAddNameExpression(program, name) == 0
     options = (ctypes.c_char_p * 2)(b"-std=c++17", f"-arch=sm_{architecture}".encode())
     status = compiler.nvrtcCompileProgram(program, 2, options)
@@ -53,7 +58,7 @@ def test_nvrtc(architecture):
     assert status == 0, log.value.decode()
     lowered = ctypes.c_char_p()
     assert compiler.nvrtcGetLoweredName(program, name, ctypes.byref(lowered)) == 0
-    assert b"decode_self_attention" in lowered.value
+    assert kernel.partition("<")[0].encode() in lowered.value
 
 
 PLANS = """

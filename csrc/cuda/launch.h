@@ -6,11 +6,14 @@
 namespace spear_fast {
 
 struct SelfAttention;
+struct BeamStep;
 struct Half;
 struct BFloat16;
 
 // each queues its kernels on a cudaStream_t of the current device; returns the cudaError_t
 template <typename scalar_t>
 int launch_self_attention(const SelfAttention& arguments, bool aligned, const SelfAttentionPlan& plan, void* stream);
+template <typename scalar_t>
+int launch_beam_step(const BeamStep& arguments, void* stream);
 
 }  // namespace spear_fast

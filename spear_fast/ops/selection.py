@@ -238,7 +238,7 @@ _beam_step = define(
     f"(Tensor logits, Tensor? null_logits, {_SETTINGS}{_written(_BEAM, 'abcdefghijklmn')}) -> ()",
     check=_check_beam_step,
     fake=_check_beam_step,
-    native=("cpu",),
+    native=("cpu", "cuda"),
 )
 _sample_step = define(
     "sample_step",
@@ -250,4 +250,6 @@ _sample_step = define(
 
 for _op in ("beam_step", "sample_step"):
     register(backends.cpu(_op))
+    if _op == "beam_step":
+        register(backends.cuda(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))

@@ -1,0 +1,35 @@
+// what the kernel of beam_step.cu takes
+#pragma once
+
+namespace spear_fast {
+
+// all fields take eight bytes, as in SelfAttention; the buffers are those of csrc/select/buffers.h
+struct BeamStep {
+  const void* logits;
+  const void* null_logits;
+  const float* real_settings;
+  const int* whole_settings;
+  const int* prefix;
+  long long* inputs;
+  float* scores;
+  long long* lengths;
+  unsigned char* ancestors;
+  int* tokens;
+  unsigned char* parents;
+  float* logprobs;
+  float* pool_scores;
+  long long* pool_slots;
+  long long* pool_ends;
+  bool* pool_finished;
+  float* pool_last_logprobs;
+  long long* ended;
+  bool* done;
+  // memory for an utterance each: values, 2 * beams * vocabulary; candidates, (beams + 1) * 2 * beams; hypotheses, beams
+  float* values;
+  void* candidates;
+  void* next;
+  long long utterances, beams, vocab, capacity, halves, prefix_width;
+  long long logits_utterance, logits_beam, logits_token, null_utterance, null_beam, null_token;
+};
+
+}  // namespace spear_fast
