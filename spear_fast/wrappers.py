@@ -57,7 +57,7 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         self.reconstruct_seq = reconstruct_seq
         self.mask_id = mask_id
 
-    def forward(self, x: Tensor, return_early_exit_loss: bool = False, return_logits: bool = True) -> Any:
+    def forward(self, x: Tensor, return_early_exit_loss: bool = False, *, return_logits: bool = True) -> Any:
         """Returns loss and logits, or the loss alone, which is quicker without logits.
 
         x: semantic ids `[batch, length]`, padded behind with the model's `semantic_pad_id`, or raw audio
@@ -92,7 +92,7 @@ class SemanticToTextWrapper(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, semantic_token_ids: Tensor, grapheme_token_ids: Tensor, return_logits: bool = True) -> Any:
+    def forward(self, semantic_token_ids: Tensor, grapheme_token_ids: Tensor, *, return_logits: bool = True) -> Any:
         """Returns loss and logits, or the loss alone. Both ids arguments: `[batch, length]`."""
         return self.model(
             semantic_token_ids,
@@ -116,6 +116,7 @@ class TextToSemanticWrapper(nn.Module):
         grapheme_token_ids: Tensor,
         semantic_token_ids: Tensor,
         return_early_exit_loss: bool = True,
+        *,
         return_logits: bool = True,
     ) -> Any:
         """Returns loss and logits, or the loss alone. Both ids arguments: `[batch, length]`."""
