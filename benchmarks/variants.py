@@ -61,9 +61,6 @@ class Generation:
 
     def own(self) -> Variants:
         """Returns this package's ways."""
-        if self.case.ends:
-            # a search of whole batches knows no end of an utterance's own
-            return {ENGINE: self._engine()}
         batches = self.batches()
 
         def decode(**options: Any) -> list[Tensor]:
