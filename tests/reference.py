@@ -56,7 +56,7 @@ class FairseqVQWav2Vec(nn.Module):
         frames = wave[:, : wave.shape[-1] // SAMPLES_PER_TOKEN * SAMPLES_PER_TOKEN].unflatten(
             -1, (-1, SAMPLES_PER_TOKEN)
         )
-        return ((frames @ self.projection)[..., None] - self.centres).abs().argmin(dim=-1)
+        return ((frames.to(self.projection.dtype) @ self.projection)[..., None] - self.centres).abs().argmin(dim=-1)
 
 
 class HubertWithKmeans(FairseqVQWav2Vec):

@@ -10,8 +10,8 @@ from plain_decoding import all_logits, build_memory, build_model
 from torch import Tensor
 
 from spear_fast.decoding import DecodingOptions, DecodingResult, decode
-from spear_fast.decoding.sampling import draw, keep_top_k, keep_top_p
 from spear_fast.filters import top_k
+from spear_fast.ops.reference.candidates import draw, keep_top_k, keep_top_p
 
 VOCAB, EOS, LENGTH, DRAWS = 4, 3, 3, 3000
 

@@ -80,23 +80,22 @@ def test_cached_equals_uncached_of_the_reference_modules(method: str) -> None:
 def test_batch_equals_one_by_one(method: str, cond_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # the reference's search stops for the whole batch at once, so that its rows do depend on each other
     left = []
-    keep, release = state.DecodeState.keep, Slots.release
+    keep, harvest = state.DecodeState.keep, Slots.harvest
 
     def counted(self: state.DecodeState, rows: Tensor) -> None:
         left.append(self.batch - len(rows))
         keep(self, rows)
         assert self.batch == len(rows)
 
-    def released(self: Slots, places: list[int]) -> dict[int, int]:
-        before = self.used
-        moved = release(self, places)
-        assert self.used == before - len(places)
-        if self.used:
-            left.append(len(places))
-        return moved
+    def harvested(self: Slots) -> list:
+        before, found = self.used, harvest(self)
+        assert self.used == before - len(found)
+        if found and self.used:
+            left.append(len(found))
+        return found
 
     monkeypatch.setattr(state.DecodeState, "keep", counted)
-    monkeypatch.setattr(Slots, "release", released)
+    monkeypatch.setattr(Slots, "harvest", harvested)
     model = build_model(2, target_early_exit_layer=1, num_semantic_token_ids=4)
     memory, mask = build_memory(model, 7)
     options = dict(cond_scale=cond_scale, max_length=25, **METHODS[method])

@@ -171,6 +171,50 @@ def test_an_exception_in_a_callback_stops_nothing(model, caplog):
     assert "broken callback" in caplog.text
 
 
+def test_a_callback_may_ask_submit_cancel_and_close(model):
+    engine = engine_of(model, slots=1, beams=1, max_length=6)
+    later, others = [], []
+    # one place, and the longest goes first
+    lengths = [4, 3, 2, 2, 1]
+    ordered = [torch.arange(1, length + 1) for length in lengths]
+
+    def busy(ticket):
+        later.append(ask(engine, ordered[4], beam_size=1, max_length=6))
+        assert others[0].result().tokens.numel()
+        assert others[1].cancel()
+        engine.close()
+
+    first = ask(engine, ordered[0], beam_size=1, max_length=6, callback=busy)
+    others += [ask(engine, source, beam_size=1, max_length=6) for source in ordered[1:4]]
+    assert first.result().tokens.numel()
+    assert not others[0].cancelled()
+    assert all(ticket.cancelled() for ticket in (*later, *others[1:]))
+    assert len(later) == 1
+
+
+def test_an_error_of_encoding_is_that_of_what_was_encoded(model, monkeypatch):
+    """Nobody waits for ever: neither for what an error took along nor for what came behind it."""
+    from spear_fast.decoding.encoder import Encoder
+
+    encode, calls = Encoder.__call__, []
+
+    def failing(self, ids, lengths):
+        calls.append(len(lengths))
+        if len(calls) == 1:
+            raise RuntimeError("the encoder is gone")
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return encode(self, ids, lengths)
+
+    monkeypatch.setattr(Encoder, "__call__", failing)
+    with engine_of(model, slots=4, beams=1, max_length=4) as engine:
+        engine.encode_tokens = 1
+        tickets = [ask(engine, source, beam_size=1, max_length=4) for source in sources(6)]
+        failed = [ticket for ticket in tickets if ticket.exception() is not None]
+    assert [str(ticket.exception()) for ticket in failed] == ["the encoder is gone"]
+    assert engine.plan.slots == 2
+
+
 def test_closing_ends_everything(model):
     engine = engine_of(model, slots=1, beams=1, max_length=40)
     tickets = [ask(engine, source, beam_size=1, max_length=40) for source in sources(3)]
@@ -196,7 +240,7 @@ def test_coroutines_wait_for_tickets(model):
 
 
 def test_an_error_of_the_step_is_that_of_what_took_part(model, monkeypatch):
-    from spear_fast.decoding import engine as module
+    from spear_fast.decoding import slots as module
 
     engine = engine_of(model, slots=2, beams=1, max_length=5)
     advance, calls = module.advance, []
@@ -218,7 +262,7 @@ def test_an_error_of_the_step_is_that_of_what_took_part(model, monkeypatch):
 
 
 def test_out_of_memory_halves_the_places_and_goes_on(model, monkeypatch):
-    from spear_fast.decoding import engine as module
+    from spear_fast.decoding import slots as module
 
     engine = engine_of(model, slots=8, beams=1, max_length=6)
     advance = module.advance

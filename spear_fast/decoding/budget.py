@@ -47,9 +47,9 @@ class Plan:
     ) -> Plan:
         """Returns the plan for so many places, or for as many as fit.
 
-        budget: bytes that the buffers may take; by default a share of a GPU's free memory, and no limit on a CPU, whose
-        buffers take only what is used of them. Raises ValueError for a budget that not even one place, or not the
-        wanted `slots`, fits into.
+        budget: bytes that the buffers may take; by default a share of a GPU's free memory, and no limit on a CPU.
+        Buffers grow with what is decoded, up to the plan. Raises ValueError for a budget that not even one place, or
+        not the wanted `slots`, fits into.
         """
         each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
         if budget is None and decoder.device.type == "cuda":
@@ -73,7 +73,7 @@ class Plan:
             decoder,
             count=self.slots,
             beams=self.beams,
-            positions=self.max_length + 1,
+            limit=self.max_length + 1,
             source=self.max_source,
             guided=guided,
             fixed=fixed,

@@ -24,19 +24,16 @@ from spear_fast.decoding.encoder import Encoder
 from spear_fast.decoding.loop import in_lockstep
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.request import Ticket
+from spear_fast.decoding.result import DecodingResult
 from spear_fast.decoding.settings import new_seed
 from spear_fast.decoding.slots import Slots
-from spear_fast.decoding.step import advance
-
-# steps between two looks at who is done, where a look makes the host wait
-SHORTEST_INTERVAL, LONGEST_INTERVAL = 2, 32
 
 
 @dataclass
-class _Waiting:
-    """A request that has no place yet.
+class _Request:
+    """A request on its way.
 
-    seed: of its draws. memory: what the encoder made of it, `[n, dim]`, once it has.
+    seed: of its draws. memory: what the encoder made of it, `[n, dim]`, until it has a place.
     """
 
     ticket: Ticket
@@ -44,6 +41,13 @@ class _Waiting:
     options: DecodingOptions
     seed: int
     memory: Tensor | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.ticket.done()
+
+
+Outcomes = list[tuple[Ticket, DecodingResult | BaseException]]
 
 
 class Engine:
@@ -74,13 +78,13 @@ class Engine:
         # one source at a time: the first always fits
         self.encode_tokens = 0 if deterministic else encode_tokens
         self._slots: Slots | None = None
-        self._flying: dict[int, _Waiting] = {}
         # (minus the source's length, number): the longest first, the earlier one among equals
-        self._waiting: list[tuple[int, int, _Waiting]] = []
-        self._encoded: deque[_Waiting] = deque()
-        self._withdrawn: set[Ticket] = set()
+        self._waiting: list[tuple[int, int, _Request]] = []
+        self._encoded: deque[_Request] = deque()
+        # taken from a queue and not yet in a place
+        self._moving: list[_Request] = []
         self._numbers = itertools.count()
-        # guards the queues; steps are made outside of it
+        # guards the queues; steps are made outside of it, and tickets settled outside of both locks
         self._lock = threading.RLock()
         self._stepping = threading.Lock()
         self._wake = threading.Condition(self._lock)
@@ -106,20 +110,21 @@ class Engine:
         source: `[n]` integer ids, an end-of-sequence included where the model wants one. options: by default beam
         search with the engine's beams. callback: called with the ticket when it is done.
         """
+        options = options or DecodingOptions(beam_size=self.plan.beams, max_length=self.plan.max_length)
+        wrong = self._refusal(source, options)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed and takes no more requests; make another one.")
             ticket = Ticket(self, next(self._numbers), tag)
-            if callback is not None:
-                ticket.add_done_callback(callback)  # type: ignore[arg-type]
-            options = options or DecodingOptions(beam_size=self.plan.beams, max_length=self.plan.max_length)
-            wrong = self._refusal(source, options)
-            if wrong is not None:
-                ticket.fail(wrong)
-                return ticket
-            ids = source.to(device=self.decoder.device, dtype=torch.int64)
-            heapq.heappush(self._waiting, (-len(ids), ticket.number, _Waiting(ticket, ids, options, new_seed(options))))
-            self._wake.notify_all()
+            if wrong is None:
+                ids = source.to(device=self.decoder.device, dtype=torch.int64)
+                request = _Request(ticket, ids, options, new_seed(options))
+                heapq.heappush(self._waiting, (-len(ids), ticket.number, request))
+                self._wake.notify_all()
+        if callback is not None:
+            ticket.add_done_callback(callback)  # type: ignore[arg-type]
+        if wrong is not None:
+            ticket.settle(wrong)
         return ticket
 
     def run(
@@ -166,7 +171,8 @@ class Engine:
     @property
     def in_flight(self) -> int:
         """Requests that are being decoded."""
-        return len(self._flying)
+        slots = self._slots
+        return 0 if slots is None else sum(not seat.owner.settled for seat in slots.seats)
 
     def start(self) -> Engine:
         """Lets a thread of its own make the steps, so that tickets are done without anybody asking; for servers."""
@@ -181,13 +187,12 @@ class Engine:
         with self._lock:
             if ticket.done():
                 return False
-            ticket.fail(CancelledError())
-            self._withdrawn.add(ticket)
             self._waiting = [entry for entry in self._waiting if entry[2].ticket is not ticket]
             heapq.heapify(self._waiting)
-            self._encoded = deque(entry for entry in self._encoded if entry.ticket is not ticket)
-            self._wake.notify_all()
-        return True
+            self._encoded = deque(request for request in self._encoded if request.ticket is not ticket)
+        # where it is further on, the next step drops what is settled
+        ticket.settle(CancelledError())
+        return ticket.cancelled()
 
     def close(self) -> None:
         """Takes back all that waits or is in flight, and frees the buffers."""
@@ -195,16 +200,14 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            tickets = [entry.ticket for _, _, entry in self._waiting]
-            tickets += [entry.ticket for entry in (*self._encoded, *self._flying.values())]
-            self._waiting, self._encoded = [], deque()
             self._wake.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        with self._stepping:
-            self._flying, self._slots = {}, None
-        for ticket in tickets:
-            ticket.fail(CancelledError())
+        with self._stepping, self._lock:
+            requests = [*self._evicted(), *self._encoded, *(request for _, _, request in self._waiting)]
+            self._waiting, self._encoded = [], deque()
+        for request in requests:
+            request.ticket.settle(CancelledError())
 
     def drive(self, ticket: Ticket) -> None:
         """Makes steps until a ticket is done, unless the engine's thread makes them."""
@@ -214,7 +217,7 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._lock:
-                while not (self._closed or self.waiting or self._flying):
+                while not (self._closed or self.waiting or self.in_flight):
                     self._wake.wait()
                 if self._closed:
                     return
@@ -228,118 +231,86 @@ class Engine:
             self._wake.wait(timeout=0.01)
 
     def _advance(self) -> None:
-        """Makes one step of all that is in flight, after giving free places away; hands over what is done."""
+        """Gives free places away, makes steps of all that is in flight, and hands over what is done."""
         with self._stepping:
             try:
-                self._make_step()
+                outcomes = self._make_steps()
             except torch.OutOfMemoryError:
-                self._shrink()
+                outcomes = self._shrunk()
             except Exception as error:
-                self._fail_flying(error)
+                # of all that took part; what waits goes on with fresh buffers
+                outcomes = [(request.ticket, error) for request in self._evicted()]
+        # a callback may ask for other results, submit, cancel or close
+        for ticket, outcome in outcomes:
+            ticket.settle(outcome)
         with self._lock:
             self._wake.notify_all()
 
     @torch.inference_mode()
-    def _make_step(self) -> None:
-        self._drop_withdrawn()
-        self._admit()
-        if not self._flying:
-            return
-        assert self._slots is not None
-        view = self._slots.view()
-        flying = (self._flying.get(place) for place in range(view.batch))
-        options = [None if entry is None else entry.options for entry in flying]
-        for _ in range(self._interval()):
-            advance(self.decoder, view, options)
-        self._hand_over()
-
-    def _interval(self) -> int:
-        """Returns how many steps to make before looking who is done; on the CPU a look costs nothing."""
-        if self.decoder.device.type == "cpu":
-            return 1
-        return SHORTEST_INTERVAL if self.waiting else min(LONGEST_INTERVAL, 2 * SHORTEST_INTERVAL)
-
-    def _admit(self) -> None:
-        free = self.plan.slots - len(self._flying)
-        if not free or not self.waiting:
-            return
-        while len(self._encoded) < free and self._waiting:
-            self._encode()
-        chosen: list[_Waiting] = []
-        with self._lock:
-            while self._encoded and len(chosen) < free:
-                chosen.append(self._encoded.popleft())
-        if not chosen:
-            return
+    def _make_steps(self) -> Outcomes:
+        if self._closed:
+            return []
         if self._slots is None:
             self._slots = self.plan.make(self.decoder, guided=self.guided, fixed=self.deterministic)
-        memories = [entry.memory for entry in chosen if entry.memory is not None]
-        places = self._slots.admit(memories, [entry.options for entry in chosen], [entry.seed for entry in chosen])
-        for place, entry in zip(places, chosen, strict=True):
-            entry.memory = None
-            self._flying[place] = entry
+        slots = self._slots
+        slots.drop(lambda request: request.settled)
+        self._admit(slots)
+        if not slots.used:
+            return []
+        slots.proceed()
+        return [(request.ticket, result) for request, result in slots.harvest()]
+
+    def _admit(self, slots: Slots) -> None:
+        free = slots.count - slots.used
+        while len(self._encoded) < free and self._waiting:
+            self._encode()
+        with self._lock:
+            self._moving = [self._encoded.popleft() for _ in range(min(free, len(self._encoded)))]
+        memories = [request.memory for request in self._moving if request.memory is not None]
+        if memories:
+            options, seeds = zip(*((request.options, request.seed) for request in self._moving), strict=True)
+            slots.admit(self._moving, memories, options, seeds)
+        for request in self._moving:
+            request.memory = None
+        self._moving = []
 
     def _encode(self) -> None:
         """Encodes the longest that wait, as many as `encode_tokens` hold and at least one."""
-        chosen: list[_Waiting] = []
         tokens = 0
         with self._lock:
-            while self._waiting and (not chosen or tokens - self._waiting[0][0] <= self.encode_tokens):
-                length, _, entry = heapq.heappop(self._waiting)
+            while self._waiting and (not self._moving or tokens - self._waiting[0][0] <= self.encode_tokens):
+                length, _, request = heapq.heappop(self._waiting)
                 tokens -= length
-                chosen.append(entry)
-        if not chosen:
+                self._moving.append(request)
+        if not self._moving:
             return
-        lengths = torch.tensor([len(entry.source) for entry in chosen])
-        memory = self.encoder(torch.cat([entry.source for entry in chosen]), lengths)
-        for entry, part in zip(chosen, memory.split(lengths.tolist()), strict=True):
-            entry.memory = part
+        lengths = torch.tensor([len(request.source) for request in self._moving])
+        memory = self.encoder(torch.cat([request.source for request in self._moving]), lengths)
+        for request, part in zip(self._moving, memory.split(lengths.tolist()), strict=True):
+            request.memory = part
         with self._lock:
-            self._encoded.extend(entry for entry in chosen if not entry.ticket.done())
+            self._encoded.extend(request for request in self._moving if not request.settled)
+            self._moving = []
 
-    def _hand_over(self) -> None:
-        assert self._slots is not None
-        done = self._slots.all.done.tolist()
-        places = [place for place in self._flying if done[place]]
-        if not places:
-            return
-        entries = [self._flying[place] for place in places]
-        results = self._slots.collect(places, [entry.options for entry in entries])
-        self._free(places)
-        for entry, result in zip(entries, results, strict=True):
-            entry.ticket.resolve(result)
+    def _evicted(self) -> list[_Request]:
+        """Takes all requests out of the places and off the way, and lets go of the buffers; returns them."""
+        requests = [*(seat.owner for seat in (self._slots.seats if self._slots is not None else ())), *self._moving]
+        self._slots, self._moving = None, []
+        return requests
 
-    def _drop_withdrawn(self) -> None:
-        with self._lock:
-            withdrawn, self._withdrawn = self._withdrawn, set()
-        places = [place for place, entry in self._flying.items() if entry.ticket in withdrawn]
-        if places:
-            self._free(places)
-
-    def _free(self, places: list[int]) -> None:
-        assert self._slots is not None
-        for place in places:
-            del self._flying[place]
-        for origin, target in self._slots.release(places).items():
-            self._flying[target] = self._flying.pop(origin)
-
-    def _fail_flying(self, error: Exception) -> None:
-        """An error of the step itself is one of all that took part; what waits goes on with fresh buffers."""
-        entries, self._flying, self._slots = list(self._flying.values()), {}, None
-        for entry in entries:
-            entry.ticket.fail(error)
-
-    def _shrink(self) -> None:
+    def _shrunk(self) -> Outcomes:
         """Halves the places and begins again with what was in flight; with a single place the memory is too small."""
-        entries, self._flying, self._slots = list(self._flying.values()), {}, None
+        requests = self._evicted()
         if self.plan.slots == 1:
-            for entry in entries:
-                entry.ticket.fail(MemoryError("not even one utterance fits into the device's memory; use fewer beams."))
-            return
+            error = MemoryError("not even one utterance fits into the device's memory; use fewer beams.")
+            return [(request.ticket, error) for request in requests]
         self.plan = self.plan.halved()
+        self.encode_tokens //= 2
         with self._lock:
-            for entry in entries:
-                heapq.heappush(self._waiting, (-len(entry.source), entry.ticket.number, entry))
+            for request in requests:
+                request.memory = None
+                heapq.heappush(self._waiting, (-len(request.source), request.ticket.number, request))
+        return []
 
     def _refusal(self, source: Tensor, options: DecodingOptions) -> Exception | None:
         """Returns why a request cannot be served, or None."""

@@ -10,13 +10,10 @@ from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult, gather_result, join_results, joined
 from spear_fast.decoding.search import select_reference_beam
 from spear_fast.decoding.settings import new_seed
-from spear_fast.decoding.slots import Slots
+from spear_fast.decoding.slots import Slots, interval
 from spear_fast.decoding.speculative import speculate
 from spear_fast.decoding.state import DecodeState, new_state
-from spear_fast.decoding.step import advance, step
-
-# steps between two looks at whether all is done, where a look makes the host wait: a sixteenth of those made
-SHORTEST_INTERVAL, LONGEST_INTERVAL = 4, 32
+from spear_fast.decoding.step import step
 
 
 def decode(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: DecodingOptions) -> DecodingResult:
@@ -48,35 +45,22 @@ def in_lockstep(options: DecodingOptions) -> bool:
 
 def _served(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: DecodingOptions) -> DecodingResult:
     """Decodes each row in a place of its own; a row that is done leaves at once."""
-    memories = [row[kept] for row, kept in zip(memory, memory_mask, strict=True)]
+    lengths = memory_mask.sum(dim=-1).tolist()
+    rows = range(len(lengths))
     slots = Slots(
         decoder,
-        count=len(memories),
+        count=len(rows),
         beams=options.hypotheses,
-        positions=options.max_length + 1,
-        source=max(1, *map(len, memories)),
+        limit=options.max_length + 1,
+        source=max(1, *lengths),
         guided=options.guided,
     )
-    seeds = [new_seed(options) for _ in memories]
-    rows = dict(enumerate(slots.admit(memories, [options] * len(memories), seeds)))
-    rows = {place: row for row, place in rows.items()}
-    results: list[DecodingResult | None] = [None] * len(memories)
-    made, next_look = 0, 0
-    while rows:
-        view = slots.view()
-        advance(decoder, view, [options if place in rows else None for place in range(view.batch)])
-        made += 1
-        if made < next_look:
-            continue
-        next_look = made + interval(decoder.device, made)
-        done = [place for place, ended in enumerate(view.done.tolist()) if ended and place in rows]
-        if not done:
-            continue
-        for place, result in zip(done, slots.collect(done, [options] * len(done)), strict=True):
-            results[rows.pop(place)] = result
-        for origin, target in slots.release(done).items():
-            rows[target] = rows.pop(origin)
-    return joined([result for result in results if result is not None], decoder.pad_id).to(decoder.device)
+    slots.admit(rows, memory[memory_mask].split(lengths), [options] * len(rows), [new_seed(options) for _ in rows])
+    found: dict[int, DecodingResult] = {}
+    while slots.used:
+        slots.proceed()
+        found.update(slots.harvest())
+    return joined([found[row] for row in rows], decoder.pad_id).to(decoder.device)
 
 
 def _run(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: int) -> DecodingResult:
@@ -108,11 +92,6 @@ def _run(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: 
             places = places[rows]
     parts.append((places, gather_result(decoder, state, options)))
     return join_results(parts, decoder.pad_id)
-
-
-def interval(device: torch.device, made: int) -> int:
-    """Returns after how many more steps to look whether the batch is done; on the CPU a look costs nothing."""
-    return 1 if device.type == "cpu" else min(max(SHORTEST_INTERVAL, made // 16), LONGEST_INTERVAL)
 
 
 def _nothing(decoder: Decoder, options: DecodingOptions) -> DecodingResult:

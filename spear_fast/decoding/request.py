@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ class Ticket(Future[DecodingResult]):
         self._engine = engine
         self.number = number
         self.tag = tag
+        self._settled = False
+        self._settling = threading.Lock()
 
     def cancel(self) -> bool:
         """Takes the request back, also when it is being decoded: its slot is free from the next step on.
@@ -41,16 +44,17 @@ class Ticket(Future[DecodingResult]):
         self._engine.drive(self)
         return super().exception(timeout)
 
-    def resolve(self, result: DecodingResult) -> None:
-        """Hands over the result; a ticket that was taken back stays so."""
-        if not self.done():
-            self.set_result(result)
-
-    def fail(self, error: BaseException) -> None:
-        if self.done():
-            return
-        if isinstance(error, CancelledError):
+    def settle(self, outcome: DecodingResult | BaseException) -> None:
+        """Hands over the result or what the request failed of; a ticket that is settled already stays as it is."""
+        with self._settling:
+            if self._settled:
+                return
+            self._settled = True
+        # callbacks run in here and may settle other tickets
+        if isinstance(outcome, CancelledError):
             super().cancel()
             self.set_running_or_notify_cancel()
-            return
-        self.set_exception(error)
+        elif isinstance(outcome, BaseException):
+            self.set_exception(outcome)
+        else:
+            self.set_result(outcome)

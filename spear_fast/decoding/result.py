@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,17 +71,67 @@ def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> Dec
     return DecodingResult(**{field.name: join(field.name) for field in fields(DecodingResult)})
 
 
-def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> DecodingResult:
-    """Returns the result of a state that is done, or that has made all the steps that it may."""
+def walked_back(
+    row: dict[str, np.ndarray],
+    history: dict[str, np.ndarray],
+    options: DecodingOptions,
+    *,
+    eos_id: int | None,
+    pad_id: int,
+) -> DecodingResult:
+    """Returns the hypotheses of one utterance, best first, from what `ops.beam_step` or `ops.sample_step` wrote.
+
+    row: `[K]` each. history: `[T, K]` each.
+    """
     count = options.num_return_sequences
     if options.method == "beam":
-        return _reference_result(decoder, state, count)
+        scores = row["pool_scores"][:count]
+        taken = scores > -np.inf
+        slots, ends = row["pool_slots"][:count], np.where(taken, row["pool_ends"][:count], 0)
+        finished, last = row["pool_finished"][:count] & taken, row["pool_last_logprobs"][:count]
+    else:
+        used = options.hypotheses
+        finished = row["finished"][:used] & np.isfinite(row["scores"][:used])
+        generated = row["lengths"][:used]
+        scores = row["scores"][:used] / np.maximum(generated, 1) ** options.length_penalty
+        order = np.argsort(-scores, kind="stable")[:count]
+        slots, scores, finished = order, scores[order], finished[order]
+        ends, last = generated[order] - finished, None
+    widths = ends + finished
+    longest = int(widths.max())
+    tokens = np.full((len(ends), longest), pad_id, dtype=np.int64)
+    logprobs = np.zeros((len(ends), longest), dtype=history["logprobs"].dtype)
+    walked = ends if last is not None else widths
+    slots = slots.copy()
+    for i in reversed(range(int(walked.max()))):
+        live = np.flatnonzero(i < walked)
+        at = slots[live]
+        tokens[live, i], logprobs[live, i] = history["tokens"][i, at], history["logprobs"][i, at]
+        slots[live] = history["parents"][i, at]
+    if last is not None:
+        ended = np.flatnonzero(finished)
+        tokens[ended, ends[ended]] = -1 if eos_id is None else eos_id
+        logprobs[ended, ends[ended]] = last[ended]
+    # tensors of inference mode could not be written to by the caller
+    with torch.inference_mode(False):
+        return DecodingResult(
+            tokens=torch.from_numpy(tokens)[None],
+            lengths=torch.from_numpy(np.asarray(ends, dtype=np.int64))[None],
+            finished=torch.from_numpy(np.asarray(finished, dtype=bool))[None],
+            scores=torch.from_numpy(np.asarray(scores, dtype=np.float32))[None],
+            sum_logprobs=torch.from_numpy(logprobs.sum(axis=1).astype(np.float32))[None],
+            token_logprobs=torch.from_numpy(logprobs.astype(np.float32))[None],
+        )
+
+
+def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> DecodingResult:
+    """Returns the result of a lockstep state that is done, or that has made all the steps that it may."""
+    if options.method == "beam":
+        return _reference_result(decoder, state, options.num_return_sequences)
     ends, finished = state.generated, state.finished & ~state.scores.isnan()
     tokens, logprobs = trace(state, ends, torch.arange(state.beams, device=ends.device).expand_as(ends))
     scores = state.scores / ends.clamp(min=1).to(state.scores.dtype) ** options.length_penalty
-    result = _result(decoder, tokens, logprobs, ends - finished.long(), finished, scores)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return _ranked(result, order)
+    return _result(decoder, tokens, logprobs, ends - finished.long(), finished, scores)
 
 
 def trace(state: DecodeState, ends: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,11 +178,3 @@ def _result(
         sum_logprobs=logprobs.sum(dim=-1).float(),
         token_logprobs=logprobs.float(),
     )
-
-
-def _ranked(result: DecodingResult, order: Tensor) -> DecodingResult:
-    def pick(values: Tensor) -> Tensor:
-        index = order if values.ndim == 2 else order[..., None].expand(-1, -1, values.shape[-1])
-        return values.gather(1, index)
-
-    return DecodingResult(**{field.name: pick(getattr(result, field.name)) for field in fields(result)})

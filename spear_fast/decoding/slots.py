@@ -7,10 +7,10 @@ product always has the same number of rows; under guidance it is so too, because
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,62 +18,38 @@ from torch import Tensor
 from spear_fast.decoding.decoder import Decoder, ProjectedMemory
 from spear_fast.decoding.linear import rounded_rows
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.result import DecodingResult
+from spear_fast.decoding.result import DecodingResult, walked_back
 from spear_fast.decoding.settings import Settings, first_scores
+from spear_fast.decoding.step import advance
+from spear_fast.decoding.view import ROWS, View
 from spear_fast.ops.selection_settings import Real, Whole
+
+# positions that the buffers hold at first; they double whenever they are full
+FIRST_CAPACITY = 64
+# steps between two looks at who is done, where a look makes the host wait: a sixteenth of those made
+SHORTEST_INTERVAL, LONGEST_INTERVAL = 4, 32
+
+
+def interval(device: torch.device, made: int) -> int:
+    """Returns after how many more steps to look who is done; on the CPU a look costs nothing."""
+    return 1 if device.type == "cpu" else min(max(SHORTEST_INTERVAL, made // 16), LONGEST_INTERVAL)
 
 
 @dataclass
-class View:
-    """The places that take part in a step; what each tensor is: `ops.beam_step`. R = U, or 2 U under guidance.
+class Seat:
+    """A place in use. source: memory positions. made: steps, or a few more: those behind an end not yet looked at."""
 
-    keys, values: for each layer `[R * K, kv_heads, T, head_dim]`. memory: keys and values `[U, heads, S, head_dim]`.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    memory: ProjectedMemory
-    real_settings: Tensor
-    whole_settings: Tensor
-    prefix: Tensor
-    seeds: Tensor
-    inputs: Tensor
-    scores: Tensor
-    lengths: Tensor
-    ancestors: Tensor
-    tokens: Tensor
-    parents: Tensor
-    logprobs: Tensor
-    finished: Tensor
-    pool_scores: Tensor
-    pool_slots: Tensor
-    pool_ends: Tensor
-    pool_finished: Tensor
-    pool_last_logprobs: Tensor
-    ended: Tensor
-    done: Tensor
-
-    @property
-    def batch(self) -> int:
-        return self.inputs.shape[0]
-
-    @property
-    def beams(self) -> int:
-        return self.inputs.shape[1]
-
-    @property
-    def guided(self) -> bool:
-        return self.lengths.shape[0] > self.batch
-
-
-# what is per utterance and small: moved and reset by rows
-_ROWS = tuple(
-    field.name for field in fields(View) if field.name not in ("keys", "values", "memory", "lengths", "ancestors")
-)
+    owner: Any
+    options: DecodingOptions
+    source: int
+    made: int = 0
 
 
 class Slots:
-    """Buffers for `count` utterances of `beams` hypotheses, `positions` inputs and `source` memory positions each."""
+    """Buffers for `count` utterances of `beams` hypotheses, up to `limit` inputs and `source` memory positions each.
+
+    seats: the places in use, which are the first ones.
+    """
 
     def __init__(
         self,
@@ -81,15 +57,16 @@ class Slots:
         *,
         count: int,
         beams: int,
-        positions: int,
+        limit: int,
         source: int,
         guided: bool = False,
         fixed: bool = False,
     ) -> None:
         self.decoder = decoder
-        self.count, self.beams, self.positions, self.source, self.guided = count, beams, positions, source, guided
+        self.count, self.beams, self.limit, self.guided = count, beams, limit, guided
         self.fixed = fixed or guided
-        self.used = 0
+        self.seats: list[Seat] = []
+        positions = min(FIRST_CAPACITY, limit)
         device = decoder.device
         rows = count * (2 if guided else 1)
         precise = torch.promote_types(decoder.dtype, torch.float32)
@@ -114,7 +91,7 @@ class Slots:
             ),
             real_settings=zeros(count, len(Real), dtype=precise),
             whole_settings=zeros(count, len(Whole), dtype=torch.int32),
-            prefix=zeros(count, positions, dtype=torch.int32),
+            prefix=zeros(count, limit, dtype=torch.int32),
             seeds=zeros(count, dtype=torch.int64),
             inputs=zeros(count, beams, dtype=torch.int64),
             scores=zeros(count, beams, dtype=precise),
@@ -136,6 +113,10 @@ class Slots:
         self.all.whole_settings[:, Whole.BEAM_SIZE] = 1
         self._views: dict[int, View] = {count: self.all}
 
+    @property
+    def used(self) -> int:
+        return len(self.seats)
+
     def view(self) -> View:
         """Returns the places that the next step works on."""
         used = self.count if self.fixed else self.used
@@ -152,20 +133,47 @@ class Slots:
                 ),
                 lengths=whole.lengths[:used],
                 ancestors=whole.ancestors[:used],
-                **{name: getattr(whole, name)[:used] for name in _ROWS},
+                **{name: getattr(whole, name)[:used] for name in ROWS},
             )
         return self._views[used]
 
-    def admit(self, memories: Sequence[Tensor], options: Sequence[DecodingOptions], seeds: Sequence[int]) -> list[int]:
-        """Gives utterances places, and returns which: the encoder's output of each, `[n, dim]`, options and seed."""
+    def proceed(self) -> None:
+        """Makes as many steps as pass between two looks at who is done."""
+        for _ in range(interval(self.decoder.device, min(seat.made for seat in self.seats))):
+            self._reserve()
+            advance(self.decoder, self.view(), [seat.options for seat in self.seats])
+            for seat in self.seats:
+                seat.made += 1
+
+    def _reserve(self) -> None:
+        """Makes room for a step, doubling: its input, and the ancestor of the next; one buffer after the other."""
+        whole = self.all
+        capacity = whole.ancestors.shape[2]
+        needed = min(max(seat.made for seat in self.seats) + 2, self.limit)
+        if needed <= capacity:
+            return
+        more = min(max(needed, 2 * capacity), self.limit) - capacity
+        for buffers in (whole.keys, whole.values):
+            for i in range(len(buffers)):
+                buffers[i] = F.pad(buffers[i], (0, 0, 0, more))
+        whole.ancestors = F.pad(whole.ancestors, (0, more))
+        for name in ("tokens", "parents", "logprobs"):
+            setattr(whole, name, F.pad(getattr(whole, name), (0, 0, 0, more)))
+        self._views = {self.count: whole}
+
+    def admit(
+        self,
+        owners: Sequence[Any],
+        memories: Sequence[Tensor],
+        options: Sequence[DecodingOptions],
+        seeds: Sequence[int],
+    ) -> None:
+        """Gives utterances places: for each its owner, the encoder's output `[n, dim]`, its options and its seed."""
         whole, decoder, first = self.all, self.decoder, self.used
-        places = list(range(first, first + len(memories)))
-        self.used += len(memories)
-        lengths = [len(memory) for memory in memories]
-        for place, memory in zip(places, memories, strict=True):
+        for place, memory in enumerate(memories, start=first):
             self._project(place, memory)
-        rows = slice(first, self.used)
-        whole.memory.lengths[rows] = torch.tensor(lengths, device=decoder.device)
+        rows = slice(first, first + len(owners))
+        whole.memory.lengths[rows] = torch.tensor([len(memory) for memory in memories], device=decoder.device)
         settings = Settings.of(options, decoder.eos_id)
         whole.real_settings[rows] = settings.reals.to(whole.real_settings)
         whole.whole_settings[rows] = settings.wholes.to(whole.whole_settings.device)
@@ -178,10 +186,11 @@ class Slots:
         whole.pool_scores[rows] = -torch.inf
         own = torch.arange(self.beams, dtype=torch.uint8, device=decoder.device)
         for half in range(2 if self.guided else 1):
-            both = slice(half * self.count + first, half * self.count + self.used)
+            both = slice(half * self.count + rows.start, half * self.count + rows.stop)
             whole.lengths[both] = 0
             whole.ancestors[both, :, 0] = own
-        return places
+        for owner, memory, each in zip(owners, memories, options, strict=True):
+            self.seats.append(Seat(owner, each, len(memory)))
 
     def _project(self, place: int, memory: Tensor) -> None:
         """Writes the cross-attention keys and values of an utterance, once for all of its hypotheses."""
@@ -193,101 +202,61 @@ class Slots:
             for j, buffer in enumerate((self.all.memory.keys[i], self.all.memory.values[i])):
                 buffer[place, :, : len(memory)] = projected[:, i, j].transpose(0, 1)
 
-    def release(self, places: Sequence[int]) -> dict[int, int]:
-        """Frees places; returns which of the others have moved, from where to where."""
-        gone, moved = set(places), {}
-        for place in sorted(gone):
-            while self.used - 1 in gone and self.used - 1 >= place:
-                self.used -= 1
-                gone.discard(self.used)
-            if place >= self.used:
-                break
-            self._move(self.used - 1, place)
-            moved[self.used - 1] = place
-            gone.discard(place)
-            self.used -= 1
-        self.all.done[self.used :] = True
-        return moved
+    def harvest(self) -> list[tuple[Any, DecodingResult]]:
+        """Frees the places of all that are done; returns owners and results, each of one utterance, on the CPU."""
+        places = [place for place, done in enumerate(self.all.done[: self.used].tolist()) if done]
+        if not places:
+            return []
+        owners = [self.seats[place].owner for place in places]
+        results = self._results(places)
+        self._release(places)
+        return list(zip(owners, results, strict=True))
+
+    def drop(self, unwanted: Callable[[Any], bool]) -> None:
+        """Frees the places of unwanted owners."""
+        self._release([place for place, seat in enumerate(self.seats) if unwanted(seat.owner)])
+
+    def _release(self, places: Sequence[int]) -> None:
+        # from behind: the last place in use is then never one that is to be freed as well
+        for place in sorted(places, reverse=True):
+            last = self.used - 1
+            if place != last:
+                self._move(last, place)
+            self.seats[place] = self.seats[last]
+            self.seats.pop()
+            self.all.done[last] = True
 
     def _move(self, origin: int, target: int) -> None:
-        whole, beams = self.all, self.beams
+        whole, beams, seat = self.all, self.beams, self.seats[origin]
+        written = min(seat.made + 1, self.limit)
         for half in range(2 if self.guided else 1):
             source, goal = half * self.count + origin, half * self.count + target
-            length = int(whole.lengths[source].max()) + 1
             old, new = slice(source * beams, (source + 1) * beams), slice(goal * beams, (goal + 1) * beams)
             for buffer in (*whole.keys, *whole.values):
-                buffer[new, :, :length] = buffer[old, :, :length]
+                buffer[new, :, :written] = buffer[old, :, :written]
             whole.lengths[goal] = whole.lengths[source]
             whole.ancestors[goal] = whole.ancestors[source]
-        count = int(whole.memory.lengths[origin])
         for buffer in (*whole.memory.keys, *whole.memory.values):
-            buffer[target, :, :count] = buffer[origin, :, :count]
-        whole.memory.lengths[target] = count
-        for name in _ROWS:
+            buffer[target, :, : seat.source] = buffer[origin, :, : seat.source]
+        whole.memory.lengths[target] = whole.memory.lengths[origin]
+        for name in ROWS:
             getattr(whole, name)[target] = getattr(whole, name)[origin]
 
-    def collect(self, places: Sequence[int], options: Sequence[DecodingOptions]) -> list[DecodingResult]:
-        """Returns the results of utterances that are done, on the CPU, each of one utterance."""
-        index = torch.tensor(places, device=self.decoder.device)
-        whole = self.all
+    def _results(self, places: Sequence[int]) -> list[DecodingResult]:
+        index, whole = torch.tensor(places, device=self.decoder.device), self.all
         names = ("scores", "finished", "pool_scores", "pool_slots", "pool_ends", "pool_finished", "pool_last_logprobs")
-        rows = {name: getattr(whole, name)[index].cpu().numpy() for name in names}
-        rows["lengths"] = whole.lengths[index].cpu().numpy()
+        rows = {name: getattr(whole, name)[index].cpu().numpy() for name in (*names, "lengths")}
         steps = int(rows["lengths"].max())
         histories = {
             name: getattr(whole, name)[index, :steps].cpu().numpy() for name in ("tokens", "parents", "logprobs")
         }
         return [
-            _result(
+            walked_back(
                 {name: values[i] for name, values in rows.items()},
                 {name: values[i] for name, values in histories.items()},
-                options[i],
-                self.decoder,
+                self.seats[place].options,
+                eos_id=self.decoder.eos_id,
+                pad_id=self.decoder.pad_id,
             )
-            for i in range(len(places))
+            for i, place in enumerate(places)
         ]
-
-
-def _result(
-    row: dict[str, np.ndarray], history: dict[str, np.ndarray], options: DecodingOptions, decoder: Decoder
-) -> DecodingResult:
-    """Returns the hypotheses of one utterance, best first. row: `[K]` each. history: `[T, K]` each."""
-    count = options.num_return_sequences
-    if options.method == "beam":
-        scores = row["pool_scores"][:count]
-        taken = scores > -np.inf
-        slots, ends = row["pool_slots"][:count], np.where(taken, row["pool_ends"][:count], 0)
-        finished, last = row["pool_finished"][:count] & taken, row["pool_last_logprobs"][:count]
-    else:
-        used = options.hypotheses
-        finished = row["finished"][:used] & np.isfinite(row["scores"][:used])
-        generated = row["lengths"][:used]
-        scores = row["scores"][:used] / np.maximum(generated, 1) ** options.length_penalty
-        order = np.argsort(-scores, kind="stable")[:count]
-        slots, scores, finished = order, scores[order], finished[order]
-        ends, last = generated[order] - finished, None
-    widths = ends + finished
-    longest = int(widths.max())
-    tokens = np.full((len(ends), longest), decoder.pad_id, dtype=np.int64)
-    logprobs = np.zeros((len(ends), longest), dtype=history["logprobs"].dtype)
-    walked = ends if last is not None else widths
-    slots = slots.copy()
-    for i in reversed(range(int(walked.max()))):
-        live = np.flatnonzero(i < walked)
-        at = slots[live]
-        tokens[live, i], logprobs[live, i] = history["tokens"][i, at], history["logprobs"][i, at]
-        slots[live] = history["parents"][i, at]
-    if last is not None:
-        ended = np.flatnonzero(finished)
-        tokens[ended, ends[ended]] = -1 if decoder.eos_id is None else decoder.eos_id
-        logprobs[ended, ends[ended]] = last[ended]
-    # tensors of inference mode could not be written to by the caller
-    with torch.inference_mode(False):
-        return DecodingResult(
-            tokens=torch.from_numpy(tokens)[None],
-            lengths=torch.from_numpy(np.asarray(ends, dtype=np.int64))[None],
-            finished=torch.from_numpy(np.asarray(finished, dtype=bool))[None],
-            scores=torch.from_numpy(np.asarray(scores, dtype=np.float32))[None],
-            sum_logprobs=torch.from_numpy(logprobs.sum(axis=1).astype(np.float32))[None],
-            token_logprobs=torch.from_numpy(logprobs.astype(np.float32))[None],
-        )

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.decoding.decoder import Decoder
+from spear_fast.decoding.decoder import Decoder, EarlyExit
 from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.sampling import allowed, draw, probabilities
+from spear_fast.decoding.sampling import allowed, probabilities
 from spear_fast.decoding.state import DecodeState
-from spear_fast.decoding.step import early_logits, embed, guided_logits, run_layers
+from spear_fast.decoding.step import claim_slots, early_logits, embed, guided_logits, run_layers
+from spear_fast.ops.reference.candidates import draw
 
 
 def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> None:
@@ -25,9 +26,11 @@ def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions) ->
     Needs one hypothesis for each utterance and room for `gamma + 1` more positions. The tokens are distributed as those
     of sampling; at temperature 0 they are the likeliest ones.
     """
-    assert decoder.early_exit is not None
-    drafts, drafted, hidden = _draft(decoder, state, options)
-    x = run_layers(decoder, state, hidden, range(decoder.early_exit.depth, len(decoder.layers)))
+    head = decoder.early_exit
+    if head is None:
+        raise ValueError("speculative decoding needs a decoder with an early-exit head, and this one has none.")
+    drafts, drafted, hidden = _draft(decoder, head, state, options)
+    x = run_layers(decoder, state, hidden, range(head.depth, len(decoder.layers)))
     logits = guided_logits(decoder.logits(unit(x)), state, options.cond_scale)[:, 0]
     steps = torch.arange(options.gamma + 1, device=logits.device)
     target = probabilities(allowed(logits, state.generated + steps, decoder.eos_id, options), options)
@@ -42,13 +45,14 @@ def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions) ->
     _commit(decoder, state, tokens, accepted + 1, logits, options)
 
 
-def _draft(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _draft(
+    decoder: Decoder, head: EarlyExit, state: DecodeState, options: DecodingOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns drafts `[B, gamma]`, distributions `[B, gamma, vocabulary]`, hidden states `[R * (gamma + 1), dim]`."""
-    head = decoder.early_exit
-    assert head is not None
     tokens, distributions, hidden = [], [], []
     inputs = state.inputs
     for i in range(options.gamma + 1):
+        claim_slots(state, state.lengths + i)
         x = run_layers(decoder, state, embed(decoder, state, inputs[:, :, None]), range(head.depth), first=i)
         hidden.append(x)
         if i == options.gamma:

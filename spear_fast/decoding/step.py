@@ -11,8 +11,8 @@ from spear_fast import ops
 from spear_fast.decoding.decoder import Decoder, EarlyExit
 from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.slots import View
 from spear_fast.decoding.state import DecodeState
+from spear_fast.decoding.view import View
 from spear_fast.ops.selection_settings import Real
 
 
@@ -21,15 +21,16 @@ def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tenso
 
     Writes the inputs' keys and values at position `lengths` of each hypothesis' own slot; the search raises `lengths`.
     """
+    claim_slots(state, state.lengths)
     x = embed(decoder, state, state.inputs[:, :, None])
     x = run_layers(decoder, state, x, range(len(decoder.layers)))
     return guided_logits(decoder.logits(unit(x)), state, cond_scale)[:, :, 0]
 
 
-def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions | None]) -> None:
+def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) -> None:
     """Makes one step of all utterances in view: the newest inputs through the decoder, then each one's selection.
 
-    options: of the utterance in each place, None for a free one.
+    options: of the utterances, which are in the first places; those behind them are free.
     """
     x = embed(decoder, view, view.inputs[:, :, None])
     x = run_layers(decoder, view, x, range(len(decoder.layers)))
@@ -37,24 +38,22 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions | No
     sighted, blind = logits.chunk(2) if view.guided else (logits, None)
     buffers = view.inputs, view.scores, view.lengths, view.ancestors, view.tokens, view.parents, view.logprobs
     settings = view.real_settings, view.whole_settings, view.prefix
-    methods = {each.method == "beam" for each in options if each is not None}
-    if True in methods:
+    searching = [each.method == "beam" for each in options]
+    if any(searching):
         ops.beam_step(
             sighted, blind, *settings, *buffers, view.pool_scores, view.pool_slots, view.pool_ends, view.pool_finished,
             view.pool_last_logprobs, view.ended, view.done,
         )  # fmt: skip
-    if False in methods:
+    if not all(searching):
         filtered = _filtered(sighted, blind, view, options)
         ops.sample_step(sighted, blind, filtered, *settings, view.seeds, *buffers, view.finished, view.done)
 
 
-def _filtered(
-    sighted: Tensor, blind: Tensor | None, view: View, options: Sequence[DecodingOptions | None]
-) -> Tensor | None:
+def _filtered(sighted: Tensor, blind: Tensor | None, view: View, options: Sequence[DecodingOptions]) -> Tensor | None:
     """Returns the logits with each request's own function applied, or None where none has one."""
     places: dict[Callable[[Tensor], Tensor], list[int]] = {}
     for place, each in enumerate(options):
-        if each is not None and each.method != "beam" and each.filter_logits is not None:
+        if each.method != "beam" and each.filter_logits is not None:
             places.setdefault(each.filter_logits, []).append(place)
     if not places:
         return None
@@ -78,7 +77,8 @@ def embed(decoder: Decoder, state: DecodeState | View, inputs: Tensor) -> Tensor
 def run_layers(decoder: Decoder, state: DecodeState | View, x: Tensor, layers: range, first: int = 0) -> Tensor:
     """Returns hidden states `[R * K * Q, dim]` after some of the layers.
 
-    x: `[R * K * Q, dim]`, Q consecutive inputs of each hypothesis, the first one at position `lengths + first`.
+    x: `[R * K * Q, dim]`, Q consecutive inputs of each hypothesis, the first one at position `lengths + first`. The
+    ancestors say already that each hypothesis reads these positions from its own slot.
     """
     rows, beams = state.lengths.shape
     count = x.shape[0] // (rows * beams)
@@ -86,7 +86,6 @@ def run_layers(decoder: Decoder, state: DecodeState | View, x: Tensor, layers: r
     heads, size = decoder.heads, decoder.head_dim
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     sourced = state.batch * beams * count
-    _claim_slots(state, positions, count)
     written = positions + count
     for i in layers:
         layer = decoder.layers[i]
@@ -126,14 +125,11 @@ def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tens
     return blind + (sighted - blind) * cond_scale
 
 
-def _claim_slots(state: DecodeState | View, positions: Tensor, count: int) -> None:
-    """Notes that each hypothesis reads `count` positions from its own slot, where it is about to write them.
+def claim_slots(state: DecodeState, positions: Tensor) -> None:
+    """Notes that each hypothesis reads a position from its own slot, where it is about to write it.
 
-    positions: `[R, K]`, int64, the first of them.
+    positions: `[R, K]`, int64.
     """
     rows, beams = positions.shape
-    own = torch.arange(beams, dtype=torch.uint8, device=positions.device)[:, None].expand(rows, beams, count)
-    places = positions[:, :, None]
-    if count > 1:
-        places = places + torch.arange(count, device=positions.device)
-    state.ancestors.scatter_(2, places, own)
+    own = torch.arange(beams, dtype=torch.uint8, device=positions.device).expand(rows, beams)
+    state.ancestors.scatter_(2, positions[:, :, None], own[:, :, None])
