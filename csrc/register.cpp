@@ -1,7 +1,23 @@
 // every C++ implementation is registered here; the schemas are defined by the families in spear_fast/ops
 #include <torch/library.h>
 
+#include "cpu/decoder_layers.h"
+#include "cpu/packed_linear.h"
 #include "ops.h"
+
+TORCH_LIBRARY_FRAGMENT(spear_fast, library) {
+  using spear_fast::DecoderLayers;
+  using spear_fast::PackedLinear;
+  library.class_<PackedLinear>("PackedLinear")
+      .def(torch::init<at::Tensor, std::optional<at::Tensor>, std::string>())
+      .def("forward", &PackedLinear::forward)
+      .def("added", &PackedLinear::added)
+      .def("kind", &PackedLinear::kind)
+      .def("bytes", &PackedLinear::bytes);
+  library.class_<DecoderLayers>("DecoderLayers")
+      .def(torch::init<DecoderLayers::Linears, std::vector<at::Tensor>, at::Tensor, int64_t, int64_t>())
+      .def("step", &DecoderLayers::step);
+}
 
 TORCH_LIBRARY_IMPL(spear_fast, CPU, library) {
   library.impl("append_kv.cpu", TORCH_FN(spear_fast::append_kv_cpu));

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_fast.decoding.linear import FeedForward, Linear, fed_forward, folded, head_order
+from spear_fast.decoding.linear import FeedForward, Linear, Weights, check_weights, fed_forward, folded, head_order
 from spear_fast.decoding.watch import Watch
 
 # elements of the projected memory that are held besides the result
@@ -64,6 +64,7 @@ class Decoder:
     layers: the decoder's layers. embedding: `[vocabulary + 1, dim]`, the start vector last, at `start_id`.
     logits: the final norm's gamma and the tied embedding. early_exit: the drafting head, or None.
     eos_id: the id that ends a sequence, None when nothing does. pad_id: what fills up results; any integer.
+    native: the whole step in C++, of float32 models on a CPU; None elsewhere. weights: how they are held, see `Linear`.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,8 @@ class Decoder:
     start_id: int
     eos_id: int | None
     pad_id: int
+    native: Any
+    weights: Weights
     _watch: Watch
 
     @classmethod
@@ -95,13 +98,15 @@ class Decoder:
         eos_id: int | None,
         pad_id: int,
         early_exit: tuple[int, Any] | None = None,
+        weights: Weights = "exact",
     ) -> Decoder:
         """Returns the decoder of a `Transformer` with cross-attention, of this package or of the reference.
 
         token_embedding: `[vocabulary, dim]`, also the logits' matrix. start_token: `[dim]`.
         early_exit: the number of layers below it and the head: feed-forward with residual, norm, linear.
+        weights: "int8" rounds the products' weights, and what they are multiplied with, to 8 bits; float32 on x86 CPUs.
 
-        Raises ValueError when the transformer has no cross-attention.
+        Raises ValueError when the transformer has no cross-attention, or when its weights cannot be held so.
         """
         self = object.__new__(cls)
         modules = [target_transformer, *([] if early_exit is None else [early_exit[1]])]
@@ -110,6 +115,8 @@ class Decoder:
             raise ValueError(
                 "a decoder needs layers with cross-attention, got a transformer without; pass the target's."
             )
+        check_weights(weights, token_embedding)
+        self.weights = weights
         attention = target_transformer.layers[0][0]
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.vocab_size, self.dim = token_embedding.shape
@@ -118,14 +125,16 @@ class Decoder:
         self.pad_id = pad_id
         self.embedding = torch.cat((token_embedding.detach(), start_token.detach()[None]))
         self.start_id = self.vocab_size
-        self.layers = [_layer(*layer) for layer in target_transformer.layers]
+        self.layers = [_layer(*parts, weights=weights) for parts in map(tuple, target_transformer.layers)]
         projections = [layer[1].to_kv[0].weight for layer in target_transformer.layers]
-        self.memory_key_value = Linear(torch.cat(projections).detach())
-        self.logits = Linear(folded(token_embedding, target_transformer.final_norm))
+        self.memory_key_value = Linear(torch.cat(projections).detach(), weights=weights)
+        self.logits = Linear(folded(token_embedding, target_transformer.final_norm), weights=weights)
         self.early_exit = None
         if early_exit is not None:
             depth, (residual, norm, linear) = early_exit
-            self.early_exit = EarlyExit(depth, fed_forward(residual.fn), Linear(folded(linear.weight, norm)))
+            head = Linear(folded(linear.weight, norm), weights=weights)
+            self.early_exit = EarlyExit(depth, fed_forward(residual.fn, weights), head)
+        self.native = _native(self)
         return self
 
     @property
@@ -164,7 +173,21 @@ class Decoder:
         return ProjectedMemory(list(projected[:, 0]), list(projected[:, 1]), lengths)
 
 
-def _layer(self_attention: Any, cross_attention: Any, feed_forward: Any) -> DecoderLayer:
+def _native(decoder: Decoder) -> Any:
+    """Returns the extension's object that makes whole steps with these weights, or None where it cannot."""
+    if decoder.logits.packed is None:
+        return None
+    linears, constants = [], []
+    for layer in decoder.layers:
+        attentions = (layer.query_key_value, layer.self_output, layer.cross_query, layer.cross_output)
+        linears += [each.packed for each in (*attentions, layer.feed_forward.both, layer.feed_forward.out)]
+        constants += [layer.null_key, layer.null_value, layer.null_output, layer.feed_forward.bias, layer.freqs]
+    return torch.classes.spear_fast.DecoderLayers(
+        [*linears, decoder.logits.packed], constants, decoder.embedding, decoder.heads, decoder.kv_heads
+    )
+
+
+def _layer(self_attention: Any, cross_attention: Any, feed_forward: Any, weights: Weights) -> DecoderLayer:
     heads, kv_heads = self_attention.heads, self_attention.kv_heads
     # query head i of the reference reads kv head i % kv_heads; here those of one kv head stand together
     order = head_order(heads, kv_heads).to(self_attention.to_out.weight.device)
@@ -174,14 +197,14 @@ def _layer(self_attention: Any, cross_attention: Any, feed_forward: Any) -> Deco
     cross_output = cross_attention.to_out.weight.detach()
     return DecoderLayer(
         query_key_value=Linear(
-            folded(torch.cat((query, self_attention.to_kv[0].weight.detach())), self_attention.norm)
+            folded(torch.cat((query, self_attention.to_kv[0].weight.detach())), self_attention.norm), weights=weights
         ),
-        self_output=Linear(output),
-        cross_query=Linear(folded(cross_attention.to_q[0].weight, cross_attention.norm)),
-        cross_output=Linear(cross_output),
+        self_output=Linear(output, weights=weights),
+        cross_query=Linear(folded(cross_attention.to_q[0].weight, cross_attention.norm), weights=weights),
+        cross_output=Linear(cross_output, weights=weights),
         null_key=null_key.contiguous(),
         null_value=null_value.contiguous(),
         null_output=cross_output @ null_value.flatten(),
-        feed_forward=fed_forward(feed_forward),
+        feed_forward=fed_forward(feed_forward, weights),
         freqs=self_attention.rotary_emb.freqs.detach().float(),
     )

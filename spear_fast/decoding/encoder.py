@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast import ops
-from spear_fast.decoding.linear import FeedForward, Linear, fed_forward, folded, head_order, rounded_rows, unit
+from spear_fast.decoding.linear import (
+    FeedForward,
+    Linear,
+    Weights,
+    check_weights,
+    fed_forward,
+    folded,
+    head_order,
+    rounded_rows,
+    unit,
+)
 from spear_fast.decoding.watch import Watch
 
 # length of the utterances that spare rows make up
@@ -49,8 +59,12 @@ class Encoder:
 
     @classmethod
     @torch.no_grad()
-    def from_modules(cls, source_transformer: Any, token_embedding: Tensor) -> Encoder:
-        """Returns the encoder of a `Transformer` without cross-attention, of this package or of the reference."""
+    def from_modules(cls, source_transformer: Any, token_embedding: Tensor, *, weights: Weights = "exact") -> Encoder:
+        """Returns the encoder of a `Transformer` without cross-attention, of this package or of the reference.
+
+        weights: see `Decoder.from_modules`.
+        """
+        check_weights(weights, token_embedding)
         self = object.__new__(cls)
         self._watch = Watch([source_transformer], [token_embedding])
         attention = source_transformer.layers[0][0]
@@ -59,7 +73,9 @@ class Encoder:
         self.embedding = token_embedding.detach()
         norm = source_transformer.final_norm
         self.gamma = norm.gamma.detach() * token_embedding.shape[-1] ** 0.5
-        self.layers = [_layer(attention, feed_forward) for attention, _, feed_forward in source_transformer.layers]
+        self.layers = [
+            _layer(attention, feed_forward, weights) for attention, _, feed_forward in source_transformer.layers
+        ]
         return self
 
     def is_stale(self) -> bool:
@@ -93,14 +109,16 @@ class Encoder:
         return unit(x[:count]) * self.gamma
 
 
-def _layer(attention: Any, feed_forward: Any) -> EncoderLayer:
+def _layer(attention: Any, feed_forward: Any, weights: Weights) -> EncoderLayer:
     heads, kv_heads = attention.heads, attention.kv_heads
     order = head_order(heads, kv_heads).to(attention.to_out.weight.device)
     query = attention.to_q[0].weight.detach().unflatten(0, (heads, -1))[order].flatten(0, 1)
     output = attention.to_out.weight.detach().unflatten(1, (heads, -1))[:, order].flatten(1)
     return EncoderLayer(
-        query_key_value=Linear(folded(torch.cat((query, attention.to_kv[0].weight.detach())), attention.norm)),
-        output=Linear(output),
-        feed_forward=fed_forward(feed_forward),
+        query_key_value=Linear(
+            folded(torch.cat((query, attention.to_kv[0].weight.detach())), attention.norm), weights=weights
+        ),
+        output=Linear(output, weights=weights),
+        feed_forward=fed_forward(feed_forward, weights),
         freqs=attention.rotary_emb.freqs.detach().float(),
     )

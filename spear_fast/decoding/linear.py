@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# rows that oneDNN lays the weights out for; measured on AVX2: good from 1 row to 128
-ROWS = 32
-# halves of the feed-forward start and end on these many elements where the layout is plain
+from spear_fast import ops
+from spear_fast.ops import extension
+
+# halves of the feed-forward start and end on these many elements: odd rows cost a quarter of a product's speed
 ALIGNMENT = 16
+
+# how weights are held: as they are, or rounded to 8 bits with a scale for each output, on x86 CPUs
+Weights = Literal["exact", "int8"]
 
 
 def packs(weight: Tensor) -> bool:
-    """Returns whether oneDNN's packed product takes this weight: float32 on a CPU, and the operators are there.
+    """Returns whether the extension takes this weight to pack it: float32 on a CPU."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and extension.missing() is None
 
-    The operators are those that torch's own compiler emits for frozen weights; a torch without them falls back to
-    `torch.nn.functional.linear`.
-    """
-    return bool(
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+
+def check_weights(weights: str, weight: Tensor) -> None:
+    """Raises ValueError unless a model with such parameters can hold its weights so."""
+    if weights not in ("exact", "int8"):
+        raise ValueError(f"weights must be 'exact' or 'int8', got {weights!r}.")
+    if weights == "exact":
+        return
+    if not packs(weight):
+        raise ValueError(
+            f"weights='int8' needs a float32 model on a CPU and the C++ extension, got {weight.dtype} on "
+            f"{weight.device.type}{'' if extension.missing() is None else f' and {extension.missing()}'}."
+        )
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        raise ValueError("weights='int8' needs a torch with oneDNN's quantized products, and this one has none.")
 
 
 def rounded_rows(count: int) -> int:
@@ -40,21 +48,26 @@ def rounded_rows(count: int) -> int:
 
 
 class Linear:
-    """`x @ weight.T + bias`, optionally plus a residual, for `x` `[rows, features]`."""
+    """`x @ weight.T + bias`, optionally plus a residual, for `x` `[rows, features]`.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.packed = packs(weight)
+    weight: `[outputs, features]`. packed: the extension's object that holds it, or None where torch computes.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, weights: Weights = "exact") -> None:
+        self.packed: Any = None
+        if packs(weight):
+            kind = "int8" if weights == "int8" else "float32"
+            self.packed = torch.classes.spear_fast.PackedLinear(weight, bias, kind)
+            return
         self.bias = None if bias is None else bias.contiguous()
-        weight = weight.contiguous()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if self.packed else weight
+        self.weight = weight.contiguous()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if not self.packed:
-            out = F.linear(x, self.weight, self.bias)
-            return out if residual is None else out.add_(residual)
-        if residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        if self.packed is not None:
+            # the product is added in place
+            return self.packed.forward(x) if residual is None else self.packed.added(x, residual.clone())
+        out = F.linear(x, self.weight, self.bias)
+        return out if residual is None else out.add_(residual)
 
 
 class FeedForward:
@@ -63,28 +76,18 @@ class FeedForward:
     weight: `[2 * inner, features]`, bias: `[2 * inner]`, first the values, then the gates. out_weight: `[dim, inner]`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> None:
-        self.packed = packs(weight)
-        (values, gates), (value_bias, gate_bias) = weight.chunk(2), bias.chunk(2)
-        if self.packed:
-            # two products with the activation and the gating fused into them beat one with both outside
-            self.values, self.gates = Linear(values, value_bias), Linear(gates, gate_bias)
-            self.out = Linear(out_weight, out_bias)
-            return
+    def __init__(
+        self, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, weights: Weights = "exact"
+    ) -> None:
         # zeros change nothing: their gate is gelu(0) = 0
-        padding = -values.shape[0] % ALIGNMENT
-        wider = F.pad(torch.stack((values, gates)), (0, 0, 0, padding)).flatten(0, 1)
-        wider_bias = F.pad(torch.stack((value_bias, gate_bias)), (0, padding)).flatten()
-        self.both, self.out = Linear(wider, wider_bias), Linear(F.pad(out_weight, (0, padding)), out_bias)
+        padding = -(weight.shape[0] // 2) % ALIGNMENT
+        wider = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
+        self.bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
+        self.both = Linear(wider, weights=weights)
+        self.out = Linear(F.pad(out_weight, (0, padding)), out_bias, weights)
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.packed:
-            gate = torch.ops.mkldnn._linear_pointwise(x, self.gates.weight, self.gates.bias, "gelu", [], "none")
-            inner = torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.values.weight, self.values.bias, "mul")
-        else:
-            values, gate = self.both(x).chunk(2, dim=-1)
-            inner = F.gelu(gate).mul_(values)
-        return self.out(inner, residual)
+        return self.out(ops.geglu(self.both(x), self.bias), residual)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -101,10 +104,12 @@ def folded(weight: Tensor, norm: Any) -> Tensor:
     return (exact * (norm.gamma.detach() * exact.shape[-1] ** 0.5)).to(weight.dtype)
 
 
-def fed_forward(feed_forward: Any) -> FeedForward:
+def fed_forward(feed_forward: Any, weights: Weights = "exact") -> FeedForward:
     """Returns the packed products of a reference's feed-forward, its norm folded in."""
     norm, first, _, _, last = feed_forward
-    return FeedForward(folded(first.weight, norm), first.bias.detach(), last.weight.detach(), last.bias.detach())
+    return FeedForward(
+        folded(first.weight, norm), first.bias.detach(), last.weight.detach(), last.bias.detach(), weights
+    )
 
 
 def head_order(heads: int, kv_heads: int) -> Tensor:

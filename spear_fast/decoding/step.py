@@ -13,6 +13,7 @@ from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.state import DecodeState
 from spear_fast.decoding.view import View
+from spear_fast.ops import providers
 from spear_fast.ops.selection_settings import Real
 
 
@@ -32,9 +33,7 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) ->
 
     options: of the utterances, which are in the first places; those behind them are free.
     """
-    x = embed(decoder, view, view.inputs[:, :, None])
-    x = run_layers(decoder, view, x, range(len(decoder.layers)))
-    logits = decoder.logits(unit(x)).view(*view.lengths.shape, -1)
+    logits = _newest_logits(decoder, view).view(*view.lengths.shape, -1)
     sighted, blind = logits.chunk(2) if view.guided else (logits, None)
     buffers = view.inputs, view.scores, view.lengths, view.ancestors, view.tokens, view.parents, view.logprobs
     settings = view.real_settings, view.whole_settings, view.prefix
@@ -47,6 +46,33 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) ->
     if not all(searching):
         filtered = _filtered(sighted, blind, view, options)
         ops.sample_step(sighted, blind, filtered, *settings, view.seeds, *buffers, view.finished, view.done)
+
+
+def _newest_logits(decoder: Decoder, view: View) -> Tensor:
+    """Returns logits `[R * K, vocabulary]` of what follows the newest inputs."""
+    if decoder.native is not None and _by_cpu(decoder):
+        memory = view.memory
+        return decoder.native.step(
+            view.inputs,
+            view.keys,
+            view.values,
+            memory.keys,
+            memory.values,
+            memory.lengths,
+            view.ancestors,
+            view.lengths,
+        )
+    x = embed(decoder, view, view.inputs[:, :, None])
+    return decoder.logits(unit(run_layers(decoder, view, x, range(len(decoder.layers)))))
+
+
+def _by_cpu(decoder: Decoder) -> bool:
+    """Returns whether the ops of a step are computed by the extension: nobody asked for another provider."""
+    inputs = providers.Inputs(decoder.device, decoder.dtype, decoder.head_dim)
+    return all(
+        (providers.chosen(op).get(inputs) or providers.choose(op, inputs)) is providers.get(op, "cpu").function
+        for op in ("append_kv", "decode_self_attention", "decode_cross_attention")
+    )
 
 
 def _filtered(sighted: Tensor, blind: Tensor | None, view: View, options: Sequence[DecodingOptions]) -> Tensor | None:
