@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,12 @@ class Encoder:
             x = layer.output(attended.flatten(1), x)
             x = layer.feed_forward(unit(x), x)
         return unit(x[:count]) * self.gamma
+
+    def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
+        lengths = torch.tensor([len(source) for source in sources])
+        ids = torch.cat(list(sources)).to(self.embedding.device)
+        return self(ids, lengths).split(lengths.tolist())
 
 
 def _layer(attention: Any, feed_forward: Any) -> EncoderLayer:

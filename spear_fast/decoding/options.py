@@ -143,6 +143,11 @@ class DecodingOptions:
     def guided(self) -> bool:
         return self.cond_scale > 1
 
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether the rows of a batch depend on each other, or go on by whole rounds: not for the engine."""
+        return self.method == "speculative" or (self.method == "beam" and self.beam_mode == "reference")
+
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
