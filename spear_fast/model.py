@@ -474,6 +474,15 @@ class TextToSemantic(HubModel):
         generator: torch.Generator | None = None,
         return_result: bool = False,
         input_sample_hz: int | None = None,
+        min_length: int = 0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        prefix: tuple[int, ...] = (),
+        patience: float = 1.0,
+        coverage_penalty: float = 0.0,
+        return_alignment: bool = False,
     ) -> Any:
         """Returns target ids `[batch, length]`, pads behind each end-of-sequence (reference line 620).
 
@@ -487,6 +496,10 @@ class TextToSemantic(HubModel):
         return_target_mask: what is no padding comes last.
         cond_scale: classifier-free guidance; needs a model trained with condition dropout.
         generator: for reproducible draws. return_result: return the whole `DecodingResult` instead of ids.
+        top_k, top_p: for sampling, instead of the default filter; a filter that is given comes first.
+        min_length, repetition_penalty, no_repeat_ngram_size, prefix, patience, coverage_penalty: see `DecodingOptions`;
+            neither the reference's search nor speculative decoding has them, but for `min_length` in the latter.
+        return_alignment: where each token looked in the source; in the result, so with `return_result`.
 
         Raises ValueError, one sentence, for arguments that do not fit together.
         """
@@ -494,13 +507,18 @@ class TextToSemantic(HubModel):
             raise ValueError("beam_search_decode and spec_decode exclude each other, got both.")
         if spec_decode and source_type != "text":
             raise ValueError("speculative decoding is from text to speech only.")
+        if return_alignment and not return_result:
+            raise ValueError("return_alignment needs return_result=True, since ids alone have no place for it.")
+        replaced = filter_logits_fn is keep_top_k and not filter_fn_kwargs and (top_k, top_p) != (None, None)
         options = DecodingOptions(
             method="beam" if beam_search_decode else "speculative" if spec_decode else "sample",
             beam_size=beam_size,
             beam_mode=beam_mode,
             max_length=max_length,
             temperature=temperature,
-            filter_logits=partial(filter_logits_fn, **filter_fn_kwargs),
+            filter_logits=None if replaced else partial(filter_logits_fn, **filter_fn_kwargs),
+            top_k=top_k,
+            top_p=top_p,
             cond_scale=cond_scale,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
@@ -508,6 +526,13 @@ class TextToSemantic(HubModel):
             gamma=spec_decode_gamma,
             lenience=spec_decode_lenience,
             generator=generator,
+            min_length=min_length,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            prefix=tuple(prefix),
+            patience=patience,
+            coverage_penalty=coverage_penalty,
+            return_alignment=return_alignment,
         )
         was_training = self.training
         self.eval()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.encoder import Encoder
-from spear_fast.decoding.loop import decode, serve
+from spear_fast.decoding.loop import decode, serve, spread
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult
 
@@ -45,7 +45,7 @@ def decode_ids(
     if options.in_lockstep:
         return decode(decoder, _padded(encoder, sources, plain, mask), mask, options)
     with torch.inference_mode():
-        result = serve(encoder, decoder, sources, options)
+        result = spread(serve(encoder, decoder, sources, options), mask)
     # tensors of inference mode could not be written to by the caller
     return result.clone()
 
