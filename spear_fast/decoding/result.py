@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +59,10 @@ class DecodingResult:
         return self._each(torch.clone)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> DecodingResult:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return DecodingResult(**{name: None if x is None else function(x) for name, x in tensors.items()})
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, tensor in tensors.items():
+            tensors[name] = None if tensor is None else function(tensor)
+        return DecodingResult(**tensors)
 
 
 def joined(results: Sequence[DecodingResult], pad_id: int) -> DecodingResult:
@@ -74,7 +77,7 @@ def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> Dec
         return parts[0][1]
     order = torch.cat([places for places, _ in parts]).argsort()
 
-    def join(name: str) -> Tensor | None:
+    def join(name: str) -> Any:
         values = [getattr(part, name) for _, part in parts]
         if values[0] is None:
             return None
