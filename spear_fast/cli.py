@@ -146,14 +146,20 @@ def _add_label(commands: Any) -> None:
         default="false",
         help="stop a search at the first full pool, by an estimate (default), or only when nothing can improve",
     )
-    search.add_argument("--repetition-penalty", type=_finite, default=1.0, metavar="X", help="1 is none (1.0)")
+    search.add_argument(
+        "--repetition-penalty", type=_finite, default=1.0, metavar="X", help="above 1: less of what was said (1.0)"
+    )
     search.add_argument(
         "--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no n tokens come twice (0: may)"
     )
-    search.add_argument("--coverage-penalty", type=_finite, default=0.0, metavar="X", help="for skipped speech (0.0)")
+    search.add_argument(
+        "--coverage-penalty", type=_finite, default=0.0, metavar="X", help="against skipped speech, at the end (0.0)"
+    )
     size = parser.add_argument_group("sizes")
     size.add_argument("--max-source-tokens", type=_positive, default=4096, metavar="N", help="longer ones fail (4096)")
-    size.add_argument("--batch-tokens", type=_positive, metavar="N", help="worked on together (8192; GPU 65536)")
+    size.add_argument(
+        "--batch-tokens", type=_positive, metavar="N", help="decoded together, 256 each (8192; GPU 65536)"
+    )
     shards = size.add_mutually_exclusive_group()
     shards.add_argument("--num-shards", type=_positive, metavar="N", help="files to write")
     shards.add_argument("--rows-per-shard", type=_positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
