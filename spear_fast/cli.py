@@ -158,7 +158,10 @@ def _add_label(commands: Any) -> None:
     size = parser.add_argument_group("sizes")
     size.add_argument("--max-source-tokens", type=_positive, default=4096, metavar="N", help="longer ones fail (4096)")
     size.add_argument(
-        "--batch-tokens", type=_positive, metavar="N", help="decoded together, 256 each (8192; GPU 65536)"
+        "--batch-tokens",
+        type=_positive,
+        metavar="N",
+        help="source tokens that are worked on together, taken as 256 an utterance (8192; on a GPU 65536)",
     )
     shards = size.add_mutually_exclusive_group()
     shards.add_argument("--num-shards", type=_positive, metavar="N", help="files to write")
