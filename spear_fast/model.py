@@ -22,7 +22,7 @@ from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
 from spear_fast.loss import token_loss
-from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
+from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer, is_packable
 from spear_fast.weights import load_into, read_package
 
 Modality = Literal["speech", "text"]
@@ -540,7 +540,7 @@ class TextToSemantic(HubModel):
             source_ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
             self._check_decoding(target_type, options)
             result = decode_ids(
-                self.encoder(source_type),
+                self.encoder(source_type) if is_packable(self.source_transformer) else None,
                 self.decoder(target_type),
                 self._embeddable(source_ids, mask, source_type),
                 mask,

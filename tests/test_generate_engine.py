@@ -9,6 +9,7 @@ from test_engine import options_of, same
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding import Encoder, Engine, Plan, batch, decode, slots
+from spear_fast.transformer import Transformer
 
 HOW = {
     "greedy": dict(temperature=0.0),
@@ -55,20 +56,52 @@ def test_prefixes_are_encoded_packed_and_the_rest_by_the_modules(model, how, mon
     monkeypatch.setattr(
         Encoder, "__call__", lambda self, ids, lengths: encoded.append(lengths) or encode(self, ids, lengths)
     )
-    hook = model.source_transformer.register_forward_pre_hook(lambda module, given: through.append(given[0].shape[0]))
-    try:
-        same(generated(model, ids, how), expected)
-        assert not through
-        # every id and end of sequence once, no pad
-        assert sum(int(lengths.sum()) for lengths in encoded) == sum(len(row) + 1 for row in rows)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        mask[2, 0] = mask[4, 0] = False
-        expected = decoded(model, ids, how, mask)
-        through.clear()
-        same(generated(model, ids, how, source_mask=mask), expected)
-        assert through == [2]
-    finally:
-        hook.remove()
+    forward = Transformer.forward
+
+    def watched(self, x, *arguments, **others):
+        if self is model.source_transformer:
+            through.append(x.shape[0])
+        return forward(self, x, *arguments, **others)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    same(generated(model, ids, how), expected)
+    assert not through
+    # every id and end of sequence once, no pad
+    assert sum(int(lengths.sum()) for lengths in encoded) == sum(len(row) + 1 for row in rows)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    mask[2, 0] = mask[4, 0] = False
+    expected = decoded(model, ids, how, mask)
+    through.clear()
+    same(generated(model, ids, how, source_mask=mask), expected)
+    assert through == [2]
+
+
+class Adapter(torch.nn.Module):
+    """Something in a linear's place, with the weights of the linear and more."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return self.linear(x) - 0.3 * x[..., : self.linear.out_features]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_modules_that_were_replaced_or_are_watched_encode_by_themselves(how):
+    model, ids = tiny_model(), padded(sources(5, seed=8))
+    attention = model.source_transformer.layers[0][0]
+    attention.to_q[0] = Adapter(attention.to_q[0])
+    changed = generated(model, ids, how)
+    same(changed, decoded(model, ids, how))
+    attention.to_q[0] = attention.to_q[0].linear
+    assert not torch.equal(generated(model, ids, how).scores, changed.scores)
+    seen = []
+    hook = attention.to_out.register_forward_hook(lambda *given: seen.append(1))
+    generated(model, ids, how)
+    hook.remove()
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -11,6 +11,7 @@ from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.encoder import Encoder
 from spear_fast.decoding.loop import decode, serve, spread
 from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.refusal import is_memory
 from spear_fast.decoding.result import DecodingResult
 
 # most ids that are encoded together
@@ -18,7 +19,7 @@ ENCODE_TOKENS = 8192
 
 
 def decode_ids(
-    encoder: Encoder,
+    encoder: Encoder | None,
     decoder: Decoder,
     ids: Tensor,
     mask: Tensor,
@@ -31,19 +32,22 @@ def decode_ids(
     ids: `[batch, length]` int64, in the vocabulary, outside the mask too; at least one row.
     mask: `[batch, length]` bool.
     encode: from ids and mask of some rows to their memory `[rows, length, dim]`; asked for rows whose mask has holes,
-    where positions count on over what is not read, as the packed encoder cannot.
+    where positions count on over what is not read, as the packed encoder cannot; without an encoder for all.
     """
     lengths = mask.sum(dim=-1)
-    prefix = (mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).all(dim=-1) & (lengths > 0)
-    counts, plain = torch.stack((lengths, prefix.long())).tolist()
+    packable = torch.zeros_like(lengths, dtype=torch.bool)
+    if encoder is not None:
+        is_prefix = mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
+        packable = is_prefix.all(dim=-1) & (lengths > 0)
+    counts, packed = torch.stack((lengths, packable.long())).tolist()
     sources: list[Tensor] = [row[:count] for row, count in zip(ids.cpu(), counts, strict=True)]
-    holed = [row for row, is_plain in enumerate(plain) if not is_plain]
-    if holed:
-        memories = encode(ids[holed], mask[holed])
-        for row, memory in zip(holed, memories, strict=True):
+    others = [row for row, is_packed in enumerate(packed) if not is_packed]
+    if others:
+        memories = encode(ids[others], mask[others])
+        for row, memory in zip(others, memories, strict=True):
             sources[row] = memory[mask[row]].to(decoder.dtype)
     if options.in_lockstep:
-        return decode(decoder, _padded(encoder, sources, plain, mask), mask, options)
+        return decode(decoder, _padded(encoder, sources, mask), mask, options)
     with torch.inference_mode():
         result = spread(serve(encoder, decoder, sources, options), mask)
     # tensors of inference mode could not be written to by the caller
@@ -51,12 +55,13 @@ def decode_ids(
 
 
 @torch.inference_mode()
-def _padded(encoder: Encoder, sources: Sequence[Tensor], plain: Sequence[bool], mask: Tensor) -> Tensor:
-    """Returns the memory `[batch, length, dim]` of rows that are ids where `plain`, else encoded already."""
+def _padded(encoder: Encoder | None, sources: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Returns the memory `[batch, length, dim]` of rows that are ids, or encoded already."""
     parts, lengths = list(sources), [len(source) for source in sources]
-    for rows in _groups([row for row, is_plain in enumerate(plain) if is_plain], lengths):
-        for row, part in zip(rows, encoder.encoded([sources[row] for row in rows]), strict=True):
-            parts[row] = part
+    if encoder is not None:
+        for rows in _groups([row for row, source in enumerate(sources) if not is_memory(source)], lengths):
+            for row, part in zip(rows, encoder.encoded([sources[row] for row in rows]), strict=True):
+                parts[row] = part
     packed = torch.cat(parts)
     memory = packed.new_zeros(*mask.shape, packed.shape[-1])
     memory[mask] = packed
