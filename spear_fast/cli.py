@@ -146,9 +146,23 @@ def _add_label(commands: Any) -> None:
         default="false",
         help="stop a search at the first full pool, by an estimate (default), or only when nothing can improve",
     )
+    search.add_argument(
+        "--repetition-penalty", type=_finite, default=1.0, metavar="X", help="above 1: less of what was said (1.0)"
+    )
+    search.add_argument(
+        "--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no n tokens come twice (0: may)"
+    )
+    search.add_argument(
+        "--coverage-penalty", type=_finite, default=0.0, metavar="X", help="against skipped speech, at the end (0.0)"
+    )
     size = parser.add_argument_group("sizes")
     size.add_argument("--max-source-tokens", type=_positive, default=4096, metavar="N", help="longer ones fail (4096)")
-    size.add_argument("--batch-tokens", type=_positive, metavar="N", help="source tokens of a batch (8192; GPU 65536)")
+    size.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        metavar="N",
+        help="source tokens that are worked on together, taken as 256 an utterance (8192; on a GPU 65536)",
+    )
     shards = size.add_mutually_exclusive_group()
     shards.add_argument("--num-shards", type=_positive, metavar="N", help="files to write")
     shards.add_argument("--rows-per-shard", type=_positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
@@ -179,6 +193,9 @@ def run_label(arguments: argparse.Namespace) -> int:
         beam_size=arguments.beam_size,
         length_penalty=arguments.length_penalty,
         early_stopping="never" if arguments.early_stopping == "never" else arguments.early_stopping == "true",
+        repetition_penalty=arguments.repetition_penalty,
+        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        coverage_penalty=arguments.coverage_penalty,
         max_length=arguments.max_length,
         max_source_tokens=arguments.max_source_tokens,
         batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS.get(device.type, LabelOptions.batch_tokens),

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
 from spear_fast.alignment import alignment_loss
-from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, Engine, Plan, decode
+from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, Engine, Plan, decode, decode_ids
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
 from spear_fast.loss import token_loss
-from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
+from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer, is_packable
 from spear_fast.weights import load_into, read_package
 
 Modality = Literal["speech", "text"]
@@ -246,12 +246,14 @@ class TextToSemantic(HubModel):
         token_ids.check_range(ids, mask, vocab_size, name)  # type: ignore[arg-type]
         return token_ids.append_eos(ids, mask, self.eos_id[modality], pad_id) if add_eos else (ids, mask)
 
-    def _embed(self, ids: Tensor, mask: Tensor, modality: Modality) -> Tensor:
-        embedding = self.token_emb[modality]
-        safe = token_ids.embeddable(ids, self.pad_id[modality], embedding.num_embeddings)  # type: ignore[arg-type]
-        vocab_size: int = embedding.num_embeddings  # type: ignore[assignment]
+    def _embeddable(self, ids: Tensor, mask: Tensor, modality: Modality) -> Tensor:
+        vocab_size: int = self.token_emb[modality].num_embeddings  # type: ignore[assignment]
+        safe = token_ids.embeddable(ids, self.pad_id[modality], vocab_size)
         # under an explicit mask anything may stand outside it
-        return embedding(torch.where(mask, safe, safe.clamp(0, vocab_size - 1)))
+        return torch.where(mask, safe, safe.clamp(0, vocab_size - 1))
+
+    def _embed(self, ids: Tensor, mask: Tensor, modality: Modality) -> Tensor:
+        return self.token_emb[modality](self._embeddable(ids, mask, modality))
 
     def encode(
         self,
@@ -267,11 +269,18 @@ class TextToSemantic(HubModel):
         source_mask: `[batch, n]`, bool; by default every id but the trailing pads. `length` is n plus the
         end-of-sequence where that is set automatically; a mask of that length is used as it is, as the reference does.
         """
+        ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
+        return self.source_transformer(self._embed(ids, mask, source_type), mask), mask, ids
+
+    def _source(
+        self, source: Source, source_type: Modality, mask: Tensor | None, input_sample_hz: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what the encoder reads: ids and mask `[batch, length]`, the end-of-sequence included."""
         ids = self.to_ids(source, source_type, "source", input_sample_hz)
-        ids, mask = self._with_eos(ids, source_mask, source_type, "source", self.autoset_eos_id[source_type])
+        ids, mask = self._with_eos(ids, mask, source_type, "source", self.autoset_eos_id[source_type])
         if not ids.shape[-1]:
             raise ValueError("source must hold at least one id, got an empty one and no automatic end-of-sequence.")
-        return self.source_transformer(self._embed(ids, mask, source_type), mask), mask, ids
+        return ids, mask
 
     def forward(
         self,
@@ -425,6 +434,10 @@ class TextToSemantic(HubModel):
         self, memory: Tensor, memory_mask: Tensor, *, target_type: Modality, options: DecodingOptions
     ) -> DecodingResult:
         """Returns the decoded hypotheses of each row of an encoded source; see `encode` and `DecodingResult`."""
+        self._check_decoding(target_type, options)
+        return decode(self.decoder(target_type), memory, memory_mask, options)
+
+    def _check_decoding(self, target_type: Modality, options: DecodingOptions) -> None:
         token_ids.check_modality(target_type, "target")
         if options.cond_scale > 1 and self.cond_drop_prob == 0:
             raise ValueError(
@@ -433,7 +446,6 @@ class TextToSemantic(HubModel):
             )
         if options.method == "speculative" and target_type != "speech":
             raise ValueError("speculative decoding is from text to speech only, since only speech has an early exit.")
-        return decode(self.decoder(target_type), memory, memory_mask, options)
 
     @torch.no_grad()
     def generate(
@@ -462,6 +474,15 @@ class TextToSemantic(HubModel):
         generator: torch.Generator | None = None,
         return_result: bool = False,
         input_sample_hz: int | None = None,
+        min_length: int = 0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        prefix: tuple[int, ...] = (),
+        patience: float = 1.0,
+        coverage_penalty: float = 0.0,
+        return_alignment: bool = False,
     ) -> Any:
         """Returns target ids `[batch, length]`, pads behind each end-of-sequence (reference line 620).
 
@@ -475,6 +496,10 @@ class TextToSemantic(HubModel):
         return_target_mask: what is no padding comes last.
         cond_scale: classifier-free guidance; needs a model trained with condition dropout.
         generator: for reproducible draws. return_result: return the whole `DecodingResult` instead of ids.
+        top_k, top_p: for sampling, instead of the default filter; a filter that is given comes first.
+        min_length, repetition_penalty, no_repeat_ngram_size, prefix, patience, coverage_penalty: see `DecodingOptions`;
+            neither the reference's search nor speculative decoding has them, but for `min_length` in the latter.
+        return_alignment: where each token looked in the source; in the result, so with `return_result`.
 
         Raises ValueError, one sentence, for arguments that do not fit together.
         """
@@ -482,13 +507,18 @@ class TextToSemantic(HubModel):
             raise ValueError("beam_search_decode and spec_decode exclude each other, got both.")
         if spec_decode and source_type != "text":
             raise ValueError("speculative decoding is from text to speech only.")
+        if return_alignment and not return_result:
+            raise ValueError("return_alignment needs return_result=True, since ids alone have no place for it.")
+        replaced = filter_logits_fn is keep_top_k and not filter_fn_kwargs and (top_k, top_p) != (None, None)
         options = DecodingOptions(
             method="beam" if beam_search_decode else "speculative" if spec_decode else "sample",
             beam_size=beam_size,
             beam_mode=beam_mode,
             max_length=max_length,
             temperature=temperature,
-            filter_logits=partial(filter_logits_fn, **filter_fn_kwargs),
+            filter_logits=None if replaced else partial(filter_logits_fn, **filter_fn_kwargs),
+            top_k=top_k,
+            top_p=top_p,
             cond_scale=cond_scale,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
@@ -496,14 +526,27 @@ class TextToSemantic(HubModel):
             gamma=spec_decode_gamma,
             lenience=spec_decode_lenience,
             generator=generator,
+            min_length=min_length,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            prefix=tuple(prefix),
+            patience=patience,
+            coverage_penalty=coverage_penalty,
+            return_alignment=return_alignment,
         )
         was_training = self.training
         self.eval()
         try:
-            memory, memory_mask, source_ids = self.encode(
-                source, source_type=source_type, source_mask=source_mask, input_sample_hz=input_sample_hz
+            source_ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
+            self._check_decoding(target_type, options)
+            result = decode_ids(
+                self.encoder(source_type) if is_packable(self.source_transformer) else None,
+                self.decoder(target_type),
+                self._embeddable(source_ids, mask, source_type),
+                mask,
+                options,
+                encode=lambda ids, mask: self.source_transformer(self._embed(ids, mask, source_type), mask),
             )
-            result = self.decode(memory, memory_mask, target_type=target_type, options=options)
         finally:
             self.train(was_training)
         if return_result:

@@ -223,3 +223,18 @@ class Transformer(nn.Module):
                 hiddens.append(x)
         out = self.final_norm(x)
         return (out, torch.stack(hiddens)) if return_hiddens else out
+
+
+# what a transformer is made of, and no other kind of module
+_OWN = (
+    Attention, FeedForward, GEGLU, RMSNorm, Residual, RotaryEmbedding, Transformer,
+    nn.Dropout, nn.Linear, nn.ModuleList, nn.Sequential,
+)  # fmt: skip
+
+
+def is_packable(transformer: Transformer) -> bool:
+    """Returns whether its weights say all that it does: no module has been replaced, as adapters do, or is watched."""
+    return all(
+        type(module) in _OWN and not module._forward_hooks and not module._forward_pre_hooks
+        for module in transformer.modules()
+    )

@@ -25,7 +25,7 @@ from labelling_jobs import tiny_model
 
 from spear_fast.labelling import LabelOptions, label
 
-OPTIONS = LabelOptions(max_length=8, rows_per_shard=10, batch_tokens=256, max_source_tokens=40)
+OPTIONS = LabelOptions(max_length=8, rows_per_shard=10, batch_tokens=1024, max_source_tokens=40)
 # a child that does not come to its next event within this time has hung
 PATIENCE_SECONDS = 60
 

@@ -65,6 +65,33 @@ def log_probs_of(
     return log_probs
 
 
+@torch.no_grad()
+def plain_alignment(model: Any, memory: Tensor, mask: Tensor, tokens: Tensor, *, kind: str = "text") -> Tensor:
+    """The last cross-attention's weights `[rows, length, source]` when each of `tokens` `[rows, length]` is predicted.
+
+    The mean over heads, without the null position; of modules of this package or of the reference.
+    """
+    cross, seen = model.target_transformer.layers[-1][1], []
+    hook = cross.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    start = model.start_token[kind].expand(len(tokens), 1, -1)
+    x = torch.cat((start, model.token_emb[kind].weight[tokens[:, :-1]]), dim=1)
+    model.target_transformer(x, context=memory, context_mask=mask)
+    hook.remove()
+    heads = cross.heads
+    query = (cross.norm(seen[0]) @ cross.to_q[0].weight.t()).unflatten(-1, (heads, -1))
+    key = (memory @ cross.to_kv[0].weight.t()).unflatten(-1, (2, heads, -1))[:, :, 0]
+    scores = torch.einsum("bthd,bshd->bhts", query, key).masked_fill(~mask[:, None, None], -torch.inf)
+    null = torch.einsum("bthd,hd->bht", query, cross.null_kv[0, :, 0])[..., None]
+    weights = (torch.cat((null, scores), dim=-1) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    return weights[..., 1:].mean(dim=1)
+
+
+def plain_coverage(alignment: Tensor, mask: Tensor) -> float:
+    """`sum over source positions of log(min(1, attention received))` of one hypothesis, `[length, source]`."""
+    received = alignment.sum(dim=0)[mask]
+    return sum(math.log(min(1.0, max(float(each), torch.finfo(torch.float32).tiny))) for each in received)
+
+
 @dataclass(frozen=True)
 class Hypothesis:
     tokens: tuple[int, ...]

@@ -144,6 +144,24 @@ def test_search_options_reach_the_search(tmp_path, tokens, folder):
     assert all(late >= soon - 1e-6 for soon, late in zip(scores[0], scores[3], strict=True))
 
 
+def test_penalties_reach_the_search_and_the_manifest(tmp_path, tokens, folder, capsys):
+    command = ["label", tokens, "--model", folder, "--quiet", *SHORT]
+    run(*command, "--out", tmp_path / "plain", status=0)
+    flags = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "coverage_penalty": 0.5}
+    plain = [(row["target"], row["score"]) for row in read_rows(tmp_path / "plain")]
+    for name, value in flags.items():
+        flag = [f"--{name.replace('_', '-')}", value]
+        run(*command, "--out", tmp_path / name, *flag, status=0)
+        rows = read_rows(tmp_path / name)
+        assert [(row["target"], row["score"]) for row in rows] != plain
+        options = json.loads((tmp_path / name / "manifest.json").read_text())["identity"]["options"]
+        assert options[name] == value
+        run(*command, "--out", tmp_path / "plain", *flag, status=2)
+        assert f"options.{name} was" in error_of(capsys)
+    rows = read_rows(tmp_path / "no_repeat_ngram_size")
+    assert all(len(set(row["target"])) == len(row["target"]) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +176,9 @@ def test_search_options_reach_the_search(tmp_path, tokens, folder):
         (["label", "x", "--model", "m", "--out", "o", "--batch-tokens", "1.5"], "at least 1, got '1.5'"),
         (["label", "x", "--model", "m", "--out", "o", "--length-penalty", "nan"], "must be a number, got 'nan'"),
         (["label", "x", "--model", "m", "--out", "o", "--early-stopping", "yes"], "invalid choice: 'yes'"),
+        (["label", "x", "--model", "m", "--out", "o", "--coverage-penalty", "-1"], "must be 0 or more, got -1.0"),
+        (["label", "x", "--model", "m", "--out", "o", "--repetition-penalty", "0"], "must be above 0, got 0.0"),
+        (["label", "x", "--model", "m", "--out", "o", "--no-repeat-ngram-size", "-2"], "of 0 or more, got -2"),
         (["label", "x", "--model", "m", "--out", "o", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["label", "x", "--model", "m", "--out", "o", "--beam", "3"], "unrecognized arguments: --beam 3"),
         (

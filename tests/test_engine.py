@@ -38,6 +38,7 @@ def options_of(seed, **fixed):
         # a generator of its own: the draws are the request's, wherever it stands
         common |= {"top_k": draw.choice([None, 3]), "generator": torch.Generator().manual_seed(seed)}
         common |= {"num_return_sequences": draw.randint(1, 4), "temperature": draw.choice([0.7, 1.0])}
+    common |= {"coverage_penalty": draw.choice([0.0, 0.0, 0.6]), "return_alignment": draw.random() < 0.3}
     return DecodingOptions(method=kind, **(common | fixed))
 
 
@@ -48,6 +49,9 @@ def same(ours, theirs):
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.sum_logprobs, theirs.sum_logprobs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.token_logprobs, theirs.token_logprobs, rtol=1e-4, atol=1e-4)
+    assert (ours.alignment is None) == (theirs.alignment is None)
+    if ours.alignment is not None:
+        torch.testing.assert_close(ours.alignment, theirs.alignment, rtol=1e-4, atol=1e-4)
 
 
 def test_every_request_is_served_as_if_it_were_alone(model):
@@ -87,6 +91,8 @@ def test_deterministic_results_are_the_same_to_the_bit_in_any_company(dtype):
         for other in (shuffled[i], served([i])[i]):
             for name in ("tokens", "lengths", "scores", "sum_logprobs", "token_logprobs"):
                 assert torch.equal(getattr(together[i], name), getattr(other, name)), f"{name} of request {i}"
+            if together[i].alignment is not None:
+                assert torch.equal(together[i].alignment, other.alignment), f"alignment of request {i}"
 
 
 def test_a_looping_row_holds_up_nobody(model):

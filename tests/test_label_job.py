@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 
 import duckdb
@@ -20,11 +21,13 @@ from labelling_jobs import (
     write_lines,
 )
 
+from spear_fast import TextToSemantic
 from spear_fast.labelling import Interrupted, LabellingError, LabelOptions, label
-from spear_fast.labelling.labeller import Labeller, is_repetitive
+from spear_fast.labelling.labeller import is_repetitive
 from spear_fast.labelling.options import LabelOptions as Options
 
-OPTIONS = LabelOptions(max_length=12, rows_per_shard=10, batch_tokens=512)
+# four utterances side by side
+OPTIONS = LabelOptions(max_length=12, rows_per_shard=10, batch_tokens=1024)
 
 
 class Recorder:
@@ -175,10 +178,46 @@ def test_stopped_anywhere_and_run_again_the_files_are_the_same(tmp_path, tokens)
     assert read_rows(out) == read_rows(tmp_path / "whole")
 
 
-def test_a_finished_job_run_again_decodes_nothing(tmp_path, tokens):
+def test_a_journal_is_taken_up_to_where_it_is_whole(tmp_path, tokens):
+    label([tokens], tiny_model(), tmp_path / "whole", OPTIONS)
+    wanted, out = shard_bytes(tmp_path / "whole"), tmp_path / "out"
+    stop = threading.Event()
+
+    def stopping(event, **fields):
+        # in the middle of the second shard
+        if event == "shard":
+            stop.set()
+
+    stopping.close = lambda: None
+    with pytest.raises(Interrupted, match="utterances of the next ones are kept"):
+        label([tokens], tiny_model(), out, OPTIONS, report=stopping, stop=stop)
+    (journal, *_) = sorted(path for path in out.glob(".*.journal") if path.stat().st_size)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for content, kept in (
+        (lines, len(lines)),
+        ([*lines[:-1], lines[-1][:-1]], len(lines) - 1),
+        ([*lines[:-1], lines[-1][:30]], len(lines) - 1),
+        ([b'{"labels": [1]}\n', *lines], 0),
+        ([b"[]\n", *lines], 0),
+        ([b"\x00\xff\n"], 0),
+    ):
+        copy = tmp_path / f"copy{len(list(tmp_path.glob('copy*')))}"
+        shutil.copytree(out, copy)
+        (copy / journal.name).write_bytes(b"".join(content))
+        seen = Recorder()
+        label([tokens], tiny_model(), copy, OPTIONS, report=seen)
+        known = sum(len(json.loads(line)["labels"]) for line in lines[:kept])
+        later = sum(len(json.loads(line)["labels"]) for path in sorted(out.glob(".*.journal")) if path != journal
+                    for line in path.read_bytes().splitlines())  # fmt: skip
+        assert sum(fields["rows"] for fields in seen.of("batch") if fields["restored"]) == known + later
+        assert shard_bytes(copy) == wanted
+
+
+def test_a_finished_job_run_again_decodes_nothing(tmp_path, tokens, monkeypatch):
     label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
     before = shard_bytes(tmp_path / "out")
     seen = Recorder()
+    monkeypatch.setattr(TextToSemantic, "engine", None)
     summary = label([tokens], tiny_model(), tmp_path / "out", OPTIONS, report=seen)
     assert not seen.of("batch")
     assert (summary.rows, summary.rows_this_run) == (47, 0)
@@ -202,7 +241,7 @@ def test_a_damaged_shard_is_labelled_again(tmp_path, tokens):
     ("change", "message"),
     [
         (
-            dict(options=Options(max_length=13, rows_per_shard=10, batch_tokens=512)),
+            dict(options=Options(max_length=13, rows_per_shard=10, batch_tokens=1024)),
             r"options\.max_length was 12 and is 13",
         ),
         (dict(model=dict(seed=2)), r"model\.weights was [0-9a-f]{12}… and is [0-9a-f]{12}…"),
@@ -274,21 +313,85 @@ def test_half_precision_keeps_the_speech_tokenizer_exact(tmp_path, tokens):
     assert torch.equal(model.wav2vec.centres, centres)
 
 
-def test_a_batch_that_does_not_fit_says_what_to_lower(tmp_path, tokens, monkeypatch):
-    model = tiny_model()
+def without_memory_for_more_than(monkeypatch, count):
+    from spear_fast.decoding import slots
 
-    def too_large(*_args, **_kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    advance = slots.advance
 
-    monkeypatch.setattr(type(model), "decode", too_large)
-    with pytest.raises(LabellingError, match="lower --batch-tokens"):
-        Labeller(model, OPTIONS)([_utterance([1, 2, 3])])
+    def failing(decoder, view, options):
+        if view.batch > count:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        advance(decoder, view, options)
+
+    monkeypatch.setattr(slots, "advance", failing)
 
 
-def _utterance(ids):
-    from spear_fast.labelling.prepare import Utterance
+def test_an_utterance_that_does_not_fit_says_what_to_lower(tmp_path, tokens, monkeypatch):
+    without_memory_for_more_than(monkeypatch, 0)
+    with pytest.raises(LabellingError, match="lower --max-source-tokens, --max-length or --beam-size"):
+        label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
 
-    return Utterance(0, "a", np.array(ids), None)
+
+def test_out_of_memory_the_job_goes_on_with_fewer_and_says_so(tmp_path, tokens, monkeypatch):
+    label([tokens], tiny_model(), tmp_path / "whole", OPTIONS)
+    without_memory_for_more_than(monkeypatch, 2)
+    seen = Recorder()
+    assert label([tokens], tiny_model(), tmp_path / "out", OPTIONS, report=seen).rows == 47
+    assert ["going on with 2 utterances" in fields["message"] for fields in seen.of("warning")] == [True]
+    same = [(row["id"], row["target"]) for row in read_rows(tmp_path / "whole")]
+    assert [(row["id"], row["target"]) for row in read_rows(tmp_path / "out")] == same
+
+
+def test_an_error_while_decoding_stops_the_job_and_what_was_done_is_kept(tmp_path, tokens, monkeypatch):
+    from spear_fast.decoding import slots
+
+    label([tokens], tiny_model(), tmp_path / "whole", OPTIONS)
+    advance, calls = slots.advance, []
+
+    def failing(decoder, view, options):
+        calls.append(1)
+        if len(calls) == 40:
+            raise RuntimeError("the device is gone")
+        advance(decoder, view, options)
+
+    monkeypatch.setattr(slots, "advance", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
+    seen = Recorder()
+    label([tokens], tiny_model(), tmp_path / "out", OPTIONS, report=seen)
+    assert any(fields["restored"] for fields in seen.of("batch")) or len(seen.of("shard")) < 5
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+def test_labels_are_the_same_to_the_bit_whatever_else_is_labelled(tmp_path):
+    """Another order, other shards, other neighbours: the same labels and scores."""
+    rows = random_rows(40)
+    others = [{**row, "id": f"other{row['id']}"} for row in random_rows(25, seed=5)]
+    label([write_lines(tmp_path / "a.jsonl", rows)], tiny_model(), tmp_path / "a", OPTIONS)
+    mixed = [*others[:12], *reversed(rows), *others[12:]]
+    options = LabelOptions(max_length=12, rows_per_shard=17, batch_tokens=1024)
+    label([write_lines(tmp_path / "b.jsonl", mixed)], tiny_model(), tmp_path / "b", options)
+    one, two = ({row["id"]: row for row in read_rows(tmp_path / name)} for name in "ab")
+    assert len(one) == 40
+    assert len(two) == 65
+    assert one == {key: two[key] for key in one}
+
+
+def test_a_model_is_packed_once_a_job_and_places_are_filled_across_shards(tmp_path, tokens, monkeypatch):
+    from spear_fast.decoding import Decoder, Encoder, slots
+
+    packed, widths = [], []
+    for side in (Decoder, Encoder):
+        make = side.from_modules
+        monkeypatch.setattr(side, "from_modules", lambda *a, make=make, **k: packed.append(1) or make(*a, **k))
+    admit = slots.Slots.admit
+    monkeypatch.setattr(
+        slots.Slots, "admit", lambda self, *a: admit(self, *a) or widths.append((self.used, self.count))
+    )
+    label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
+    assert len(packed) == 2
+    # but for the very last ones a place is taken as soon as it is free, at the edges of the five shards too
+    assert all(used == count == 4 for used, count in widths)
 
 
 @pytest.mark.parametrize(

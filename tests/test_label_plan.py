@@ -1,14 +1,13 @@
-"""Shards and batches are functions of the rows and the options alone."""
+"""Shards, order and places are functions of the rows and the options alone."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spear_fast.labelling.plan import LEAST_ROW_TOKENS, WINDOW_ROWS, compose_batches, plan_shards
+from spear_fast.labelling.plan import WINDOW_ROWS, longest_first, places, plan_shards
 
 
 @settings(deadline=None)
@@ -39,23 +38,16 @@ def test_names_sort_in_order_and_carry_the_count():
 
 
 @settings(deadline=None)
-@given(lengths=st.lists(st.integers(1, 500), max_size=200), budget=st.integers(1, 5_000))
-def test_batches_hold_every_row_once_within_the_budget(lengths, budget):
-    batches = compose_batches(lengths, budget)
-    assert sorted(position for batch in batches for position in batch) == list(range(len(lengths)))
-    in_order = [lengths[position] for batch in batches for position in batch]
-    assert in_order == sorted(lengths, reverse=True)
-    for batch in batches:
-        padded = len(batch) * (max(lengths[position] for position in batch) + 1)
-        assert padded <= budget or len(batch) == 1
+@given(lengths=st.lists(st.integers(1, 500), max_size=200))
+def test_the_longest_go_first_and_equal_ones_keep_their_order(lengths):
+    order = longest_first(lengths)
+    assert sorted(order) == list(range(len(lengths)))
+    assert all(
+        lengths[one] > lengths[other] or (lengths[one] == lengths[other] and one < other)
+        for one, other in pairwise(order)
+    )
 
 
-def test_batches_are_filled():
-    assert [len(batch) for batch in compose_batches([127] * 10, 512)] == [4, 4, 2]
-    # rows of equal length keep their order
-    assert compose_batches([127] * 5, 256) == [[0, 1], [2, 3], [4]]
-
-
-@pytest.mark.parametrize("length", [1, LEAST_ROW_TOKENS - 1])
-def test_short_rows_cost_at_least_a_little(length):
-    assert len(compose_batches([length] * 1000, 10 * LEAST_ROW_TOKENS)[0]) == 10
+def test_places_follow_the_tokens_and_the_rows():
+    assert [places(tokens, 1000) for tokens in (1, 255, 256, 511, 512, 8192, 65536)] == [1, 1, 1, 1, 2, 32, 256]
+    assert [places(8192, rows) for rows in (0, 1, 20, 32, 33)] == [1, 1, 20, 32, 32]

@@ -6,6 +6,7 @@ result = decode(decoder, memory, memory_mask, DecodingOptions(beam_size=4))
 
 from __future__ import annotations
 
+from spear_fast.decoding.batch import decode_ids
 from spear_fast.decoding.budget import Plan
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.encoder import Encoder
@@ -14,4 +15,4 @@ from spear_fast.decoding.loop import decode
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult
 
-__all__ = ["Decoder", "DecodingOptions", "DecodingResult", "Encoder", "Engine", "Plan", "decode"]
+__all__ = ["Decoder", "DecodingOptions", "DecodingResult", "Encoder", "Engine", "Plan", "decode", "decode_ids"]

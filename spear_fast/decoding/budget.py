@@ -52,8 +52,7 @@ class Plan:
         not the wanted `slots`, fits into.
         """
         each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
-        if budget is None and decoder.device.type == "cuda":
-            budget = int(SHARE * torch.cuda.mem_get_info(decoder.device)[0])
+        budget = free_bytes(decoder.device) if budget is None else budget
         wanted = slots or DEFAULT_SLOTS.get(decoder.device.type, DEFAULT_SLOTS["cpu"])
         fitting = wanted if budget is None else min(wanted, budget // each)
         if fitting < (slots or 1):
@@ -62,6 +61,19 @@ class Plan:
                 f"{(slots or 1) * each:,} bytes, and the budget is {budget:,}; lower one of them or raise the budget."
             )
         return cls(fitting, beams, max_length, max_source, each)
+
+    @classmethod
+    def for_all(
+        cls, decoder: Decoder, count: int, *, beams: int, max_length: int, max_source: int, guided: bool = False
+    ) -> Plan:
+        """Returns the plan for `count` requests that are all there: a place for each, or as many as memory is free for.
+
+        At least one: few utterances become as long as they may.
+        """
+        each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
+        budget = free_bytes(decoder.device)
+        fitting = count if budget is None else min(count, budget // each)
+        return cls(max(1, fitting), beams, max_length, max_source, each)
 
     def halved(self) -> Plan:
         return replace(self, slots=max(1, self.slots // 2))
@@ -78,6 +90,11 @@ class Plan:
             guided=guided,
             fixed=fixed,
         )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the bytes of a device that buffers may take, None for no limit."""
+    return int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
 def slot_bytes(decoder: Decoder, *, beams: int, max_length: int, max_source: int, guided: bool = False) -> int:

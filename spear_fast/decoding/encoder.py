@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +90,9 @@ class Encoder:
         """
         count = len(ids)
         spare = rounded_rows(count) - count
-        if spare:
-            # rows that nobody reads, as utterances of their own
-            ids = F.pad(ids, (0, spare))
-            lengths = torch.cat((lengths, torch.full((spare // SPARE,), SPARE), torch.tensor([spare % SPARE])))
+        bounds, longest = packed_bounds(lengths, spare)
+        bounds, ids = bounds.to(ids.device), F.pad(ids, (0, spare))
         x = self.embedding[ids]
-        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        bounds[1:] = lengths.cumsum(0)
-        bounds, longest = bounds.to(ids.device), int(lengths.max())
         split = [self.heads, self.kv_heads, self.kv_heads]
         for layer in self.layers:
             projected = layer.query_key_value(unit(x)).unflatten(-1, (-1, self.head_dim))
@@ -107,6 +103,23 @@ class Encoder:
             x = layer.output(attended.flatten(1), x)
             x = layer.feed_forward(unit(x), x)
         return unit(x[:count]) * self.gamma
+
+    def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
+        lengths = torch.tensor([len(source) for source in sources])
+        ids = torch.cat(list(sources)).to(self.embedding.device)
+        return self(ids, lengths).split(lengths.tolist())
+
+
+def packed_bounds(lengths: Tensor, spare: int) -> tuple[Tensor, int]:
+    """Returns the cumulative lengths of sequences one behind the other, `[n + 1]` int32, and the longest length.
+
+    lengths: `[sequences]` int64, on the host. spare: rows behind them that nobody reads, as sequences of their own.
+    """
+    lengths = torch.cat((lengths, torch.full((spare // SPARE,), SPARE), torch.tensor([spare % SPARE])))
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds[1:] = lengths.cumsum(0)
+    return bounds, int(lengths.max())
 
 
 def _layer(attention: Any, feed_forward: Any, weights: Weights) -> EncoderLayer:

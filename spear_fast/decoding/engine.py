@@ -21,8 +21,8 @@ from torch import Tensor
 from spear_fast.decoding.budget import Plan
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.encoder import Encoder
-from spear_fast.decoding.loop import in_lockstep
 from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.refusal import is_memory, refusal
 from spear_fast.decoding.request import Ticket
 from spear_fast.decoding.result import DecodingResult
 from spear_fast.decoding.settings import new_seed
@@ -33,7 +33,8 @@ from spear_fast.decoding.slots import Slots
 class _Request:
     """A request on its way.
 
-    seed: of its draws. memory: what the encoder made of it, `[n, dim]`, until it has a place.
+    source: ids `[n]` int64 on the host, or what an encoder made of them, `[n, dim]`. seed: of its draws.
+    memory: `[n, dim]`, encoded, until it has a place.
     """
 
     ticket: Ticket
@@ -53,7 +54,8 @@ Outcomes = list[tuple[Ticket, DecodingResult | BaseException]]
 class Engine:
     """Decodes requests with one model, up to `plan.slots` at a time.
 
-    encoder, decoder: packed weights of the model's two sides; `TextToSemantic.engine` gives both.
+    encoder, decoder: packed weights of the model's two sides; `TextToSemantic.engine` gives both. Without an encoder it
+        takes sources that are encoded already.
     plan: sizes of the buffers, see `Plan`. encode_tokens: most source tokens that are encoded together.
     guided: whether requests may have a `cond_scale` above 1; each step then also decodes without the source.
     deterministic: the same bits for a request alone and in any company or order, by an engine of the same plan: sources
@@ -65,7 +67,7 @@ class Engine:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Encoder | None,
         decoder: Decoder,
         plan: Plan,
         *,
@@ -107,19 +109,23 @@ class Engine:
     ) -> Ticket:
         """Takes a request and returns its ticket at once. A request that cannot be served fails alone, in its ticket.
 
-        source: `[n]` integer ids, an end-of-sequence included where the model wants one. options: by default beam
-        search with the engine's beams. callback: called with the ticket when it is done.
+        source: `[n]` integer ids, an end-of-sequence included where the model wants one; or `[n, dim]` floating point,
+        a memory as the encoder gives it, which is not encoded again. options: by default beam search with the engine's
+        beams. callback: called with the ticket when it is done.
         """
         options = options or DecodingOptions(beam_size=self.plan.beams, max_length=self.plan.max_length)
-        wrong = self._refusal(source, options)
+        if isinstance(source, Tensor) and not is_memory(source):
+            # looked at here, and sent to the device together with others
+            source = source.cpu()
+        wrong = refusal(source, options, encoder=self.encoder, decoder=self.decoder, plan=self.plan, guided=self.guided)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed and takes no more requests; make another one.")
             ticket = Ticket(self, next(self._numbers), tag)
             if wrong is None:
-                ids = source.to(device=self.decoder.device, dtype=torch.int64)
-                request = _Request(ticket, ids, options, new_seed(options))
-                heapq.heappush(self._waiting, (-len(ids), ticket.number, request))
+                source = source if is_memory(source) else source.long()
+                request = _Request(ticket, source, options, new_seed(options))
+                heapq.heappush(self._waiting, (-len(source), ticket.number, request))
                 self._wake.notify_all()
         if callback is not None:
             ticket.add_done_callback(callback)  # type: ignore[arg-type]
@@ -136,7 +142,7 @@ class Engine:
     ) -> Iterator[Ticket]:
         """Yields the tickets of all sources as they are done; `ticket.number` counts the engine's requests in order.
 
-        sources: ids `[n]` each, alone or with options of its own; taken from the iterable as places come free.
+        sources: as `submit` takes them, alone or with options of their own; taken as places come free.
         ahead: how many wait at most; more of them make batches of more equal lengths.
         """
         ahead = 8 * self.plan.slots if ahead is None else ahead
@@ -282,12 +288,13 @@ class Engine:
                 length, _, request = heapq.heappop(self._waiting)
                 tokens -= length
                 self._moving.append(request)
-        if not self._moving:
-            return
-        lengths = torch.tensor([len(request.source) for request in self._moving])
-        memory = self.encoder(torch.cat([request.source for request in self._moving]), lengths)
-        for request, part in zip(self._moving, memory.split(lengths.tolist()), strict=True):
-            request.memory = part
+        raw = [request for request in self._moving if not is_memory(request.source)]
+        if raw and self.encoder is not None:
+            memories = self.encoder.encoded([request.source for request in raw])
+            for request, memory in zip(raw, memories, strict=True):
+                request.memory = memory
+        for request in self._moving:
+            request.memory = request.source if request.memory is None else request.memory
         with self._lock:
             self._encoded.extend(request for request in self._moving if not request.settled)
             self._moving = []
@@ -311,48 +318,3 @@ class Engine:
                 request.memory = None
                 heapq.heappush(self._waiting, (-len(request.source), request.ticket.number, request))
         return []
-
-    def _refusal(self, source: Tensor, options: DecodingOptions) -> Exception | None:
-        """Returns why a request cannot be served, or None."""
-        plan = self.plan
-        if (
-            not isinstance(source, Tensor)
-            or source.ndim != 1
-            or source.is_floating_point()
-            or source.dtype == torch.bool
-        ):
-            got = f"{source.dtype} {list(source.shape)}" if isinstance(source, Tensor) else type(source).__name__
-            return ValueError(f"source must be a tensor of integer ids [n], got {got}.")
-        if not 0 < len(source) <= plan.max_source:
-            return ValueError(
-                f"source must have 1 to {plan.max_source} ids, the engine's max_source, got {len(source)}; split it or "
-                "make an engine with a larger one."
-            )
-        low, high = (int(bound) for bound in torch.aminmax(source))
-        vocabulary = self.encoder.embedding.shape[0]
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            return ValueError(f"source ids must lie in 0..{vocabulary - 1}, got {wrong}; is it another model's?")
-        if options.hypotheses > plan.beams:
-            return ValueError(
-                f"a request may have up to {plan.beams} hypotheses, the engine's beams, got {options.hypotheses}; make "
-                "an engine with more."
-            )
-        if options.max_length > plan.max_length:
-            return ValueError(
-                f"max_length may be up to {plan.max_length}, the engine's, got {options.max_length}; make an engine "
-                "with a larger one."
-            )
-        if any(token >= self.decoder.vocab_size for token in options.prefix):
-            return ValueError(
-                f"prefix must hold ids in 0..{self.decoder.vocab_size - 1}, got {max(options.prefix)}; is it another "
-                "model's?"
-            )
-        if options.guided and not self.guided:
-            return ValueError("a request with cond_scale above 1 needs an engine made with guided=True.")
-        if in_lockstep(options):
-            return ValueError(
-                "the engine serves greedy decoding, sampling and the standard beam search; for speculative decoding or "
-                "the reference's search call decode()."
-            )
-        return None

@@ -1,16 +1,22 @@
-"""`decode`: from an encoded batch to its hypotheses."""
+"""`decode`: from an encoded batch to its hypotheses, by the engine or, where its rows go on together, in lockstep."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from spear_fast.decoding.decoder import Decoder
+from spear_fast.decoding.alignment import aligned
+from spear_fast.decoding.budget import Plan
+from spear_fast.decoding.decoder import Decoder, ProjectedMemory
+from spear_fast.decoding.encoder import Encoder
+from spear_fast.decoding.engine import Engine
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult, gather_result, join_results, joined
 from spear_fast.decoding.search import select_reference_beam
-from spear_fast.decoding.settings import new_seed
-from spear_fast.decoding.slots import Slots, interval
+from spear_fast.decoding.slots import interval
 from spear_fast.decoding.speculative import speculate
 from spear_fast.decoding.state import DecodeState, new_state
 from spear_fast.decoding.step import step
@@ -28,39 +34,61 @@ def decode(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: Decod
     with torch.inference_mode():
         if not memory.shape[0]:
             result = _nothing(decoder, options)
-        elif in_lockstep(options):
+        elif options.in_lockstep:
             limit = options.max_length + (options.gamma + 1 if options.method == "speculative" else 0)
             projected = decoder.project_memory(memory, memory_mask)
-            result = _run(decoder, new_state(decoder, projected, options, limit), options, limit)
+            # utterances that leave take their keys and values along
+            held = replace(projected, keys=list(projected.keys), values=list(projected.values))
+            result = _run(decoder, new_state(decoder, held, options, limit), options, limit)
+            if options.return_alignment:
+                result = _aligned(decoder, result, options, projected)
         else:
-            result = _served(decoder, memory, memory_mask, options)
+            result = serve(None, decoder, memory[memory_mask].split(memory_mask.sum(dim=-1).tolist()), options)
+        result = spread(result, memory_mask)
     # tensors of inference mode could not be written to by the caller
     return result.clone()
 
 
-def in_lockstep(options: DecodingOptions) -> bool:
-    """Returns whether the rows of a batch depend on each other, or go on by whole rounds: not for the engine."""
-    return options.method == "speculative" or (options.method == "beam" and options.beam_mode == "reference")
+def serve(
+    encoder: Encoder | None, decoder: Decoder, sources: Sequence[Tensor], options: DecodingOptions
+) -> DecodingResult:
+    """Returns the hypotheses of sources in order, on the decoder's device, by an engine made for them.
 
-
-def _served(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: DecodingOptions) -> DecodingResult:
-    """Decodes each row in a place of its own; a row that is done leaves at once."""
-    lengths = memory_mask.sum(dim=-1).tolist()
-    rows = range(len(lengths))
-    slots = Slots(
+    sources: at least one, each ids `[n]` or a memory `[n, dim]`; see `Engine.submit`. One that is done leaves at once.
+    """
+    plan = Plan.for_all(
         decoder,
-        count=len(rows),
+        len(sources),
         beams=options.hypotheses,
-        limit=options.max_length + 1,
-        source=max(1, *lengths),
+        max_length=options.max_length,
+        max_source=max(1, *map(len, sources)),
         guided=options.guided,
     )
-    slots.admit(rows, memory[memory_mask].split(lengths), [options] * len(rows), [new_seed(options) for _ in rows])
-    found: dict[int, DecodingResult] = {}
-    while slots.used:
-        slots.proceed()
-        found.update(slots.harvest())
-    return joined([found[row] for row in rows], decoder.pad_id).to(decoder.device)
+    with Engine(encoder, decoder, plan, guided=options.guided) as engine:
+        tickets = [engine.submit(source, options) for source in sources]
+        results = [ticket.result() for ticket in tickets]
+    return joined(results, decoder.pad_id).to(decoder.device)
+
+
+def spread(result: DecodingResult, mask: Tensor) -> DecodingResult:
+    """Returns the result with its alignment over the positions of a mask `[batch, length]`, holes and all."""
+    if result.alignment is None:
+        return result
+    wide = result.alignment.new_zeros(*result.alignment.shape[:3], mask.shape[1])
+    for row, (narrow, own) in enumerate(zip(result.alignment, mask, strict=True)):
+        wide[row][..., own] = narrow[..., : int(own.sum())]
+    return replace(result, alignment=wide)
+
+
+def _aligned(
+    decoder: Decoder, result: DecodingResult, options: DecodingOptions, memory: ProjectedMemory
+) -> DecodingResult:
+    rows = []
+    for row, length in enumerate(memory.lengths.tolist()):
+        keys, values = ([each[row : row + 1] for each in layers] for layers in (memory.keys, memory.values))
+        own = result.take(torch.tensor([row], device=decoder.device))
+        rows.append(aligned(decoder, own, options, keys, values, length))
+    return joined(rows, decoder.pad_id)
 
 
 def _run(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: int) -> DecodingResult:
@@ -97,7 +125,10 @@ def _run(decoder: Decoder, state: DecodeState, options: DecodingOptions, limit: 
 def _nothing(decoder: Decoder, options: DecodingOptions) -> DecodingResult:
     shape, device = (0, options.num_return_sequences), decoder.device
     whole, real = (torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
-    return DecodingResult(whole[..., None][..., :0], whole, whole.bool(), real, real, real[..., None][..., :0])
+    alignment = real[..., None, None][..., :0, :0] if options.return_alignment else None
+    return DecodingResult(
+        whole[..., None][..., :0], whole, whole.bool(), real, real, real[..., None][..., :0], alignment
+    )
 
 
 def _check(decoder: Decoder, memory: Tensor, mask: Tensor, options: DecodingOptions) -> None:

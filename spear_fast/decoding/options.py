@@ -13,8 +13,8 @@ from torch import Tensor
 Method = Literal["greedy", "sample", "beam", "speculative"]
 BeamMode = Literal["standard", "reference"]
 
-# what only the fused selection of a step knows
-_STANDARD_ONLY = ("repetition_penalty", "no_repeat_ngram_size", "prefix", "patience")
+# what the searches that go on in lockstep do not know
+_STANDARD_ONLY = ("repetition_penalty", "no_repeat_ngram_size", "prefix", "patience", "coverage_penalty")
 
 # ancestors are stored in one byte
 LARGEST_BEAM = 256
@@ -48,6 +48,9 @@ class DecodingOptions:
         tokens that came before; 1 is none. no_repeat_ngram_size: no n-gram of this size comes twice; 0 is no ban.
     prefix: ids that every hypothesis starts with; they cost nothing and count as generated tokens.
     patience: the search may end once `round(patience * beam_size)` hypotheses have (arXiv 2204.05424).
+    coverage_penalty: at the end `coverage_penalty * sum of log(min(1, attention received))` over the source positions
+        is added to the scores of all `beam_size` (or drawn) hypotheses, and they are ranked again (arXiv 1609.08144).
+    return_alignment: whether the result has an `alignment`; takes a pass over the hypotheses, and slows no step down.
     """
 
     method: Method = "beam"
@@ -70,6 +73,8 @@ class DecodingOptions:
     no_repeat_ngram_size: int = 0
     prefix: tuple[int, ...] = ()
     patience: float = 1.0
+    coverage_penalty: float = 0.0
+    return_alignment: bool = False
 
     def __post_init__(self) -> None:
         _check(self.method in get_args(Method), "method", "one of " + ", ".join(get_args(Method)), self.method)
@@ -94,6 +99,9 @@ class DecodingOptions:
         _check(_is_whole(self.no_repeat_ngram_size) and self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size",
                "a whole number of 0 or more", self.no_repeat_ngram_size)  # fmt: skip
         _check(_is_number(self.patience) and self.patience > 0, "patience", "above 0", self.patience)
+        _check(_is_number(self.coverage_penalty) and self.coverage_penalty >= 0, "coverage_penalty", "0 or more",
+               self.coverage_penalty)  # fmt: skip
+        _check(isinstance(self.return_alignment, bool), "return_alignment", "True or False", self.return_alignment)
         _check(isinstance(self.prefix, tuple) and all(_is_whole(token) and token >= 0 for token in self.prefix),
                "prefix", "a tuple of ids", self.prefix)  # fmt: skip
         _check(len(self.prefix) < self.max_length, "prefix", f"shorter than max_length {self.max_length}", self.prefix)
@@ -142,6 +150,16 @@ class DecodingOptions:
     @property
     def guided(self) -> bool:
         return self.cond_scale > 1
+
+    @property
+    def aligns(self) -> bool:
+        """Whether it is wanted where the hypotheses looked in their source."""
+        return self.return_alignment or self.coverage_penalty > 0
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether the rows of a batch depend on each other, or go on by whole rounds: not for the engine."""
+        return self.method == "speculative" or (self.method == "beam" and self.beam_mode == "reference")
 
 
 def _is_whole(value: Any) -> bool:

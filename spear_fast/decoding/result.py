@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ class DecodingResult:
     lengths: `[B, R]` int64, tokens without the end of sequence.
     finished: `[B, R]` bool, whether the end of sequence was produced; otherwise the length limit cut it.
     scores: `[B, R]` float32, what the ranking used: `sum_logprobs / length ** length_penalty`, where length counts the
-        end of sequence; in the reference's beam search the sum over all steps, those behind the end included.
+        end of sequence, plus the coverage penalty; in the reference's beam search the sum over all steps, those behind
+        the end included.
     sum_logprobs: `[B, R]` float32, over the tokens and the end of sequence.
     token_logprobs: `[B, R, T]` float32, 0 behind the end. In beam search at its temperature, else the model's own.
+    alignment: `[B, R, T, S]` float32, None unless `return_alignment` asked for it: the weights of the last
+        cross-attention over the S source positions with which each token was predicted, averaged over heads; 0 behind
+        the end and where the source is masked. What is missing to 1 went to the learned null position.
     """
 
     tokens: Tensor
@@ -34,18 +39,30 @@ class DecodingResult:
     scores: Tensor
     sum_logprobs: Tensor
     token_logprobs: Tensor
+    alignment: Tensor | None = None
 
     def take(self, index: Tensor) -> DecodingResult:
         """Returns the result of some utterances. index: `[b]` int64, or `[B]` bool."""
-        return DecodingResult(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return self._each(lambda tensor: tensor[index])
+
+    def ranked(self, order: Tensor, longest: int) -> DecodingResult:
+        """Returns the hypotheses `order` `[r]` int64 of each utterance, cut to `longest` tokens; without alignment."""
+        taken = replace(self, alignment=None)._each(lambda tensor: tensor[:, order])
+        return replace(taken, tokens=taken.tokens[..., :longest], token_logprobs=taken.token_logprobs[..., :longest])
 
     def to(self, device: torch.device | str) -> DecodingResult:
         """Returns the same on a device."""
-        return DecodingResult(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._each(lambda tensor: tensor.to(device))
 
     def clone(self) -> DecodingResult:
         """Returns a copy of every tensor; made outside of inference mode these are ordinary ones."""
-        return DecodingResult(**{field.name: getattr(self, field.name).clone() for field in fields(self)})
+        return self._each(torch.clone)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> DecodingResult:
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, tensor in tensors.items():
+            tensors[name] = None if tensor is None else function(tensor)
+        return DecodingResult(**tensors)
 
 
 def joined(results: Sequence[DecodingResult], pad_id: int) -> DecodingResult:
@@ -58,14 +75,17 @@ def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> Dec
     """Returns one result from those of disjoint sets of utterances, each with their places `[b]` int64 in the whole."""
     if len(parts) == 1:
         return parts[0][1]
-    longest = max(part.tokens.shape[-1] for _, part in parts)
     order = torch.cat([places for places, _ in parts]).argsort()
 
-    def join(name: str) -> Tensor:
+    def join(name: str) -> Any:
         values = [getattr(part, name) for _, part in parts]
-        if values[0].ndim == 3:
-            filling = pad_id if name == "tokens" else 0
-            values = [F.pad(value, (0, longest - value.shape[-1]), value=filling) for value in values]
+        if values[0] is None:
+            return None
+        filling = pad_id if name == "tokens" else 0
+        longest = [max(sizes) for sizes in zip(*(value.shape[2:] for value in values), strict=True)]
+        for i, value in enumerate(values):
+            missing = [most - size for most, size in zip(longest, value.shape[2:], strict=True)]
+            values[i] = F.pad(value, [side for count in reversed(missing) for side in (0, count)], value=filling)
         return torch.cat(values)[order]
 
     return DecodingResult(**{field.name: join(field.name) for field in fields(DecodingResult)})
@@ -81,9 +101,9 @@ def walked_back(
 ) -> DecodingResult:
     """Returns the hypotheses of one utterance, best first, from what `ops.beam_step` or `ops.sample_step` wrote.
 
-    row: `[K]` each. history: `[T, K]` each.
+    row: `[K]` each. history: `[T, K]` each. All of them where they are to be ranked again, else those asked for.
     """
-    count = options.num_return_sequences
+    count = options.hypotheses if options.coverage_penalty else options.num_return_sequences
     if options.method == "beam":
         scores = row["pool_scores"][:count]
         taken = scores > -np.inf

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spear_fast.decoding.alignment import aligned
 from spear_fast.decoding.decoder import Decoder, ProjectedMemory
 from spear_fast.decoding.linear import rounded_rows
 from spear_fast.decoding.options import DecodingOptions
@@ -250,7 +251,7 @@ class Slots:
         histories = {
             name: getattr(whole, name)[index, :steps].cpu().numpy() for name in ("tokens", "parents", "logprobs")
         }
-        return [
+        results = [
             walked_back(
                 {name: values[i] for name, values in rows.items()},
                 {name: values[i] for name, values in histories.items()},
@@ -260,3 +261,14 @@ class Slots:
             )
             for i, place in enumerate(places)
         ]
+        return [self._aligned(place, result) for place, result in zip(places, results, strict=True)]
+
+    def _aligned(self, place: int, result: DecodingResult) -> DecodingResult:
+        seat, memory = self.seats[place], self.all.memory
+        if not seat.options.aligns:
+            return result
+        keys, values = ([each[place : place + 1] for each in buffers] for buffers in (memory.keys, memory.values))
+        found = aligned(self.decoder, result, seat.options, keys, values, seat.source)
+        # tensors of inference mode could not be written to by the caller
+        with torch.inference_mode(False):
+            return found.clone()

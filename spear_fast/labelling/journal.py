@@ -1,4 +1,4 @@
-"""The batches of an unfinished shard, appended as they are decoded, so that a kill costs one batch and not a shard."""
+"""The labels of an unfinished shard, appended as they are made: a kill costs a few utterances and not a shard."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ def journal_path(out: Path, shard: Shard) -> Path:
 
 
 class Journal:
-    """Labels of whole batches, each found again by the ids and tokens of its utterances under one fingerprint.
+    """Labels of utterances, each found again by its id and tokens under one fingerprint.
 
-    A line that a kill or a full disk cut short is dropped with everything behind it: those batches are decoded again.
+    A line holds some of them. One that a kill or a full disk cut short is dropped with everything behind it: those
+    utterances are decoded again.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path = path
         self._fingerprint = fingerprint
-        self._batches: dict[str, list[Label]] = {}
+        self._labels: dict[str, Label] = {}
         self._descriptor = -1
 
-    def __enter__(self) -> Journal:
+    def open(self) -> None:
+        """Reads what an earlier run wrote, and goes on behind it. Raises LabellingError when that fails."""
         try:
             end = self._read(self.path.read_bytes() if self.path.exists() else b"")
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -41,42 +43,41 @@ class Journal:
             os.lseek(self._descriptor, end, os.SEEK_SET)
         except OSError as error:
             raise write_error(self.path, error) from error
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+        self._descriptor = -1
 
     def _read(self, content: bytes) -> int:
         """Returns where the last whole line ends."""
         end = 0
         for line in content.splitlines(keepends=True):
             try:
-                record = json.loads(line)
-                labels = [_label(entry) for entry in record["labels"]]
-            except (ValueError, KeyError, TypeError):
+                labels = {key: _label(entry) for key, entry in json.loads(line)["labels"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
                 break
             if not line.endswith(b"\n"):
                 break
-            self._batches[record["batch"]] = labels
+            self._labels.update(labels)
             end += len(line)
         return end
 
-    def key(self, batch: Sequence[Utterance]) -> str:
-        """Returns the name of a batch: nothing but its content and the job's fingerprint decides it."""
+    def _key(self, utterance: Utterance) -> str:
+        """Returns the name of an utterance: nothing but its content and the job's fingerprint decides it."""
         digest = hashlib.sha256(self._fingerprint.encode())
-        for utterance in batch:
-            digest.update(f"{len(utterance.id)}:{utterance.id}:{len(utterance.tokens)}:".encode())
-            digest.update(np.ascontiguousarray(utterance.tokens, dtype="<i8").tobytes())
+        digest.update(f"{len(utterance.id)}:{utterance.id}:{len(utterance.tokens)}:".encode())
+        digest.update(np.ascontiguousarray(utterance.tokens, dtype="<i8").tobytes())
         return digest.hexdigest()
 
-    def find(self, key: str) -> list[Label] | None:
-        """Returns the labels of a batch that was decoded before, or None."""
-        return self._batches.get(key)
+    def find(self, utterance: Utterance) -> Label | None:
+        """Returns the label of an utterance that was decoded before, or None."""
+        return self._labels.get(self._key(utterance)) if self._labels else None
 
-    def append(self, key: str, labels: Sequence[Label]) -> None:
-        """Writes a batch and syncs it. Raises LabellingError when that fails."""
-        line = json.dumps({"batch": key, "labels": [_record(label) for label in labels]}, separators=(",", ":"))
+    def append(self, labelled: Sequence[tuple[Utterance, Label]]) -> None:
+        """Writes the labels of some utterances and syncs them. Raises LabellingError when that fails."""
+        record = {"labels": {self._key(utterance): _record(label) for utterance, label in labelled}}
+        line = json.dumps(record, separators=(",", ":"))
         rest = memoryview(line.encode() + b"\n")
         try:
             while rest:

@@ -1,14 +1,14 @@
-"""Which rows go into which shard, and which rows are decoded together: functions of the input and the options alone."""
+"""Which rows go into which shard, in what order and how many together: functions of the input and the options alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# rows whose audio is tokenized, sorted and batched together; bounds memory when shards are large
+# rows whose audio is tokenized and sorted together; bounds memory when shards are large
 WINDOW_ROWS = 4096
-# decoding a row costs memory for its label too, so a very short source is not free
-LEAST_ROW_TOKENS = 64
+# source tokens of an ordinary utterance: 5 to 10 seconds
+PLACE_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,14 @@ def plan_shards(num_rows: int, num_shards: int | None, rows_per_shard: int) -> l
     return [Shard(index, count, edges[index], edges[index + 1]) for index in range(count)]
 
 
-def compose_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Returns the positions of `lengths` in batches, longest first, whose padded size stays within `batch_tokens`.
+def places(batch_tokens: int, rows: int) -> int:
+    """Returns how many utterances are decoded side by side in a job of `rows`; it decides how products round.
 
-    A row longer than the budget is a batch of its own. Rows of equal length keep their order.
+    batch_tokens: source tokens that are worked on together, taken as `PLACE_TOKENS` an utterance.
     """
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    batches: list[list[int]] = []
-    room = 0
-    for position in order:
-        if room == 0:
-            batches.append([])
-            # the first row is the longest; one more for the end-of-sequence
-            room = max(1, batch_tokens // max(lengths[position] + 1, LEAST_ROW_TOKENS))
-        batches[-1].append(position)
-        room -= 1
-    return batches
+    return max(1, min(batch_tokens // PLACE_TOKENS, rows))
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Returns the positions of `lengths` from the longest to the shortest; equal ones keep their order."""
+    return sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))

@@ -18,8 +18,8 @@ class Reporter(Protocol):
     """Takes the events of a job.
 
     "start" (rows, done, shards, shards_done, fingerprint) · "prepared" (rows, failed, audio_seconds, seconds) · "batch"
-    (rows, tokens, source_tokens, audio_seconds, seconds, restored) · "shard" (name, rows, failed) ·
-    "warning" (message) · "summary" (see `Summary`). "restored" batches were decoded by an earlier run.
+    (rows, tokens, source_tokens, audio_seconds, seconds, restored): some more utterances have labels · "shard" (name,
+    rows, failed) · "warning" (message) · "summary" (see `Summary`). "restored" ones were decoded by an earlier run.
     """
 
     def __call__(self, event: str, **fields: Any) -> None: ...

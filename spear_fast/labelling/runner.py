@@ -1,4 +1,4 @@
-"""The labelling job: for each shard that is not yet committed, prepare, batch, label, journal, commit."""
+"""The labelling job: prepare, label, journal and commit every shard that is not yet committed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from spear_fast.labelling.errors import Interrupted, LabellingError
 from spear_fast.labelling.files import FolderLock, make_folder
 from spear_fast.labelling.identity import job_identity, versions
-from spear_fast.labelling.journal import Journal, journal_path
-from spear_fast.labelling.labeller import Label, Labeller
+from spear_fast.labelling.labeller import Labeller
 from spear_fast.labelling.options import LabelOptions
-from spear_fast.labelling.plan import Shard, compose_batches, plan_shards
-from spear_fast.labelling.prepare import Preparer, Utterance, Window
+from spear_fast.labelling.plan import Shard, plan_shards
+from spear_fast.labelling.prepare import Preparer, Window
 from spear_fast.labelling.progress import Meter, Reporter, Silent
 from spear_fast.labelling.sources import open_sources
-from spear_fast.labelling.store import LabelStore, Row, Totals, label_schema
+from spear_fast.labelling.store import LabelStore, label_schema
+from spear_fast.labelling.stream import Stream
 from spear_fast.labelling.summary import Summary
-
-MANIFEST_SECONDS = 5.0
 
 
 def label(
@@ -46,7 +43,7 @@ def label(
     """Labels every utterance of `sources` into Parquet shards in `out`, going on where an earlier run stopped.
 
     sources: audio files or folders, manifests, token files. model: a `TextToSemantic`; it is moved to the options'
-    device and dtype. stop: when set, the job ends after the batch in progress. workers: threads that read and tokenize.
+    device and dtype. stop: when set, the job ends after the step in progress. workers: threads that read and tokenize.
     retry_failed: labels shards with failed rows again. about: facts that the manifest records with this run.
 
     Raises LabellingError for what the user can mend, Interrupted when `stop` was set.
@@ -54,7 +51,7 @@ def label(
     options = options or LabelOptions()
     out = Path(out)
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    if not hasattr(model, "encode") or not hasattr(model, "decode"):
+    if not hasattr(model, "engine"):
         raise LabellingError(
             f"model must be a TextToSemantic, got {type(model).__name__}; load one with spear_fast.load_model(path)."
         )
@@ -74,8 +71,8 @@ def label(
         stop = stop or threading.Event()
         preparer = Preparer(model, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
         windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
-        job = _Job(store, Labeller(model, options), options.batch_tokens, report or Silent(), stop)
-        return job.run(windows, retry_failed)
+        with closing(Labeller(model, options, len(listing))) as labeller:
+            return _Job(store, labeller, report or Silent(), stop).run(windows, retry_failed)
 
 
 def _move(model: Any, options: LabelOptions) -> None:
@@ -93,17 +90,12 @@ def _run_record(about: dict[str, Any] | None) -> dict[str, Any]:
 class _Job:
     """One run over the pending shards of a store."""
 
-    def __init__(
-        self, store: LabelStore, labeller: Labeller, batch_tokens: int, report: Reporter, stop: threading.Event
-    ) -> None:
+    def __init__(self, store: LabelStore, labeller: Labeller, report: Reporter, stop: threading.Event) -> None:
         self._store = store
-        self._labeller = labeller
-        self._batch_tokens = batch_tokens
+        self._stream = Stream(store, labeller, self._say)
         self._stop = stop
         self._meter = Meter()
         self._report = report
-        self._kept = 0
-        self._manifest_written = time.monotonic()
 
     def _say(self, event: str, **fields: Any) -> None:
         self._meter.take(event, fields)
@@ -126,9 +118,8 @@ class _Job:
             self._say("warning", message=f"{name} is damaged or of another job and is labelled again.")
         bounds = (window for shard in pending for window in shard.windows())
         try:
-            with closing(windows(bounds)) as prepared:  # type: ignore[type-var]
-                for shard in pending:
-                    self._label_shard(shard, prepared)
+            with closing(windows(bounds)) as prepared, closing(self._stream):  # type: ignore[type-var]
+                self._label(pending, prepared)
         except Interrupted as interrupted:
             self._store.finish()
             raise Interrupted(self._progress(rows)) from interrupted
@@ -141,66 +132,21 @@ class _Job:
         committed = self._store.committed.get(shard.index)
         return committed is None or (retry_failed and bool(committed.failures))
 
-    def _label_shard(self, shard: Shard, prepared: Iterator[Window]) -> None:
-        totals = Totals()
-        rows: list[tuple[int, Row]] = []
-        failures: list[dict[str, str]] = []
-        self._kept = 0
-        with Journal(journal_path(self._store.out, shard), self._store.fingerprint) as journal:
-            for _ in shard.windows():
-                self._check_stop()
-                window = next(prepared)
-                self._say(
-                    "prepared",
-                    rows=len(window.utterances),
-                    failed=len(window.failures),
-                    audio_seconds=window.audio_seconds,
-                    seconds=window.elapsed,
-                )
-                failures.extend(failure.as_record() for failure in window.failures)
-                for utterance, label in self._label_window(window.utterances, journal):
-                    rows.append((utterance.index, _row(utterance, label)))
-                    _count(totals, utterance, label)
-            totals.failed = len(failures)
-            rows.sort(key=lambda numbered: numbered[0])
-            self._store.commit(shard, [row for _, row in rows], failures, totals)
-        self._kept = 0
-        self._say("shard", name=shard.name, rows=len(rows), failed=len(failures))
-        if time.monotonic() - self._manifest_written >= MANIFEST_SECONDS:
-            self._store.write_manifest()
-            self._manifest_written = time.monotonic()
-
-    def _label_window(self, utterances: list[Utterance], journal: Journal) -> Iterator[tuple[Utterance, Label]]:
-        for positions in compose_batches([len(utterance.tokens) for utterance in utterances], self._batch_tokens):
-            self._check_stop()
-            batch = [utterances[position] for position in positions]
-            key = journal.key(batch)
-            labels, seconds = journal.find(key), 0.0
-            restored = labels is not None
-            if labels is None:
-                labels, seconds = self._labeller(batch)
-                journal.append(key, labels)
-            self._kept += len(batch)
-            self._say(
-                "batch",
-                rows=len(batch),
-                tokens=sum(label.generated for label in labels),
-                source_tokens=sum(len(utterance.tokens) for utterance in batch),
-                audio_seconds=sum(utterance.seconds or 0.0 for utterance in batch),
-                seconds=seconds,
-                restored=restored,
-            )
-            yield from zip(batch, labels, strict=True)
-
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise Interrupted("")
+    def _label(self, pending: list[Shard], prepared: Iterator[Window]) -> None:
+        try:
+            for _ in self._stream.run(pending, prepared):
+                if self._stop.is_set():
+                    raise Interrupted("")
+        except Interrupted:
+            self._stream.keep()
+            raise
 
     def _progress(self, rows: int) -> str:
         done = self._store.totals()
         committed = f"{len(self._store.committed)} of {len(self._store.shards)} shards are written"
-        kept = f", {self._kept} utterances of the next one are kept" if self._kept else ""
-        return f"{done.rows + done.failed + self._kept} of {rows} utterances are done: {committed}{kept}"
+        count = self._stream.kept
+        kept = f", {count} utterances of the next ones are kept" if count else ""
+        return f"{done.rows + done.failed + count} of {rows} utterances are done: {committed}{kept}"
 
     def _summary(self, seconds: float) -> Summary:
         totals = self._store.totals()
@@ -217,25 +163,3 @@ class _Job:
             rows_this_run=self._meter.rows,
             seconds=seconds,
         )
-
-
-def _row(utterance: Utterance, label: Label) -> Row:
-    return Row(
-        id=utterance.id,
-        source=utterance.tokens,
-        target=label.target,
-        text=label.text,
-        score=label.score,
-        mean_logprob=label.mean_logprob,
-        finished=label.finished,
-        flags=label.flags,
-    )
-
-
-def _count(totals: Totals, utterance: Utterance, label: Label) -> None:
-    totals.rows += 1
-    totals.source_tokens += len(utterance.tokens)
-    totals.target_tokens += len(label.target)
-    totals.unfinished += not label.finished
-    totals.audio_seconds += utterance.seconds or 0.0
-    totals.confidence += float(np.exp(label.mean_logprob))

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-NOTICE = "\nspear-fast: stopping after the batch in progress; press Ctrl-C again to stop at once\n"
+NOTICE = "\nspear-fast: stopping after the step in progress; press Ctrl-C again to stop at once\n"
 
 
 class StopSignal(threading.Event):
-    """Set by the first signal, so that the batch in progress is kept; the second one stops at once.
+    """Set by the first signal, so that everything finished is kept; the second one stops at once.
 
     signal: the signal that set it.
     """

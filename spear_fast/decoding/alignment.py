@@ -1,0 +1,106 @@
+"""Where hypotheses looked in their source: one pass of the decoder over what it found, and the penalty drawn from it.
+
+No step is slowed down by it: the pass is made once an utterance is done, all tokens at once, on the keys and values of
+its source that its place still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spear_fast import ops
+from spear_fast.decoding.decoder import Decoder
+from spear_fast.decoding.encoder import packed_bounds
+from spear_fast.decoding.linear import rounded_rows, unit
+from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.result import DecodingResult
+
+# weights of single heads that are held at once
+CHUNK = 1 << 24
+
+
+def aligned(
+    decoder: Decoder,
+    result: DecodingResult,
+    options: DecodingOptions,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    length: int,
+) -> DecodingResult:
+    """Returns the result of one utterance with its alignment, or ranked again under a coverage penalty, as asked for.
+
+    result: all hypotheses that are to be ranked. keys, values: cross-attention's of each layer, `[1, heads, source,
+    head_dim]`. length: source positions that are read.
+    """
+    ends = (result.lengths + result.finished)[0].tolist()
+    hypotheses = [tokens[:end] for tokens, end in zip(result.tokens[0], ends, strict=True)]
+    alignment = attended(decoder, hypotheses, keys, values, length).to(result.tokens.device)
+    if options.coverage_penalty:
+        scores = result.scores + (options.coverage_penalty * coverage(alignment)).to(result.scores)
+        # ascending, so that NaN comes last
+        order = (-scores[0]).argsort(stable=True)[: options.num_return_sequences]
+        longest = max(ends[place] for place in order.tolist())
+        alignment = alignment[order, :longest]
+        result = replace(result, scores=scores).ranked(order, longest)
+    return replace(result, alignment=alignment[None]) if options.return_alignment else result
+
+
+def attended(
+    decoder: Decoder, hypotheses: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], length: int
+) -> Tensor:
+    """Returns the weights of the last layer's cross-attention, averaged over heads, `[R, T, length]` float32.
+
+    Those with which each token was predicted, the source in view, also under guidance; the weight of the null position
+    is left out, so that they sum up to less than 1. Zeros behind the end of a hypothesis.
+
+    hypotheses: R of `[n]` int64 each, the end of sequence included. keys, values, length: see `aligned`.
+    """
+    widths = [len(tokens) for tokens in hypotheses]
+    count, device, heads = sum(widths), decoder.device, decoder.heads
+    out = torch.zeros(len(widths), max(widths), length, dtype=torch.float32, device=device)
+    if not count:
+        return out
+    start = torch.tensor([decoder.start_id])
+    inputs = torch.cat([torch.cat((start, tokens[:-1].cpu())) for tokens in hypotheses if len(tokens)])
+    spare = rounded_rows(count) - count
+    bounds, longest = packed_bounds(torch.tensor(widths), spare)
+    bounds, inputs = bounds.to(device), torch.cat((inputs, inputs.new_zeros(spare))).to(device)
+    split = [heads, decoder.kv_heads, decoder.kv_heads]
+    lengths = torch.tensor([length], device=device)
+    x = decoder.embedding[inputs]
+    for layer, key, value in zip(decoder.layers, keys, values, strict=True):
+        projected = layer.query_key_value(unit(x)).unflatten(-1, (-1, decoder.head_dim))
+        own_query, own_key, own_value = projected.split(split, dim=1)
+        own = ops.attention(
+            own_query, own_key, own_value, cu_query=bounds, cu_key=bounds, max_query=longest, max_key=longest,
+            freqs=layer.freqs, causal=True,
+        )  # fmt: skip
+        x = layer.self_output(own.flatten(1), x)
+        query = layer.cross_query(unit(x)).view(1, -1, heads, decoder.head_dim)
+        memory = key, value, layer.null_key, layer.null_value, lengths
+        if layer is decoder.layers[-1]:
+            break
+        seen = ops.decode_cross_attention(query, *memory)
+        x = layer.cross_output(seen.view(len(x), -1), x)
+        x = layer.feed_forward(unit(x), x)
+    parts = []
+    for some in query[:, :count].split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
+        weights = ops.decode_cross_attention(some.contiguous(), *memory, return_weights=True)[1]
+        precise = torch.promote_types(weights.dtype, torch.float32)
+        parts.append(weights[0, :, :, 1 : 1 + length].to(precise).mean(dim=1).float())
+    for i, part in enumerate(torch.cat(parts).split(widths)):
+        out[i, : len(part)] = part
+    return out
+
+
+def coverage(alignment: Tensor) -> Tensor:
+    """Returns `[R]` float64, `sum over source positions of log(min(1, attention received))` (arXiv 1609.08144, eq. 14).
+
+    alignment: `[R, T, S]`. What receives nothing counts as the smallest number there is.
+    """
+    received = alignment.double().sum(dim=1)
+    return received.clamp(min=torch.finfo(torch.float32).tiny, max=1).log().sum(dim=-1)

@@ -1,0 +1,215 @@
+"""`generate` and `decode` are clients of the engine: packed weights, no padding, sources encoded once or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_models import alone, engine_of, sources, tiny_model
+from test_engine import options_of, same
+
+from spear_fast import DecodingOptions
+from spear_fast.decoding import Encoder, Engine, Plan, batch, decode, slots
+from spear_fast.transformer import Transformer
+
+HOW = {
+    "greedy": dict(temperature=0.0),
+    "drawn": dict(),
+    "standard": dict(beam_search_decode=True, beam_mode="standard"),
+    "reference": dict(beam_search_decode=True),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def generated(model, ids, how: str, **changes):
+    common = dict(source_type="speech", target_type="text", max_length=10, return_result=True)
+    return model.generate(ids, **{**common, **HOW[how], **changes, "generator": torch.Generator().manual_seed(1)})
+
+
+def decoded(model, ids, how: str, mask=None):
+    """What `decode` makes of the memory that the modules give, padding and all."""
+    with torch.no_grad():
+        memory, mask, _ = model.encode(ids, source_type="speech", source_mask=mask)
+    method = {"greedy": "greedy", "drawn": "sample"}.get(how, "beam")
+    own = dict(beam_mode=how) if method == "beam" else {}
+    if how == "drawn":
+        from spear_fast.filters import top_k
+
+        own = dict(filter_logits=top_k, generator=torch.Generator().manual_seed(1))
+    return model.decode(memory, mask, target_type="text", options=DecodingOptions(method=method, max_length=10, **own))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_prefixes_are_encoded_packed_and_the_rest_by_the_modules(model, how, monkeypatch):
+    rows = sources(6, seed=3)
+    ids = padded(rows)
+    expected = decoded(model, ids, how)
+    encoded, through = [], []
+    encode = Encoder.__call__
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, ids, lengths: encoded.append(lengths) or encode(self, ids, lengths)
+    )
+    forward = Transformer.forward
+
+    def watched(self, x, *arguments, **others):
+        if self is model.source_transformer:
+            through.append(x.shape[0])
+        return forward(self, x, *arguments, **others)
+
+    monkeypatch.setattr(Transformer, "forward", watched)
+    same(generated(model, ids, how), expected)
+    assert not through
+    # every id and end of sequence once, no pad
+    assert sum(int(lengths.sum()) for lengths in encoded) == sum(len(row) + 1 for row in rows)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    mask[2, 0] = mask[4, 0] = False
+    expected = decoded(model, ids, how, mask)
+    through.clear()
+    same(generated(model, ids, how, source_mask=mask), expected)
+    assert through == [2]
+
+
+class Adapter(torch.nn.Module):
+    """Something in a linear's place, with the weights of the linear and more."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return self.linear(x) - 0.3 * x[..., : self.linear.out_features]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_modules_that_were_replaced_or_are_watched_encode_by_themselves(how):
+    model, ids = tiny_model(), padded(sources(5, seed=8))
+    attention = model.source_transformer.layers[0][0]
+    attention.to_q[0] = Adapter(attention.to_q[0])
+    changed = generated(model, ids, how)
+    same(changed, decoded(model, ids, how))
+    attention.to_q[0] = attention.to_q[0].linear
+    assert not torch.equal(generated(model, ids, how).scores, changed.scores)
+    seen = []
+    hook = attention.to_out.register_forward_hook(lambda *given: seen.append(1))
+    generated(model, ids, how)
+    hook.remove()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_many_ids_are_encoded_in_groups(model, how, monkeypatch):
+    ids = padded(sources(9, seed=4))
+    whole, groups = generated(model, ids, how), []
+    encode = Encoder.__call__
+    monkeypatch.setattr(
+        Encoder, "__call__", lambda self, ids, lengths: groups.append(len(ids)) or encode(self, ids, lengths)
+    )
+    monkeypatch.setattr(batch, "ENCODE_TOKENS", 40)
+    same(generated(model, ids, how), whole)
+    if how == "reference":
+        assert len(groups) > 2
+        assert max(groups) <= 40
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_results_of_generate_can_be_written_to(model, how):
+    result = generated(model, padded(sources(3)), how)
+    result.tokens[0] = 0
+    assert not result.scores.is_inference()
+
+
+def test_out_of_memory_generate_goes_on_with_fewer_rows_at_a_time(model, monkeypatch):
+    ids = padded(sources(9, seed=5))
+    whole, advance = generated(model, ids, "standard"), slots.advance
+
+    def failing(decoder, view, options):
+        if view.batch > 2:
+            raise torch.OutOfMemoryError("no memory")
+        advance(decoder, view, options)
+
+    monkeypatch.setattr(slots, "advance", failing)
+    same(generated(model, ids, "standard"), whole)
+
+
+def test_ids_and_memories_share_an_engine(model):
+    asked, expected = [], []
+    for i, source in enumerate(sources(24, seed=6)):
+        with torch.no_grad():
+            memory = model.source_transformer(model.token_emb["speech"](source)[None])[0]
+        # without any position a memory is the blind branch
+        memory = memory[:0] if i % 6 == 5 else memory
+        asked.append((memory if i % 3 == 2 else source, options_of(i)))
+        mask = torch.ones(1, len(memory), dtype=torch.bool)
+        expected.append(model.decode(memory[None], mask, target_type="text", options=options_of(i)))
+    with engine_of(model, slots=4, beams=4, max_length=12) as engine:
+        for ticket in engine.run(asked):
+            same(ticket.result(), expected[ticket.number])
+
+
+def test_a_memory_is_kept_when_memory_runs_out(model, monkeypatch):
+    advance, (source,) = slots.advance, sources(1, seed=7)
+    with torch.no_grad():
+        memory = model.source_transformer(model.token_emb["speech"](source)[None])[0]
+    calls = []
+
+    def failing(decoder, view, options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        advance(decoder, view, options)
+
+    options = DecodingOptions(beam_size=2, max_length=8)
+    expected = alone(model, source, options)
+    monkeypatch.setattr(slots, "advance", failing)
+    plan = Plan.of(model.decoder("text"), slots=2, beams=2, max_length=8, max_source=30)
+    with Engine(None, model.decoder("text"), plan) as engine:
+        same(engine.submit(memory, options).result(), expected)
+        assert engine.plan.slots == 1
+
+
+def test_wrong_memories_are_refused(model):
+    plan = Plan.of(model.decoder("text"), slots=2, beams=4, max_length=8, max_source=30)
+    options = DecodingOptions(max_length=8)
+    with Engine(None, model.decoder("text"), plan) as engine:
+        for source, said in (
+            (torch.randn(4, 31), r"a memory must be \[n, 32\] on cpu, got \[4, 31\] on cpu"),
+            (torch.randn(31, 32), "a memory may have up to 30 positions"),
+            (torch.randn(4), r"integer ids \[n\], or a memory \[n, dim\]"),
+            (torch.tensor([1, 2]), "ids need an engine with an encoder"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                engine.submit(source, options).result()
+
+
+def test_a_plan_for_all_has_a_place_for_each(model, monkeypatch):
+    from spear_fast.decoding import budget
+
+    sizes = dict(beams=4, max_length=12, max_source=30)
+    decoder = model.decoder("text")
+    assert Plan.for_all(decoder, 3000, **sizes).slots == 3000
+    each = Plan.for_all(decoder, 1, **sizes).slot_bytes
+    for room, places in ((3 * each, 3), (each - 1, 1)):
+        monkeypatch.setattr(budget, "free_bytes", lambda device, room=room: room)
+        assert Plan.for_all(decoder, 8, **sizes).slots == places
+
+
+def test_decode_serves_each_row_as_alone(model):
+    memory = torch.randn(5, 9, 32)
+    mask = torch.rand(5, 9) < 0.6
+    mask[1] = False
+    options = DecodingOptions(beam_size=3, max_length=10, num_return_sequences=2)
+    together = decode(model.decoder("text"), memory, mask, options)
+    for row in range(5):
+        own = memory[row, mask[row]][None]
+        one = decode(model.decoder("text"), own, torch.ones(own.shape[:2], dtype=torch.bool), options)
+        width = one.tokens.shape[-1]
+        assert one.tokens.tolist() == together.tokens[row : row + 1, :, :width].tolist()
+        torch.testing.assert_close(one.scores, together.scores[row : row + 1], rtol=1e-4, atol=1e-4)
