@@ -125,7 +125,7 @@ class Decoder:
         self.pad_id = pad_id
         self.embedding = torch.cat((token_embedding.detach(), start_token.detach()[None]))
         self.start_id = self.vocab_size
-        self.layers = [_layer(*parts, weights=weights) for parts in map(tuple, target_transformer.layers)]
+        self.layers = [_layer(own, cross, last, weights) for own, cross, last in target_transformer.layers]
         projections = [layer[1].to_kv[0].weight for layer in target_transformer.layers]
         self.memory_key_value = Linear(torch.cat(projections).detach(), weights=weights)
         self.logits = Linear(folded(token_embedding, target_transformer.final_norm), weights=weights)
