@@ -3,8 +3,10 @@
     python -m benchmarks generate --cases b8-beam4 b32-beam4 --peers --rounds 3 --threads 2
 
 First the gate: in float32 ours must give the reference's tokens, for the whole batch where it is small, else for its
-first utterances; where the reference package is not installed, those of the plain-torch ops. Then all run in turn.
-Tokens are those of the returned hypothesis; encoding the source is inside the time.
+first utterances; where the reference package is not installed, those of the plain-torch ops; and the engine those of
+the standard search. Then all run in turn. Tokens are those of the returned hypothesis; encoding the source is inside
+the time. Nobody ends early: a text is as long as its case says. Where texts differ in length, ours end by a limit of
+their own, in the engine one by one and in the others as a batch, and CTranslate2's by an end of sequence at that place.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import rows as rowfile
-from benchmarks.cases import CASES, REFERENCE, STANDARD, Case
+from benchmarks.cases import CASES, ENGINE, REFERENCE, STANDARD, Case
 from benchmarks.machine import DTYPES, environment, limits, results_file
 from benchmarks.memory import peak_of_generation
 from benchmarks.operations.case import SETS
@@ -27,8 +30,8 @@ from benchmarks.variants import Generation
 from spear_fast import ops
 from spear_fast.ops import providers as table_of_providers
 
-# utterances that the gate looks at where the batch is larger
-CHECKED = 2
+# utterances that the gate looks at where the batch is larger: beside the reference, and of the engine
+CHECKED, CHECKED_OF_ENGINE = 2, 8
 DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
 
 
@@ -45,9 +48,9 @@ def providers(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def equal_tokens(case: Case, device: torch.device) -> float:
-    """Returns the share of tokens, in float32, that are those of the reference or else of the plain-torch ops."""
-    generation = Generation(case, device)
+def equal_tokens(generation: Generation) -> float:
+    """Returns the share of tokens that are those of the reference or else of the plain-torch ops."""
+    case = generation.case
     rows = list(range(case.batch if case.batch <= 8 and REFERENCE in case.peers else CHECKED))[: case.batch]
     ours = generation.generate(generation.ours, rows)
     if generation.reference is not None:
@@ -55,6 +58,22 @@ def equal_tokens(case: Case, device: torch.device) -> float:
     else:
         with ops.forced("*=reference"):
             theirs = generation.generate(generation.ours, rows)
+    return _equal(ours, theirs)
+
+
+def equal_in_engine(generation: Generation) -> float:
+    """Returns the share of the engine's tokens that are those of the standard search, each utterance on its own.
+
+    Where utterances differ in length the engine has half the places, so that others' places are taken.
+    """
+    rows = list(range(generation.case.batch))[:CHECKED_OF_ENGINE]
+    slots = -(-len(rows) // 2) if generation.case.ends else len(rows)
+    both = zip(generation.by_engine(rows, slots)(), generation.standard(rows), strict=True)
+    equal = [_equal(ours, theirs) for ours, theirs in both]
+    return sum(equal) / len(equal)
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> float:
     return float((theirs == ours).float().mean()) if theirs.shape == ours.shape else 0.0
 
 
@@ -65,9 +84,11 @@ def measure(
 
     Raises RuntimeError when the tokens are not those that they must be.
     """
-    equal = equal_tokens(case, device)
-    if equal < 1:
-        raise RuntimeError(f"{case.name}: {equal:.2%} of the tokens are right, wanted all; nothing was timed.")
+    generation = Generation(case, device)
+    equal = {"generate": equal_tokens(generation), "engine": equal_in_engine(generation)}
+    if min(equal.values()) < 1:
+        shares = ", ".join(f"{share:.2%} by {name}" for name, share in equal.items())
+        raise RuntimeError(f"{case.name}: of the tokens are right {shares}, wanted all; nothing was timed.")
     generation = Generation(case, device, dtype)
     variants = generation.own()
     others, missing = generation.peers(case.peers if peers else [each for each in case.peers if each == REFERENCE])
@@ -97,7 +118,7 @@ def measure(
             "bound": bound,
             "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
             "limit": {key: round(value, 1) for key, value in machine.items()},
-            "equal_tokens": equal,
+            "equal_tokens": equal["engine" if name == ENGINE else "generate"],
             "providers": chosen,
             "shape": case.shape(),
             **environment(device),
@@ -109,20 +130,21 @@ def measure(
             for ratios in [[a / b for a, b in zip(seconds[peer], times, strict=True)]]
         }
         wanted = {peer: times for peer, times in case.wanted.items() if peer in row["times"]}
-        if wanted and name not in others:
+        # in batches of mixed lengths, utterances go on until the last one's end: the engine is what is aimed with
+        if wanted and name not in others and (name == ENGINE or not case.ends):
             row |= {"wanted": wanted, "reached": all(row["times"][peer]["p50"] >= wanted[peer] for peer in wanted)}
         rows.append(rowfile.finished(row))
     return rows, [f"{case.name}: {reason}" for reason in missing]
 
 
-def measure_memory(case: Case, device: torch.device, dtype: torch.dtype) -> rowfile.Row:
+def measure_memory(case: Case, variant: str, device: torch.device, dtype: torch.dtype) -> rowfile.Row:
     """Returns a row with the most bytes that a beam search of a case held, and those that it must hold."""
-    peak, needed = peak_of_generation(case, STANDARD, device, dtype), case.memory(torch.finfo(dtype).bits // 8)
+    peak, needed = peak_of_generation(case, variant, device, dtype), case.memory(torch.finfo(dtype).bits // 8)
     row = {
         "benchmark": "generate memory",
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "variant": STANDARD,
+        "variant": variant,
         "peak_bytes": peak,
         "needed_bytes": needed,
         "times_needed": round(peak / needed, 3),
@@ -186,9 +208,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
         if chosen.memory:
-            row = measure_memory(case, device, dtype)
-            rowfile.append(out, [row])
-            print(f"{case.name}: {row['peak_bytes'] / 1e6:.0f} MB, {row['times_needed']:.2f} times what it must hold")
+            for variant in (ENGINE, STANDARD) if case.beam > 1 else (ENGINE,):
+                row = measure_memory(case, variant, device, dtype)
+                rowfile.append(out, [row])
+                held = f"{row['peak_bytes'] / 1e6:.0f} MB, {row['times_needed']:.2f} times what must be held"
+                print(f"{case.name}, {variant}: {held}", flush=True)
             continue
         rows, missing = measure(
             case, chosen.rounds, device=device, dtype=dtype, peers=chosen.peers, quick="tiny" in case.sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import t5
-from benchmarks.cases import CTRANSLATE2, CTRANSLATE2_INT8, OURS, REFERENCE, STANDARD, TRANSFORMERS, Case
+from benchmarks.cases import CTRANSLATE2, CTRANSLATE2_INT8, ENGINE, OURS, REFERENCE, STANDARD, TRANSFORMERS, Case
 from benchmarks.peers import pair
+from spear_fast.decoding import DecodingOptions
 
 Variants = dict[str, Callable[[], Any]]
 
@@ -66,10 +68,48 @@ class Generation:
         def decode(**options: Any) -> list[Tensor]:
             return [self.generate(self.ours, rows, **options) for rows in batches]
 
-        found: Variants = {OURS: decode}
+        found: Variants = {OURS: decode, ENGINE: self.by_engine()}
         if self.case.beam > 1:
             found[STANDARD] = lambda: decode(beam_mode="standard")
         return found
+
+    def standard(self, rows: Sequence[int]) -> list[Tensor]:
+        """Returns the ids `[n]` of some of the utterances, each until its own end, by the standard search."""
+        options = {"beam_mode": "standard"} if self.case.beam > 1 else {}
+        batches = [[row] for row in rows] if self.case.ends else [list(rows)]
+        return [tokens for batch in batches for tokens in self.generate(self.ours, batch, **options)]
+
+    def by_engine(self, rows: Sequence[int] | None = None, slots: int | None = None) -> Callable[[], list[Tensor]]:
+        """Returns what decodes utterances, each until its own end, by one engine that is made at the first call.
+
+        rows: all where left out. slots: decoded at the same time, of mixed utterances as many as the case says, else
+        all. Its result: `[n]` int64 ids of each, in the order of rows.
+        """
+        rows = range(self.case.batch) if rows is None else rows
+        slots = min(len(rows), slots or (self.case.slots if self.case.ends else self.case.batch))
+
+        @functools.cache
+        def engine() -> Any:
+            longest = max(len(self.sources[row]) for row in rows)
+            return self.ours.engine(
+                slots=slots,
+                beams=self.case.beam,
+                max_length=max(self.texts[row] for row in rows),
+                max_source=longest,
+            )
+
+        def requests() -> list[tuple[Tensor, DecodingOptions]]:
+            search: dict[str, Any] = {"method": "beam", "beam_size": self.case.beam}
+            if self.case.beam == 1:
+                search = {"method": "greedy"}
+            return [(self.sources[row], DecodingOptions(**search, max_length=self.texts[row])) for row in rows]
+
+        def decode() -> list[Tensor]:
+            # everything is known at once: the engine may sort it all
+            tickets = sorted(engine().run(requests(), ahead=len(rows)), key=lambda ticket: ticket.number)
+            return [ticket.result().tokens[0, 0] for ticket in tickets]
+
+        return decode
 
     def peers(self, names: Sequence[str]) -> tuple[Variants, list[str]]:
         """Returns what can run here of the peers, and why the others cannot."""

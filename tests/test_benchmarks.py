@@ -9,8 +9,7 @@ import pytest
 import torch
 from ops_matrix import device_of
 
-from benchmarks import compare, gpu, op, plots, readme, rows, t5
-from benchmarks.cases import CASES, Case
+from benchmarks import compare, gpu, op, plots, readme, rows
 from benchmarks.checked import Gate, computed
 from benchmarks.machine import CPU
 from benchmarks.operations import all_cases, chosen_cases
@@ -198,51 +197,12 @@ def test_tables_are_of_devices_with_rows_and_name_what_was_missed(tmp_path):
         readme.written("no markers", tmp_path)
 
 
-def test_generation_counts_what_each_piece_of_work_takes():
-    """One layer, one number of everything: what a person counts by hand."""
-    case = Case("", dim=6, source_layers=1, target_layers=1, heads=1, kv_heads=1, head_dim=1, vocabulary=1, batch=1,
-                source=2, tokens=1, beam=1)  # fmt: skip
-    inner = 16
-    encoder = 4 * 6 + 3 * 6 * inner
-    decoder = 6 * 3 + 3 * 6 + 3 * 6 * inner + 6
-    attended = 4 * 2 * 2 + 4 * (2 + 1) + 4 * 1
-    assert case.flops() == 2 * 2 * encoder + 4 * 2 * 6 + 2 * decoder + attended
-    assert case.bytes() == 4 * (decoder + 3 * 2 + 2)
-    mixed = CASES["b256-mixed"]
-    lengths, texts = mixed.drawn()
-    assert 50 <= min(lengths) < 60
-    assert 490 < max(lengths) <= 500
-    assert (min(texts), max(texts)) == (10, 120)
-
-
-def test_generation_is_measured_beside_the_reference(tmp_path):
-    assert (
-        cli.main(["bench", "generate", "--set", "tiny", "--cases", "tiny", "--rounds", "1", "--out", str(tmp_path)])
-        == 0
-    )
-    (file,) = tmp_path.glob("*.jsonl")
-    found = {row["variant"]: row for row in rows.read(file)}
-    assert set(found) == {"reference", "spear_fast", "spear_fast standard"}
-    assert found["reference"]["times"]["reference"]["p50"] == 1
-    assert all(row["equal_tokens"] == 1 for row in found.values())
-
-
 def test_training_is_measured_beside_the_reference(tmp_path):
     assert cli.main(["bench", "train", "--set", "tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.jsonl")
     found = {row["variant"]: row for row in rows.read(file)}
     assert set(found) == {"reference", "spear_fast"}
     assert 0 < found["spear_fast"]["error_of_allowed"] <= 1
-
-
-@pytest.mark.slow
-def test_the_counting_t5_ends_where_its_source_asks():
-    pytest.importorskip("ctranslate2")
-    pytest.importorskip("transformers")
-    case = CASES["tiny-mixed"]
-    ends = list(range(case.ends[0], case.ends[1] + 1))
-    decode = t5.by_ctranslate2(case, t5.t5(case), t5.asking(case, ends, [3] * len(ends)), "float32", "cpu")
-    assert decode() == ends
 
 
 def test_stages_are_cut_off_and_the_next_one_runs(tmp_path):
