@@ -24,28 +24,22 @@ from benchmarks import rows as rowfile
 from benchmarks.cases import CASES, ENGINE, REFERENCE, STANDARD, Case
 from benchmarks.machine import DTYPES, environment, limits, results_file
 from benchmarks.memory import peak_of_generation
+from benchmarks.op import chosen_by_itself
 from benchmarks.operations.case import SETS
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import Generation
 from spear_fast import ops
-from spear_fast.ops import providers as table_of_providers
+from spear_fast.ops.providers import Inputs
 
 # utterances that the gate looks at where the batch is larger: beside the reference, and of the engine
 CHECKED, CHECKED_OF_ENGINE = 2, 8
 DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
 
 
-def providers(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def providers(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
     """Returns which provider each decoding op uses on this machine."""
-    inputs = table_of_providers.Inputs(device, dtype, 64)
-    return {
-        op: next(
-            name
-            for name in table_of_providers.names(op)
-            if table_of_providers.get(op, name).function is table_of_providers.choose(op, inputs)
-        )
-        for op in DECODING
-    }
+    inputs = Inputs(device, dtype, head_dim)
+    return {op: chosen_by_itself(op, inputs) for op in DECODING}
 
 
 def equal_tokens(generation: Generation) -> float:
@@ -102,7 +96,7 @@ def measure(
     flops, read = case.flops(), case.bytes(size)
     floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
     bound = max(floors, key=lambda name: floors[name])
-    chosen, rows = providers(device, dtype), []
+    chosen, rows = providers(device, dtype, case.head_dim), []
     for name, times in seconds.items():
         spread = quantiles(times)
         row: dict[str, Any] = {

@@ -65,7 +65,9 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
     device, dtype = settings.device, settings.dtype
     arguments = case.inputs(dtype, device)
     gate = Gate.of(case, arguments)
-    candidates = [*_providers(case, settings, arguments), *(_baselines(case) if settings.baselines else ())]
+    inputs = providers.Inputs(device, dtype, arguments[0].shape[-1], case.options(arguments))
+    automatic = chosen_by_itself(case.op, inputs)
+    candidates = [*_providers(case, settings, inputs), *(_baselines(case) if settings.baselines else ())]
     candidates = [each for each in candidates if _check(case, gate, each, arguments)]
     able = [candidate for candidate in candidates if candidate.refused is None]
     del gate
@@ -75,19 +77,23 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
         variants = [_variant(case, candidate, copies) for candidate in able]
         found = sampled(variants, device, settings.seconds, (2, 2) if settings.quick else (5, 100))
         clocks = {variant.name: variant.clock for variant in variants}
-        rows += _rows(case, settings, cache, able, found, clocks)
+        rows += _rows(case, settings, cache, able, automatic, found, clocks)
         del copies, variants
     return rows, [f"{case.title}: {each.name}: {each.refused}" for each in candidates if each.refused]
 
 
-def _providers(case: OpCase, settings: Settings, arguments: Sequence[Any]) -> Iterator[Candidate]:
-    size = arguments[0].shape[-1]
-    depends = case.options(arguments)
+def chosen_by_itself(op: str, inputs: providers.Inputs) -> str:
+    """Returns the provider that computes an op for such inputs where nobody forces one."""
+    with providers.forced(""):
+        function = providers.choose(op, inputs)
+    return next(name for name in providers.names(op) if providers.get(op, name).function is function)
+
+
+def _providers(case: OpCase, settings: Settings, inputs: providers.Inputs) -> Iterator[Candidate]:
     for name in providers.names(case.op):
         if settings.providers and name not in settings.providers:
             continue
-        refusal = providers.get(case.op, name).refusal(providers.Inputs(settings.device, settings.dtype, size, depends))
-        yield Candidate(name, True, refused=refusal)
+        yield Candidate(name, True, refused=providers.get(case.op, name).refusal(inputs))
 
 
 def _baselines(case: OpCase) -> Iterator[Candidate]:
@@ -154,6 +160,7 @@ def _rows(
     settings: Settings,
     cache: str,
     candidates: Sequence[Candidate],
+    automatic: str,
     found: dict[str, list[float]],
     clocks: dict[str, str],
 ) -> list[rowfile.Row]:
@@ -165,7 +172,6 @@ def _rows(
     bound = max(floors, key=lambda name: floors[name])
     rivals = [name for name in case.against if name in found]
     rival = min(rivals, key=lambda name: quantile(found[name], 0.5)) if rivals else None
-    automatic = next((each.name for each in candidates if each.provider), None)
     rows = []
     for candidate in candidates:
         spread = quantiles(found[candidate.name])
@@ -178,7 +184,7 @@ def _rows(
             "cache": cache,
             "variant": candidate.name,
             "kind": "provider" if candidate.provider else "baseline",
-            "automatic": candidate.name == automatic and not settings.providers,
+            "automatic": candidate.provider and candidate.name == automatic,
             "clock": clocks[candidate.name],
             "samples": len(found[candidate.name]),
             **{name: float(f"{value:.4g}") for name, value in spread.items()},
