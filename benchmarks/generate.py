@@ -22,12 +22,12 @@ from torch import Tensor
 
 from benchmarks import rows as rowfile
 from benchmarks.cases import CASES, ENGINE, REFERENCE, STANDARD, Case
-from benchmarks.machine import DTYPES, environment, limits, results_file
+from benchmarks.machine import DTYPES, environment, limits, results_file, version
 from benchmarks.memory import peak_of_generation
 from benchmarks.op import chosen_by_itself
 from benchmarks.operations.case import SETS
 from benchmarks.timing import interleaved, quantiles
-from benchmarks.variants import Generation
+from benchmarks.variants import DISTRIBUTIONS, Generation
 from spear_fast import ops
 from spear_fast.ops.providers import Inputs
 
@@ -92,6 +92,7 @@ def measure(
             decode()
         machine = limits(device, dtype, quick=quick)
         seconds = interleaved(variants, rounds)
+    versions = {name: version(name) for name in sorted({DISTRIBUTIONS[peer] for peer in others})}
     tokens, size = sum(generation.texts), torch.finfo(dtype).bits // 8
     flops, read = case.flops(), case.bytes(size)
     floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
@@ -114,6 +115,7 @@ def measure(
             "limit": {key: round(value, 1) for key, value in machine.items()},
             "equal_tokens": equal["engine" if name == ENGINE else "generate"],
             "providers": chosen,
+            "versions": versions,
             "shape": case.shape(),
             **environment(device),
         }

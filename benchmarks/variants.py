@@ -16,6 +16,14 @@ from spear_fast.decoding import DecodingOptions
 
 Variants = dict[str, Callable[[], Any]]
 
+# what each peer is installed as
+DISTRIBUTIONS = {
+    REFERENCE: "spear-tts-pytorch",
+    CTRANSLATE2: "ctranslate2",
+    CTRANSLATE2_INT8: "ctranslate2",
+    TRANSFORMERS: "transformers",
+}
+
 
 class Generation:
     """A case's models and sources on a device.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops_matrix import device_of
 
-from benchmarks import compare, gpu, op, plots, readme, rows
+from benchmarks import compare, gpu, op, plots, rows
 from benchmarks.checked import Gate, computed
 from benchmarks.machine import CPU
 from benchmarks.operations import all_cases, chosen_cases
@@ -181,29 +181,6 @@ def test_plots_are_drawn_of_rows(tmp_path):
     paths = plots.draw(found, tmp_path)
     assert [path.name.rpartition("-")[2] for path in paths] == ["roofline.png", "ops.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-
-
-def test_the_page_holds_the_tables_of_the_rows():
-    text = readme.README.read_text()
-    assert readme.written(text) == text, "README.md and benchmarks/results differ; run make readme"
-
-
-def test_tables_are_of_devices_with_rows_and_name_what_was_missed(tmp_path):
-    found, _ = op.measured(case_of("append_kv"), SETTINGS)
-    missed = [
-        {**row, "wanted": {"times": 9e9}, "reached": False} if row["automatic"] else row
-        for row in found
-    ]  # fmt: skip
-    rows.append(tmp_path / "a.jsonl", missed)
-    text = readme.written(f"before {readme.BEGIN} old {readme.END} behind", tmp_path)
-    assert text.startswith("before ")
-    assert text.endswith(" behind")
-    assert "old" not in text
-    assert f"### {found[0]['device']}" in text
-    assert "9e+09 ×: **missed**" in text
-    assert readme.tables(tmp_path / "nothing") == ""
-    with pytest.raises(ValueError, match="must hold"):
-        readme.written("no markers", tmp_path)
 
 
 def test_training_is_measured_beside_the_reference(tmp_path):

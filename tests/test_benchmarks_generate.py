@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
 
 from benchmarks import generate, rows, t5
 from benchmarks.cases import CASES, CTRANSLATE2, ENGINE, OURS, STANDARD, Case
-from benchmarks.machine import CPU
+from benchmarks.machine import CPU, commit, processor
 from benchmarks.variants import Generation
 from spear_fast import cli
 
@@ -40,7 +41,10 @@ def test_generation_is_measured_beside_the_reference(tmp_path):
     found = {row["variant"]: row for row in rows.read(file)}
     assert set(found) == {"reference", "spear_fast", "spear_fast standard", "spear_fast engine"}
     assert found["reference"]["times"]["reference"]["p50"] == 1
-    assert all(row["equal_tokens"] == 1 for row in found.values())
+    for row in found.values():
+        assert row["equal_tokens"] == 1
+        assert row["versions"] == {"spear-tts-pytorch": metadata.version("spear-tts-pytorch")}
+        assert (row["processor"], row["commit"], row["threads"]) == (processor(), commit(), torch.get_num_threads())
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-mixed"])
