@@ -12,9 +12,9 @@ their own, in the engine one by one and in the others as a batch, and CTranslate
 from __future__ import annotations
 
 import argparse
-import time
+import functools
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,17 +22,20 @@ from torch import Tensor
 
 from benchmarks import rows as rowfile
 from benchmarks.cases import CASES, ENGINE, REFERENCE, STANDARD, Case
-from benchmarks.machine import DTYPES, environment, limits, results_file, version
+from benchmarks.machine import environment, limits, version
 from benchmarks.memory import peak_of_generation
 from benchmarks.op import chosen_by_itself
 from benchmarks.operations.case import SETS
+from benchmarks.options import add_common, resolved
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import DISTRIBUTIONS, Generation
 from spear_fast import ops
 from spear_fast.ops.providers import Inputs
 
 # utterances that the gate looks at where the batch is larger: beside the reference, and of the engine
-CHECKED, CHECKED_OF_ENGINE = 2, 8
+CHECKED, CHECKED_OF_ENGINE = 2, 4
+# tokens of each where the engine alone is looked at
+CHECKED_TOKENS = 24
 DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
 
 
@@ -67,24 +70,52 @@ def equal_in_engine(generation: Generation) -> float:
     return sum(equal) / len(equal)
 
 
+def check_engine(case: Case, device: torch.device) -> None:
+    """Raises RuntimeError where the engine, in float32, has other tokens for a model and sources than plain torch has.
+
+    A few tokens of a few utterances, once for each model and number of beams.
+    """
+    tokens, batch = min(case.tokens, CHECKED_TOKENS), min(case.batch, CHECKED_OF_ENGINE)
+    _check_engine(replace(case, name="", batch=batch, slots=batch, tokens=tokens, sets=(), peers=(), wanted={}), device)
+
+
+@functools.cache
+def _check_engine(case: Case, device: torch.device) -> None:
+    generation = Generation(case, device, reference=False)
+    share = min(equal_tokens(generation), equal_in_engine(generation))
+    if share < 1:
+        raise RuntimeError(f"{share:.2%} of the engine's tokens are right, wanted all; nothing was timed.")
+
+
 def _equal(ours: Tensor, theirs: Tensor) -> float:
     return float((theirs == ours).float().mean()) if theirs.shape == ours.shape else 0.0
 
 
 def measure(
-    case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype, peers: bool, quick: bool = False
+    case: Case,
+    rounds: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: bool,
+    quick: bool = False,
+    engine_only: bool = False,
 ) -> tuple[list[rowfile.Row], list[str]]:
     """Returns a row for each variant of a case, timed in turn, and why others have none.
 
+    peers: all that the case names, else the reference alone. engine_only: of our own ways the engine alone.
+
     Raises RuntimeError when the tokens are not those that they must be.
     """
-    generation = Generation(case, device)
+    # the reference takes long: on a GPU only where it is measured too
+    generation = Generation(case, device, reference=device.type == "cpu" or REFERENCE in case.peers)
     equal = {"generate": equal_tokens(generation), "engine": equal_in_engine(generation)}
     if min(equal.values()) < 1:
         shares = ", ".join(f"{share:.2%} by {name}" for name, share in equal.items())
         raise RuntimeError(f"{case.name}: of the tokens are right {shares}, wanted all; nothing was timed.")
-    generation = Generation(case, device, dtype)
-    variants = generation.own()
+    del generation
+    generation = Generation(case, device, dtype, reference=REFERENCE in case.peers)
+    variants = {ENGINE: generation.by_engine()} if engine_only else generation.own()
     others, missing = generation.peers(case.peers if peers else [each for each in case.peers if each == REFERENCE])
     variants |= others
     with torch.inference_mode():
@@ -182,37 +213,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="CTranslate2 and transformers too, beside the reference")
+    parser.add_argument("--engine-only", action="store_true", help="of our own ways the engine alone")
     parser.add_argument("--memory", action="store_true", help="the most memory held in place of the time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch and of peers on the CPU")
-    parser.add_argument("--limit", type=float, default=None, help="seconds after which no further case is begun")
-    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
+    add_common(parser)
     chosen = parser.parse_args(arguments)
-    if chosen.threads is not None:
-        torch.set_num_threads(chosen.threads)
-    device = torch.device(chosen.device)
-    dtype = DTYPES[chosen.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    out = chosen.out
-    if out is not None and out.suffix != ".jsonl":
-        out = results_file(device, out)
-    kind = chosen.kind or ("cpu" if device.type == "cpu" else "gpu")
+    where = resolved(chosen)
+    kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")
     cases = [CASES[name] for name in chosen.cases or ()] or [case for case in CASES.values() if kind in case.sets]
-    began = time.perf_counter()
+    status = 0
     for case in cases:
-        if chosen.limit is not None and time.perf_counter() - began > chosen.limit:
+        if not where.left():
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
         if chosen.memory:
             for variant in (ENGINE, STANDARD) if case.beam > 1 else (ENGINE,):
-                row = measure_memory(case, variant, device, dtype)
-                rowfile.append(out, [row])
+                row = measure_memory(case, variant, where.device, where.dtype)
+                rowfile.append(where.out, [row])
                 held = f"{row['peak_bytes'] / 1e6:.0f} MB, {row['times_needed']:.2f} times what must be held"
                 print(f"{case.name}, {variant}: {held}", flush=True)
             continue
-        rows, missing = measure(
-            case, chosen.rounds, device=device, dtype=dtype, peers=chosen.peers, quick="tiny" in case.sets
-        )
-        rowfile.append(out, rows)
+        try:
+            rows, missing = measure(
+                case,
+                chosen.rounds,
+                device=where.device,
+                dtype=where.dtype,
+                peers=chosen.peers,
+                quick="tiny" in case.sets,
+                engine_only=chosen.engine_only,
+            )
+        except Exception as error:
+            # one case must not take the others with it
+            print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
+            status = 1
+            continue
+        rowfile.append(where.out, rows)
         print("\n".join([*(f"not timed: {reason}" for reason in missing), table(rows), ""]), flush=True)
-    return 0
+    return status

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,12 +255,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rank = parser.add_mutually_exclusive_group()
     rank.add_argument("--no-extra", action="store_true", help="leave out the shapes of second rank")
     rank.add_argument("--only-extra", action="store_true", help="the shapes of second rank alone")
+    parser.add_argument("--spread", action="store_true", help="a case of each op in turn, for when time is short")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case and cache (2)")
     parser.add_argument("--limit", type=float, default=None, help="seconds after which no further case is begun")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
+
+
+def spread(cases: Sequence[OpCase]) -> list[OpCase]:
+    """Returns the cases such that every op comes once before any comes again."""
+    turn: Counter[str] = Counter()
+    turns = []
+    for case in cases:
+        turns.append(turn[case.op])
+        turn[case.op] += 1
+    return [case for _, case in sorted(zip(turns, cases, strict=True), key=lambda entry: entry[0])]
 
 
 def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
@@ -271,6 +283,8 @@ def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
     kind = chosen.kind or {"cpu": "cpu"}.get(device.type, "gpu")
     cases = chosen_cases(kind, chosen.ops, chosen.cases, extra=not chosen.no_extra)
     cases = [case for case in cases if case.extra or not chosen.only_extra]
+    if chosen.spread:
+        cases = spread(cases)
     if not cases:
         raise ValueError(f"no case of the set {kind} has these ops and words; choose others with --ops and --cases.")
     unknown = {case.op for case in cases} - set(providers.ops())

@@ -10,17 +10,24 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import rows as rowfile
+from benchmarks.label import table as label_table
 from benchmarks.machine import REPOSITORY, RESULTS
 
 README = REPOSITORY / "README.md"
+# kernels that are shown of a step, and how much of their names
+KERNELS, NAME = 6, 40
 BEGIN, END = "<!-- measured: begin; make readme writes this part -->", "<!-- measured: end -->"
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """Returns the Markdown of all devices that have rows."""
+def tables(folder: Path = RESULTS, only: str | None = None) -> str:
+    """Returns the Markdown of all devices that have rows, or of one."""
     parts = []
     for device, rows in rowfile.read_all(folder).items():
-        sections = [section for make in (_generation, _memory, _ops, _training) for section in make(rows)]
+        if only not in (None, device):
+            continue
+        sections = [
+            section for make in (_generation, _steps, _labelling, _memory, _ops, _training) for section in make(rows)
+        ]
         if sections:
             newest = max(rows, key=lambda row: row["time"])
             where = f"{newest['threads']} threads, {newest['capability']}" if "driver" not in newest else (
@@ -75,6 +82,31 @@ def _generation(rows: Sequence[rowfile.Row]) -> list[str]:
         ))  # fmt: skip
     header = ("generation", "by", "time", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "aim")
     return [rowfile.table(header, lines)]
+
+
+def _steps(rows: Sequence[rowfile.Row]) -> list[str]:
+    """The steps, each with the kernels that take most of it."""
+    lines = []
+    for row in _of(rows, "step"):
+        shape, step = row["shape"], 1e6 * row["p50"]
+        kernels = [f"`{each['name'][:NAME]}` {each['us']:.0f}" for each in row["kernels"][:KERNELS]]
+        lines.append((
+            f"{shape['dim']}×{shape['target_layers']}, B {shape['batch']}, S {shape['source']}, beam {shape['beam']}, "
+            f"behind {row['generated']} tokens, {row['dtype']}",
+            f"{step:.0f}",
+            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{row['times_greedy']:.2f}" if "times_greedy" in row else "",
+            ", ".join(kernels) or "",
+            f"{max(0.0, step - row['busy_us']):.0f}",
+            _figure(row, lambda name, value: f"{value:g} %" if name == "percent" else f"{value:g} × greedy"),
+        ))  # fmt: skip
+    header = ("decoding step", "µs", "of the limit", "× greedy, a row", "µs of kernels", "µs between", "aim")
+    return [rowfile.table(header, lines)] if lines else []
+
+
+def _labelling(rows: Sequence[rowfile.Row]) -> list[str]:
+    found = _of(rows, "label")
+    return [label_table(found)] if found else []
 
 
 def _memory(rows: Sequence[rowfile.Row]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.machine import CPU
 
 # the special tokens in front of the vocabulary
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -20,8 +21,8 @@ SPECIAL = 3
 SURE = 60.0
 
 
-def t5(case: Case) -> Any:
-    """Returns a `T5ForConditionalGeneration` of the case's sizes, in evaluation mode.
+def t5(case: Case, device: torch.device = CPU) -> Any:
+    """Returns a `T5ForConditionalGeneration` of the case's sizes, in evaluation mode and made on the device.
 
     Where the case's utterances end at lengths of their own, source ids say where; see `asking`.
     """
@@ -47,7 +48,8 @@ def t5(case: Case) -> Any:
         eos_token_id=EOS,
         decoder_start_token_id=PAD,
     )
-    model = T5ForConditionalGeneration(config).eval()
+    with device:
+        model = T5ForConditionalGeneration(config).eval()
     if case.ends:
         _count_to_the_end(model, SPECIAL, longest)
     return model
@@ -142,16 +144,21 @@ def by_ctranslate2(
     return decode
 
 
-def by_transformers(case: Case, model: Any, sources: Sequence[Sequence[int]], device: torch.device) -> Callable:
-    """Returns what decodes all sources, of one length, by `generate` of transformers."""
-    ids = torch.tensor(sources, device=device)
-    model = model.to(device)
+def by_transformers(
+    case: Case, model: Any, sources: Sequence[Sequence[int]], device: torch.device, *, static: bool = False
+) -> Callable[..., Tensor]:
+    """Returns what decodes all sources, of one length, by `generate` of transformers.
+
+    static: with caches of a fixed size, not compiled. It takes the most tokens, the case's where left out.
+    """
+    ids = torch.as_tensor(sources, device=device)
+    caches: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if static else {}
 
     @torch.inference_mode()
-    def decode() -> Tensor:
+    def decode(most: int = case.tokens) -> Tensor:
         return model.generate(
-            ids, num_beams=case.beam, do_sample=False, eos_token_id=None,
-            min_new_tokens=case.tokens, max_new_tokens=case.tokens,
+            ids, num_beams=case.beam, do_sample=False, eos_token_id=None, min_new_tokens=most, max_new_tokens=most,
+            **caches,
         )  # fmt: skip
 
     return decode

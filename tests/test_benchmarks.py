@@ -9,7 +9,7 @@ import pytest
 import torch
 from ops_matrix import device_of
 
-from benchmarks import compare, gpu, op, plots, rows
+from benchmarks import compare, machine, op, plots, rows
 from benchmarks.checked import Gate, computed
 from benchmarks.machine import CPU
 from benchmarks.operations import all_cases, chosen_cases
@@ -183,37 +183,19 @@ def test_plots_are_drawn_of_rows(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
-def test_training_is_measured_beside_the_reference(tmp_path):
-    assert cli.main(["bench", "train", "--set", "tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
-    (file,) = tmp_path.glob("*.jsonl")
-    found = {row["variant"]: row for row in rows.read(file)}
-    assert set(found) == {"reference", "spear_fast"}
-    assert 0 < found["spear_fast"]["error_of_allowed"] <= 1
+def test_spread_cases_take_every_op_in_turn():
+    cases = op.spread(chosen_cases("gpu"))
+    assert sorted(case.title + case.mode for case in cases) == sorted(c.title + c.mode for c in chosen_cases("gpu"))
+    first = [case.op for case in cases[: len({case.op for case in cases})]]
+    assert len(set(first)) == len(first)
+    # of each op in the order that they have without it
+    for name in set(first):
+        assert [c.title for c in cases if c.op == name] == [c.title for c in chosen_cases("gpu") if c.op == name]
 
 
-def test_stages_are_cut_off_and_the_next_one_runs(tmp_path):
-    todo = [
-        gpu.Stage("long", gpu.python("-c", "import time; print('begun', flush=True); time.sleep(60)"), 3),
-        gpu.Stage("wrong", gpu.python("-c", "raise SystemExit(4)"), 20),
-        gpu.Stage("again", gpu.python("-c", "raise SystemExit(4)"), 20, otherwise=gpu.python("-c", "print('right')")),
-        gpu.Stage("late", gpu.python("-c", "pass"), 20),
-    ]
-    records = gpu.run(todo[:3], 100, tmp_path / "log")
-    assert [record["result"] for record in records] == ["cut off", "failed (4)", "done"]
-    assert "begun" in (tmp_path / "log").read_text()
-    assert gpu.run(todo[3:], 4, tmp_path / "log")[0]["result"] == "not begun"
-
-
-def test_the_gpu_stages_are_those_of_the_issue(tmp_path):
-    names = [stage.name for stage in gpu.stages(tmp_path, dry=False)]
-    wanted = ["build", "info", "tests", "op", "generate", "train", "op, further shapes"]
-    assert [name for name in names if name != "memcheck"] == wanted
-    assert {"tests/test_ops_attention.py", "tests/test_ops_values.py"} <= set(gpu.gpu_tests())
-
-
-@pytest.mark.slow
-def test_a_dry_run_leaves_rows_plots_and_a_log(tmp_path):
-    assert gpu.main(["--dry-run", "--out", str(tmp_path), "--budget", "280"]) == 0
-    (file,) = tmp_path.glob("*.jsonl")
-    assert {row["benchmark"] for row in rows.read(file)} == {"op", "generate", "train"}
-    assert {path.suffix for path in tmp_path.iterdir()} >= {".jsonl", ".log", ".png"}
+def test_a_copy_without_history_is_told_what_it_is_of(monkeypatch):
+    monkeypatch.setattr(machine, "_output", lambda *command: "")
+    monkeypatch.setenv("SPEAR_FAST_COMMIT", "abc123")
+    assert machine.commit.__wrapped__() == "abc123"
+    monkeypatch.delenv("SPEAR_FAST_COMMIT")
+    assert machine.commit.__wrapped__() == "unknown"

@@ -84,3 +84,25 @@ def test_the_tables_of_generation_say_time_peers_and_memory(tmp_path):
     assert lines[0][2] == rows.seconds(found[0]["p50"])
     _, _, line = lines_of(text, "generation | by | most memory")
     assert line[1:] == [found[0]["variant"], "2 MB", "2.00", "at most 1.3: **missed**"]
+
+
+def test_the_tables_of_steps_and_of_labelling(tmp_path):
+    shape = dict(CASES["tiny"].shape())
+    common = {"dtype": "bfloat16", "variant": "spear_fast engine", "shape": shape, **environment()}
+    step = {**common, "benchmark": "step", "case": "step tiny", "p50": 1e-3, "generated": 100, "percent_of_limit": 61.2,
+            "bound": "bandwidth", "kernels": [{"name": "attend", "calls": 2, "us": 700.4}], "busy_us": 800.0,
+            "times_greedy": 1.31, "wanted": {"percent": 60.0, "times_greedy": 0.833}, "reached": True}  # fmt: skip
+    job = {**common, "benchmark": "label", "case": "label tiny", "batch": 512, "p50": 4.0, "times_real_time": 2560.0,
+           "hours_for_60000": 23.44, "percent_of_limit": 70.0, "measured_tokens": shape["tokens"],
+           "wanted": {"times_real_time": 1500.0}, "reached": True}  # fmt: skip
+    peer = {**job, "variant": "reference", "mode": "batch 4", "batch": 4, "measured_tokens": 4, "engine_times": 150.0,
+            "wanted": {"engine_times": 200.0}, "reached": False}  # fmt: skip
+    rows.append(tmp_path / "a.jsonl", [step, job, peer])
+    text = readme.tables(tmp_path)
+    _, _, line = lines_of(text, "decoding step")
+    assert line == ["64×2, B 2, S 20, beam 4, behind 100 tokens, bfloat16", "1000", "61 % (bandwidth)", "1.31",
+                    "`attend` 700", "200", "60 %, 0.833 × greedy: reached"]  # fmt: skip
+    _, _, ours, theirs = lines_of(text, "job")
+    assert ours[1:] == ["spear_fast engine", "512", "4 s", "2560", "23.44", "70 %", "", "times real time 1500: reached"]
+    assert theirs[2:4] == ["4", "4 s, from 4 tokens"]
+    assert theirs[-2:] == ["150", "engine times 200: **missed**"]
