@@ -13,6 +13,7 @@ from benchmarks.cases import CASES, CTRANSLATE2, ENGINE, OURS, STANDARD, Case
 from benchmarks.machine import CPU, commit, processor
 from benchmarks.variants import Generation
 from spear_fast import cli
+from spear_fast.ops import providers
 
 
 def test_generation_counts_what_each_piece_of_work_takes():
@@ -66,6 +67,30 @@ def test_what_the_engine_gets_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(Generation, "by_engine", wrong)
     with pytest.raises(RuntimeError, match=r"tiny-mixed: .* 100.00% by generate, .* by engine, wanted all; nothing"):
         generate.measure(CASES["tiny-mixed"], 1, device=CPU, dtype=torch.float32, peers=False, quick=True)
+
+
+def test_tokens_depend_on_their_source_and_on_each_other():
+    generation = Generation(CASES["tiny"], CPU)
+    first, second = generation.standard([0, 1])
+    assert not torch.equal(first, second)
+    assert min(len(set(tokens.tolist())) for tokens in (first, second)) > 2
+
+
+@pytest.mark.parametrize("op", ["decode_self_attention", "decode_cross_attention"])
+def test_an_attention_that_is_a_little_wrong_is_not_timed(op):
+    right = providers.get(op, "reference").function
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        return result * 1.1 if isinstance(result, torch.Tensor) else (result[0] * 1.1, *result[1:])
+
+    providers.register(providers.Provider(op, "wrong", wrong), before=providers.names(op)[0])
+    try:
+        with pytest.raises(RuntimeError, match="nothing was timed"):
+            generate.measure(CASES["tiny"], 1, device=CPU, dtype=torch.float32, peers=False, quick=True)
+    finally:
+        del providers._providers[op][0]
+        providers.chosen(op).clear()
 
 
 def test_in_mixed_batches_the_engine_is_what_is_aimed_with(monkeypatch):

@@ -42,6 +42,16 @@ def test_a_steps_kernels_are_counted_apart_from_the_encoders(timed):
     json.dumps(row)
 
 
+def test_a_step_is_timed_where_nobody_may_look_into_it(timed, monkeypatch, capsys):
+    def forbidden(run, device):
+        raise RuntimeError("no permission")
+
+    monkeypatch.setattr(step, "profiled", forbidden)
+    row = measured("step tiny 2x3")
+    assert (row["kernels"], row["busy_us"], row["p50"] > 0) == ([], 0, True)
+    assert "step tiny 2x3: no kernels: no permission" in capsys.readouterr().out
+
+
 def test_what_two_runs_share_is_none_of_a_step():
     shorter = {"encode": (4, 1.0), "attend": (20, 2.0), "once": (1, 5.0)}
     longer = {"encode": (4, 1.2), "attend": (60, 6.0), "once": (1, 1.0), "new": (10, 0.5)}
