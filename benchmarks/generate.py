@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.machine import environment, limits, version
 from benchmarks.memory import peak_of_generation
 from benchmarks.op import chosen_by_itself
 from benchmarks.operations.case import SETS
-from benchmarks.options import add_common, resolved
+from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import DISTRIBUTIONS, Generation
 from spear_fast import ops
@@ -217,12 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine-only", action="store_true", help="of our own ways the engine alone")
     parser.add_argument("--memory", action="store_true", help="the most memory held in place of the time")
     add_common(parser)
-    chosen = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
     where = resolved(chosen)
     kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")
     cases = [CASES[name] for name in chosen.cases or ()] or [case for case in CASES.values() if kind in case.sets]
     status = 0
-    for case in cases:
+    for i, case in enumerate(cases[chosen.skip :], start=chosen.skip):
         if not where.left():
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
@@ -247,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # one case must not take the others with it
             print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
             status = 1
+            if device_lost(where.device):
+                return in_fresh_process("generate", given, i + 1, where)
             continue
         rowfile.append(where.out, rows)
         print("\n".join([*(f"not timed: {reason}" for reason in missing), table(rows), ""]), flush=True)

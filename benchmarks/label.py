@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from benchmarks.extrapolate import Decode, Extrapolated, extrapolated, that_fit
 from benchmarks.generate import check_engine
 from benchmarks.machine import environment, limits, version
 from benchmarks.operations.case import SETS
-from benchmarks.options import add_common, resolved
+from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.peers import reference
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import DISTRIBUTIONS, Generation
@@ -207,13 +208,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers", action="store_true", help="the reference, as it is and repaired, and transformers")
     add_common(parser)
-    chosen = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
     where = resolved(chosen)
     kind = chosen.kind or ("tiny" if where.device.type == "cpu" else "gpu")
     status = 0
-    for case in cases(kind):
-        if chosen.cases and not any(word in case.name for word in chosen.cases):
-            continue
+    named = [case for case in cases(kind) if not chosen.cases or any(word in case.name for word in chosen.cases)]
+    for i, case in enumerate(named[chosen.skip :], start=chosen.skip):
         if not where.left():
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
@@ -223,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # one job must not take the other with it
             print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
             status = 1
+            if device_lost(where.device):
+                return in_fresh_process("label", given, i + 1, where)
             continue
         rowfile.append(where.out, [own])
         print(table([own]), flush=True)

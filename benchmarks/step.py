@@ -12,6 +12,7 @@ search stands beside greedy decoding of as many rows, each an utterance of its o
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from benchmarks.cases import ENGINE, STEP_TOKENS, STEPS, Case, step_cases
 from benchmarks.generate import check_engine, providers
 from benchmarks.machine import environment, limits
 from benchmarks.operations.case import SETS
-from benchmarks.options import add_common, resolved
+from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import Generation
 
@@ -190,13 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set (gpu, or tiny on the CPU)")
     parser.add_argument("--rounds", type=int, default=3)
     add_common(parser)
-    chosen = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
     where = resolved(chosen)
     kind = chosen.kind or ("tiny" if where.device.type == "cpu" else "gpu")
     named = [cases[name] for name in chosen.cases or ()] or [case for case in cases.values() if kind in case.sets]
     found: list[rowfile.Row] = []
     status = 0
-    for case in named:
+    for i, case in enumerate(named[chosen.skip :], start=chosen.skip):
         if not where.left():
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
@@ -207,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # one case must not take the others with it
             print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
             status = 1
+            if device_lost(where.device):
+                return in_fresh_process("step", given, i + 1, where)
             continue
         found.append(beside_greedy(row, found))
         rowfile.append(where.out, found[-1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from benchmarks import rows as rowfile
 from benchmarks.cases import OURS, REFERENCE, Case
 from benchmarks.machine import environment, limits
 from benchmarks.operations.case import SETS, mixed_lengths
-from benchmarks.options import add_common, resolved
+from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.peers import pair
 from benchmarks.timing import interleaved, quantiles
 from spear_fast import ops
@@ -211,13 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set")
     parser.add_argument("--rounds", type=int, default=5)
     add_common(parser)
-    chosen = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
     where = resolved(chosen)
     kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")
     status = 0
-    for case in CASES:
-        if case.name not in (chosen.cases or ()) and (chosen.cases or kind not in case.sets):
-            continue
+    named = [case for case in CASES if (case.name in chosen.cases if chosen.cases else kind in case.sets)]
+    for i, case in enumerate(named[chosen.skip :], start=chosen.skip):
         if not where.left():
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
@@ -228,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # one case must not take the others with it
             print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
             status = 1
+            if device_lost(where.device):
+                return in_fresh_process("train", given, i + 1, where)
             continue
         rowfile.append(where.out, rows)
         print(table(rows) + "\n", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import generate, op, readme, rows
+from benchmarks import generate, op, plots, readme, rows
 from benchmarks.cases import CASES
 from benchmarks.machine import CPU, environment
 from benchmarks.operations import chosen_cases
@@ -86,7 +86,8 @@ def test_the_tables_of_generation_say_time_peers_and_memory(tmp_path):
     assert line[1:] == [found[0]["variant"], "2 MB", "2.00", "at most 1.3: **missed**"]
 
 
-def test_the_tables_of_steps_and_of_labelling(tmp_path):
+def steps_and_jobs():
+    """Returns a row of a step, and rows of the labelling job by the engine and by a peer."""
     shape = dict(CASES["tiny"].shape())
     common = {"dtype": "bfloat16", "variant": "spear_fast engine", "shape": shape, **environment()}
     step = {**common, "benchmark": "step", "case": "step tiny", "p50": 1e-3, "generated": 100, "percent_of_limit": 61.2,
@@ -97,7 +98,18 @@ def test_the_tables_of_steps_and_of_labelling(tmp_path):
            "wanted": {"times_real_time": 1500.0}, "reached": True}  # fmt: skip
     peer = {**job, "variant": "reference", "mode": "batch 4", "batch": 4, "measured_tokens": 4, "engine_times": 150.0,
             "wanted": {"engine_times": 200.0}, "reached": False}  # fmt: skip
-    rows.append(tmp_path / "a.jsonl", [step, job, peer])
+    return [step, job, peer]
+
+
+def test_plots_of_steps_and_of_labelling(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plots.draw(steps_and_jobs(), tmp_path)
+    assert [path.name.rpartition("-")[2] for path in paths] == ["step.png", "label.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_the_tables_of_steps_and_of_labelling(tmp_path):
+    rows.append(tmp_path / "a.jsonl", steps_and_jobs())
     text = readme.tables(tmp_path)
     _, _, line = lines_of(text, "decoding step")
     assert line == ["64×2, B 2, S 20, beam 4, behind 100 tokens, bfloat16", "1000", "61 % (bandwidth)", "1.31",
