@@ -27,6 +27,7 @@ from benchmarks.operations.case import SETS
 from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import Generation
+from spear_fast.decoding.slots import interval
 
 # kernels that rows name; the rest is one sum
 NAMED = 24
@@ -90,6 +91,14 @@ def tokens_of(case: Case) -> tuple[int, int]:
     return fewest, case.tokens
 
 
+def made(device: torch.device, tokens: int) -> int:
+    """Returns the steps that the engine makes for so many tokens: it looks who is done at intervals only."""
+    count = 0
+    while count < tokens:
+        count += interval(device, count)
+    return count
+
+
 def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype, quick: bool = False) -> rowfile.Row:
     """Returns a row of a case's step, with its kernels."""
     check_engine(case, device)
@@ -100,7 +109,8 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
         run()
     machine = limits(device, dtype, quick=quick)
     seconds = interleaved(runs, rounds)
-    steps = most - fewest
+    first, last = made(device, fewest), made(device, most)
+    steps = last - first
     spread = quantiles([(b - a) / steps for a, b in zip(seconds["shorter"], seconds["longer"], strict=True)])
     try:
         # the first profile of a process also counts what the profiler itself makes ready
@@ -111,7 +121,7 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
         print(f"{case.name}: no kernels: {error}", flush=True)
         kernels = []
     # the middle one of the steps; what they read grows evenly
-    generated = (fewest + most - 1) // 2
+    generated = (first + last - 1) // 2
     work = case.step(generated, torch.finfo(dtype).bits // 8)
     floor = work.floor(machine["gbs"], machine["gflops"])
     busy = sum(kernel.seconds for kernel in kernels)

@@ -12,6 +12,7 @@ from benchmarks.cases import step_cases
 from benchmarks.machine import CPU
 from benchmarks.variants import Generation
 from spear_fast import cli
+from spear_fast.decoding.slots import interval
 
 CASES = {case.name: case for case in step_cases()}
 
@@ -50,6 +51,17 @@ def test_a_step_is_timed_where_nobody_may_look_into_it(timed, monkeypatch, capsy
     row = measured("step tiny 2x3")
     assert (row["kernels"], row["busy_us"], row["p50"] > 0) == ([], 0, True)
     assert "step tiny 2x3: no kernels: no permission" in capsys.readouterr().out
+
+
+def test_steps_behind_an_end_that_nobody_has_looked_at_count_too():
+    for device in (CPU, torch.device("cuda")):
+        looks = [0]
+        while looks[-1] < 200:
+            looks.append(looks[-1] + interval(device, looks[-1]))
+        for tokens in (1, 4, 79, 80, 81, 120):
+            assert step.made(device, tokens) == min(look for look in looks if look >= tokens)
+    assert step.made(CPU, 80) == 80
+    assert step.made(torch.device("cuda"), 120) > 120
 
 
 def test_what_two_runs_share_is_none_of_a_step():
