@@ -55,6 +55,25 @@ def test_the_job_is_measured_beside_the_reference_as_it_is_and_repaired(tmp_path
     assert ((TRANSFORMERS_STATIC, "batch 4") in found) != (f"not timed: label tiny: {TRANSFORMERS_STATIC}" in said)
 
 
+def test_peers_alone_stand_beside_the_row_that_is_there(tmp_path, monkeypatch):
+    options = ["--set", "tiny", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(["bench", "label", *options]) == 0
+    (file,) = tmp_path.glob("*.jsonl")
+    (own,) = rows.read(file)
+    calls = []
+    measure = label.ours
+    monkeypatch.setattr(label, "ours", lambda *arguments, **options: calls.append(1) or measure(*arguments, **options))
+    monkeypatch.setattr(label, "PEERS", {REFERENCE: 4})
+    assert cli.main(["bench", "label", "--peers-only", *options]) == 0
+    assert not calls
+    peer = rows.read(file)[-1]
+    assert peer["engine_times"] == pytest.approx(own["times_real_time"] / peer["times_real_time"], rel=0.01)
+    # of another commit it says nothing
+    monkeypatch.setattr(label, "commit", lambda: "another")
+    assert cli.main(["bench", "label", "--peers-only", *options]) == 0
+    assert calls
+
+
 def test_the_repaired_reference_gives_the_same_tokens():
     case = label.cases("tiny")[0]
     tokens = []
