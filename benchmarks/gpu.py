@@ -67,7 +67,8 @@ def gpu_tests() -> list[str]:
 
 def stages(out: Path, *, dry: bool) -> list[Stage]:
     """Returns what is done, the most important first. dry: on the CPU at tiny sizes, to see that all works."""
-    where = ["--device", "cpu" if dry else "cuda", "--out", str(out)]
+    # one thread: at tiny sizes several only wait for each other
+    where = ["--device", *(("cpu", "--threads", "1") if dry else ("cuda",)), "--out", str(out)]
     all_of = ["--set", "tiny" if dry else "gpu", *where]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     parallel = ["-n", "8"] if not dry and _has("xdist") else []

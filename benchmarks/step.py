@@ -112,6 +112,10 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
     first, last = made(device, fewest), made(device, most)
     steps = last - first
     spread = quantiles([(b - a) / steps for a, b in zip(seconds["shorter"], seconds["longer"], strict=True)])
+    if spread["p50"] <= 0:
+        raise RuntimeError(
+            f"{steps} further steps took no time; the machine does too much else, or the case is too small."
+        )
     try:
         # the first profile of a process also counts what the profiler itself makes ready
         profiled(runs["shorter"], device)
@@ -138,7 +142,7 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
         "per_row": float(f"{spread['p50'] / (case.batch * case.beam):.4g}"),
         "floor": float(f"{floor:.4g}"),
         "bound": work.bound(machine["gbs"], machine["gflops"]),
-        "percent_of_limit": round(100 * floor / spread["p50"], 1) if spread["p50"] > 0 else 0.0,
+        "percent_of_limit": round(100 * floor / spread["p50"], 1),
         "bytes": {name: getattr(work, name) for name in ("weights", "own", "cross", "selection")},
         "flops": work.flops,
         "kernels": [
@@ -185,7 +189,7 @@ def report(row: rowfile.Row) -> str:
     step = 1e6 * row["p50"]
 
     def share(micros: float) -> str:
-        return f"{100 * micros / step:.0f} %" if step > 0 else ""
+        return f"{100 * micros / step:.0f} %"
 
     lines = [(each["name"], f"{each['calls']:g}", f"{each['us']:.1f}", share(each["us"])) for each in row["kernels"]]
     lines.append(("others", "", f"{row['others_us']:.1f}", share(row["others_us"])))

@@ -64,6 +64,12 @@ def test_steps_behind_an_end_that_nobody_has_looked_at_count_too():
     assert step.made(torch.device("cuda"), 120) > 120
 
 
+def test_steps_that_took_no_time_are_no_measurement(monkeypatch):
+    monkeypatch.setattr(step, "interleaved", lambda runs, rounds: {"shorter": [1.0] * rounds, "longer": [0.9] * rounds})
+    with pytest.raises(RuntimeError, match="20 further steps took no time"):
+        measured("step tiny 2x3")
+
+
 def test_what_two_runs_share_is_none_of_a_step():
     shorter = {"encode": (4, 1.0), "attend": (20, 2.0), "once": (1, 5.0)}
     longer = {"encode": (4, 1.2), "attend": (60, 6.0), "once": (1, 1.0), "new": (10, 0.5)}
@@ -89,7 +95,7 @@ def test_beam_search_stands_beside_greedy_decoding_of_as_many_rows(timed):
     assert step.beside_greedy(beam, [other, beam]) == beam
 
 
-def test_a_wrong_engine_is_not_timed_and_the_others_are(monkeypatch, tmp_path, capsys):
+def test_a_wrong_engine_is_not_timed_and_the_others_are(timed, monkeypatch, tmp_path, capsys):
     right = Generation.by_engine
 
     def wrong(self, rows=None, slots=None):
