@@ -238,6 +238,9 @@ EQUAL_ROWS = {(128, 5): (640, 1)}
 def step_cases() -> list[Case]:
     """Returns the cases of single steps, the most telling first; each greedy one in front of the beam search."""
     found = [replace(_TINY, name=f"step tiny {b}x{k}", batch=b, beam=k, tokens=60) for b, k in ((6, 1), (2, 3))]
+    found += [
+        replace(CASES[name], name=f"step {name}", peers=(), wanted={}) for name in ("b32-beam4", "b8-beam4", "b1-beam4")
+    ]
     for batch, beam in STEPS:
         for name, model in _MODELS.items():
             for rows, beams in filter(None, (EQUAL_ROWS.get((batch, beam)), (batch, beam))):

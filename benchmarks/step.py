@@ -1,6 +1,6 @@
 """One decoding step of the engine: how long it takes, by its share of the roofline, and where each microsecond goes.
 
-    python -m benchmarks step --set tiny --device cpu
+    python -m benchmarks step --cases "step b32-beam4" --threads 2
 
 The whole batch is decoded twice, to a few tokens and to more; what the longer one takes more are the steps between.
 Its kernels, by torch's profiler, are told apart from the encoder's in the same way; on the CPU, where the profiler's
@@ -202,13 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = {case.name: case for case in step_cases()}
     parser = argparse.ArgumentParser(prog="spear-fast bench step", description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", help=f"of {', '.join(cases)}")
-    parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set (gpu, or tiny on the CPU)")
+    parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set (cpu or gpu, by the device)")
     parser.add_argument("--rounds", type=int, default=3)
     add_common(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(given)
     where = resolved(chosen)
-    kind = chosen.kind or ("tiny" if where.device.type == "cpu" else "gpu")
+    kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")
     named = [cases[name] for name in chosen.cases or ()] or [case for case in cases.values() if kind in case.sets]
     found: list[rowfile.Row] = []
     status = 0
