@@ -9,6 +9,9 @@ from pathlib import Path
 
 from benchmarks.machine import REPOSITORY
 
+# characters of what the compilers say that are shown
+LAST_SAID = 2000
+
 
 def build(folder: Path) -> None:
     """Builds the extension of the checkout in `folder`, which then runs with the folder first on Python's path.
@@ -22,6 +25,8 @@ def build(folder: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = {"SPEAR_FAST_BUILD": "auto", **os.environ}
     built = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    # what is left out for want of a compiler is said there
+    print(built.stderr[-LAST_SAID:], end="", flush=True)
     if built.returncode:
         raise ValueError(f"{folder.name} could not be built: {built.stderr.strip().splitlines()[-1]}")
 

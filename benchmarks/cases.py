@@ -9,8 +9,36 @@ from typing import Any
 import torch
 
 REFERENCE, CTRANSLATE2, CTRANSLATE2_INT8 = "reference", "ctranslate2 float32", "ctranslate2 int8_float32"
-TRANSFORMERS = "transformers"
+TRANSFORMERS, TRANSFORMERS_STATIC = "transformers", "transformers static cache"
+REPAIRED = "reference, flash repaired"
 OURS, STANDARD, ENGINE = "spear_fast", "spear_fast standard", "spear_fast engine"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one decoding step must do at least, in bytes and floating-point operations.
+
+    weights: read once for all rows. own: self-attention's keys and values. cross: cross-attention's. selection: logits,
+    written and read. moved: rows of the caches that are copied where beams are reordered, none where they stay.
+    """
+
+    weights: float
+    own: float
+    cross: float
+    selection: float
+    moved: float
+    flops: float
+
+    @property
+    def bytes(self) -> float:
+        return self.weights + self.own + self.cross + self.selection + self.moved
+
+    def floor(self, gbs: float, gflops: float) -> float:
+        """Returns the fewest seconds at so many gigabytes and GFLOP a second."""
+        return max(self.bytes / gbs, self.flops / gflops) / 1e9
+
+    def bound(self, gbs: float, gflops: float) -> str:
+        return "bandwidth" if self.bytes / gbs >= self.flops / gflops else "products"
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,7 @@ class Case:
     ends: tuple[int, int] | None = None
     slots: int = 32
     peers: tuple[str, ...] = ()
-    wanted: Mapping[str, float] = field(default_factory=dict)
+    wanted: Mapping[str, float] = field(default_factory=dict, hash=False)
     sets: tuple[str, ...] = ("cpu",)
 
     def drawn(self) -> tuple[list[int], list[int]]:
@@ -111,6 +139,30 @@ class Case:
             total += self.target_layers * self.beam * 2 * shared * (tokens * (tokens + 1) // 2)
         return float(size * total)
 
+    def step(self, generated: int, size: int = 2, *, shared: bool = True, distinct: int | None = None) -> Work:
+        """Returns the work of the step behind `generated` tokens of each hypothesis, over the longest sources.
+
+        size: bytes of a number. shared: cross-attention's keys and values are read once for all beams of an utterance
+        and no cache is moved; otherwise once a beam, and every cache is copied. distinct: (position, ancestor) pairs of
+        an utterance's history, from the positions alone to `beam` times as many, which is what is taken.
+        """
+        attention, keys = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        rows, positions, source = self.batch * self.beam, generated + 1, self.source + 1
+        distinct = self.beam * positions if distinct is None else distinct
+        layers, copies = self.target_layers, 1 if shared else self.beam
+        return Work(
+            weights=size * self.decoder_weights(),
+            own=size * layers * self.batch * distinct * keys,
+            cross=size * layers * self.batch * copies * source * 2 * attention,
+            selection=8 * rows * self.vocabulary,
+            moved=0 if shared else size * 2 * layers * rows * generated * keys,
+            flops=2 * rows * self.decoder_weights() + 4 * layers * rows * attention * (positions + source),
+        )
+
+    def steps_floor(self, gbs: float, gflops: float, size: int = 2) -> float:
+        """Returns the fewest seconds of all decoding steps of the batch, at these rates; encoding not counted."""
+        return sum(self.step(generated, size).floor(gbs, gflops) for generated in range(self.tokens))
+
     def memory(self, size: int = 4) -> float:
         """Bytes that must be held: the weights of both sides, the encoder's output, cross K/V, every beam's history."""
         attention, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -140,15 +192,71 @@ _TINY = Case(
 _LARGE = dict(dim=1024, source_layers=12, target_layers=12, heads=16)
 
 
+_MODELS: dict[str, dict[str, Any]] = {"512x6": {}, "1024x12": _LARGE}
+
+
 def _on_gpu() -> list[Case]:
-    """Returns the sizes at which GPUs are measured: models by utterances and beams, 512 numbers a vocabulary."""
-    sizes = ((1, 1, 250), (32, 4, 500), (128, 5, 500), (512, 5, 500))
-    common: dict[str, Any] = dict(vocabulary=512, tokens=100, peers=(REFERENCE, TRANSFORMERS), sets=("gpu",))
+    """Returns the sizes at which GPUs are measured: models by utterances and beams, 512 numbers a vocabulary.
+
+    The most telling first: time there is short. Peers take part where they take a fair share of it.
+    """
+    sizes = ((128, 5, 500), (32, 4, 500), (512, 5, 500), (1, 1, 250))
+    common: dict[str, Any] = dict(vocabulary=512, tokens=100, sets=("gpu",))
     return [
-        Case(f"{name} {batch}x{beam}", batch=batch, beam=beam, source=source, **model, **common)
+        Case(
+            f"{name} {batch}x{beam}",
+            batch=batch,
+            beam=beam,
+            source=source,
+            peers=(TRANSFORMERS_STATIC,) if batch == 32 else (),
+            **model,
+            **common,
+        )
         for batch, beam, source in sizes
-        for name, model in (("512x6", {}), ("1024x12", _LARGE))
+        for name, model in _MODELS.items()
     ]
+
+
+def labelling(name: str, batch: int = 512) -> Case:
+    """Returns the job of labelling `batch` clips of 20 s: 1,000 source ids, 300 output tokens, 5 beams.
+
+    name: of the model, "512x6" or "1024x12".
+    """
+    return Case(
+        f"label {name}", batch=batch, beam=5, source=1000, tokens=300, slots=batch, vocabulary=512, **_MODELS[name]
+    )
+
+
+# steps that are looked into, by name: the source is long, and of 80 to 120 tokens a step is taken on average.
+# utterances, beams → the share of the roofline to reach, in percent; one utterance alone is to be within 3 times of it
+STEPS = {(128, 5): 75.0, (32, 4): 60.0, (1, 1): 33.3, (512, 5): 75.0}
+STEP_TOKENS = (80, 120)
+# beam search is compared with greedy decoding of as many rows
+EQUAL_ROWS = {(128, 5): (640, 1)}
+
+
+def step_cases() -> list[Case]:
+    """Returns the cases of single steps, the most telling first; each greedy one in front of the beam search."""
+    found = [replace(_TINY, name=f"step tiny {b}x{k}", batch=b, beam=k, tokens=60) for b, k in ((6, 1), (2, 3))]
+    found += [
+        replace(CASES[name], name=f"step {name}", peers=(), wanted={}) for name in ("b32-beam4", "b8-beam4", "b1-beam4")
+    ]
+    for batch, beam in STEPS:
+        for name, model in _MODELS.items():
+            for rows, beams in filter(None, (EQUAL_ROWS.get((batch, beam)), (batch, beam))):
+                found.append(
+                    Case(
+                        f"step {name} {rows}x{beams}",
+                        batch=rows,
+                        beam=beams,
+                        source=500 if batch == 1 else 1000,
+                        tokens=STEP_TOKENS[1],
+                        vocabulary=512,
+                        sets=("gpu",),
+                        **model,
+                    )
+                )
+    return found
 
 
 CASES = {

@@ -3,51 +3,52 @@
     python -m benchmarks generate --cases b8-beam4 b32-beam4 --peers --rounds 3 --threads 2
 
 First the gate: in float32 ours must give the reference's tokens, for the whole batch where it is small, else for its
-first utterances; where the reference package is not installed, those of the plain-torch ops. Then all run in turn.
-Tokens are those of the returned hypothesis; encoding the source is inside the time.
+first utterances; where the reference package is not installed, those of the plain-torch ops; and the engine those of
+the standard search. Then all run in turn. Tokens are those of the returned hypothesis; encoding the source is inside
+the time. Nobody ends early: a text is as long as its case says. Where texts differ in length, ours end by a limit of
+their own, in the engine one by one and in the others as a batch, and CTranslate2's by an end of sequence at that place.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import functools
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import rows as rowfile
-from benchmarks.cases import CASES, REFERENCE, STANDARD, Case
-from benchmarks.machine import DTYPES, environment, limits, results_file
+from benchmarks.cases import CASES, ENGINE, REFERENCE, STANDARD, Case
+from benchmarks.machine import environment, limits, version
 from benchmarks.memory import peak_of_generation
+from benchmarks.op import chosen_by_itself
 from benchmarks.operations.case import SETS
+from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.timing import interleaved, quantiles
-from benchmarks.variants import Generation
+from benchmarks.variants import DISTRIBUTIONS, Generation
 from spear_fast import ops
-from spear_fast.ops import providers as table_of_providers
+from spear_fast.ops.providers import Inputs
 
-# utterances that the gate looks at where the batch is larger
-CHECKED = 2
+# utterances that the gate looks at where the batch is larger: beside the reference, and of the engine
+CHECKED, CHECKED_OF_ENGINE = 2, 4
+# tokens of each where the engine alone is looked at
+CHECKED_TOKENS = 24
 DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
 
 
-def providers(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def providers(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
     """Returns which provider each decoding op uses on this machine."""
-    inputs = table_of_providers.Inputs(device, dtype, 64)
-    return {
-        op: next(
-            name
-            for name in table_of_providers.names(op)
-            if table_of_providers.get(op, name).function is table_of_providers.choose(op, inputs)
-        )
-        for op in DECODING
-    }
+    inputs = Inputs(device, dtype, head_dim)
+    return {op: chosen_by_itself(op, inputs) for op in DECODING}
 
 
-def equal_tokens(case: Case, device: torch.device) -> float:
-    """Returns the share of tokens, in float32, that are those of the reference or else of the plain-torch ops."""
-    generation = Generation(case, device)
+def equal_tokens(generation: Generation) -> float:
+    """Returns the share of tokens that are those of the reference or else of the plain-torch ops."""
+    case = generation.case
     rows = list(range(case.batch if case.batch <= 8 and REFERENCE in case.peers else CHECKED))[: case.batch]
     ours = generation.generate(generation.ours, rows)
     if generation.reference is not None:
@@ -55,21 +56,68 @@ def equal_tokens(case: Case, device: torch.device) -> float:
     else:
         with ops.forced("*=reference"):
             theirs = generation.generate(generation.ours, rows)
-    return float((theirs == ours).float().mean()) if theirs.shape == ours.shape else 0.0
+    return _equal(ours, theirs)
+
+
+def equal_in_engine(generation: Generation) -> float:
+    """Returns the share of the engine's tokens that are those of the standard search, each utterance on its own.
+
+    Where utterances differ in length the engine has half the places, so that others' places are taken.
+    """
+    rows = list(range(generation.case.batch))[:CHECKED_OF_ENGINE]
+    slots = -(-len(rows) // 2) if generation.case.ends else len(rows)
+    both = zip(generation.by_engine(rows, slots)(), generation.standard(rows), strict=True)
+    equal = [_equal(ours, theirs) for ours, theirs in both]
+    return sum(equal) / len(equal)
+
+
+def check_engine(case: Case, device: torch.device) -> None:
+    """Raises RuntimeError where the engine, in float32, has other tokens for a model and sources than plain torch has.
+
+    A few tokens of a few utterances, once for each model and number of beams.
+    """
+    tokens, batch = min(case.tokens, CHECKED_TOKENS), min(case.batch, CHECKED_OF_ENGINE)
+    _check_engine(replace(case, name="", batch=batch, slots=batch, tokens=tokens, sets=(), peers=(), wanted={}), device)
+
+
+@functools.cache
+def _check_engine(case: Case, device: torch.device) -> None:
+    generation = Generation(case, device, reference=False)
+    share = min(equal_tokens(generation), equal_in_engine(generation))
+    if share < 1:
+        raise RuntimeError(f"{share:.2%} of the engine's tokens are right, wanted all; nothing was timed.")
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> float:
+    # an engine's results are on the CPU, wherever it runs
+    return float((theirs.cpu() == ours.cpu()).float().mean()) if theirs.shape == ours.shape else 0.0
 
 
 def measure(
-    case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype, peers: bool, quick: bool = False
+    case: Case,
+    rounds: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    peers: bool,
+    quick: bool = False,
+    engine_only: bool = False,
 ) -> tuple[list[rowfile.Row], list[str]]:
     """Returns a row for each variant of a case, timed in turn, and why others have none.
 
+    peers: all that the case names, else the reference alone. engine_only: of our own ways the engine alone.
+
     Raises RuntimeError when the tokens are not those that they must be.
     """
-    equal = equal_tokens(case, device)
-    if equal < 1:
-        raise RuntimeError(f"{case.name}: {equal:.2%} of the tokens are right, wanted all; nothing was timed.")
-    generation = Generation(case, device, dtype)
-    variants = generation.own()
+    # the reference takes long: on a GPU only where it is measured too
+    generation = Generation(case, device, reference=device.type == "cpu" or REFERENCE in case.peers)
+    equal = {"generate": equal_tokens(generation), "engine": equal_in_engine(generation)}
+    if min(equal.values()) < 1:
+        shares = ", ".join(f"{share:.2%} by {name}" for name, share in equal.items())
+        raise RuntimeError(f"{case.name}: of the tokens are right {shares}, wanted all; nothing was timed.")
+    del generation
+    generation = Generation(case, device, dtype, reference=REFERENCE in case.peers)
+    variants = {ENGINE: generation.by_engine()} if engine_only else generation.own()
     others, missing = generation.peers(case.peers if peers else [each for each in case.peers if each == REFERENCE])
     variants |= others
     with torch.inference_mode():
@@ -77,11 +125,12 @@ def measure(
             decode()
         machine = limits(device, dtype, quick=quick)
         seconds = interleaved(variants, rounds)
+    versions = {name: version(name) for name in sorted({DISTRIBUTIONS[peer] for peer in others})}
     tokens, size = sum(generation.texts), torch.finfo(dtype).bits // 8
     flops, read = case.flops(), case.bytes(size)
     floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
     bound = max(floors, key=lambda name: floors[name])
-    chosen, rows = providers(device, dtype), []
+    chosen, rows = providers(device, dtype, case.head_dim), []
     for name, times in seconds.items():
         spread = quantiles(times)
         row: dict[str, Any] = {
@@ -97,8 +146,9 @@ def measure(
             "bound": bound,
             "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
             "limit": {key: round(value, 1) for key, value in machine.items()},
-            "equal_tokens": equal,
+            "equal_tokens": equal["engine" if name == ENGINE else "generate"],
             "providers": chosen,
+            "versions": versions,
             "shape": case.shape(),
             **environment(device),
         }
@@ -109,20 +159,21 @@ def measure(
             for ratios in [[a / b for a, b in zip(seconds[peer], times, strict=True)]]
         }
         wanted = {peer: times for peer, times in case.wanted.items() if peer in row["times"]}
-        if wanted and name not in others:
+        # in batches of mixed lengths, utterances go on until the last one's end: the engine is what is aimed with
+        if wanted and name not in others and (name == ENGINE or not case.ends):
             row |= {"wanted": wanted, "reached": all(row["times"][peer]["p50"] >= wanted[peer] for peer in wanted)}
         rows.append(rowfile.finished(row))
     return rows, [f"{case.name}: {reason}" for reason in missing]
 
 
-def measure_memory(case: Case, device: torch.device, dtype: torch.dtype) -> rowfile.Row:
+def measure_memory(case: Case, variant: str, device: torch.device, dtype: torch.dtype) -> rowfile.Row:
     """Returns a row with the most bytes that a beam search of a case held, and those that it must hold."""
-    peak, needed = peak_of_generation(case, STANDARD, device, dtype), case.memory(torch.finfo(dtype).bits // 8)
+    peak, needed = peak_of_generation(case, variant, device, dtype), case.memory(torch.finfo(dtype).bits // 8)
     row = {
         "benchmark": "generate memory",
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "variant": STANDARD,
+        "variant": variant,
         "peak_bytes": peak,
         "needed_bytes": needed,
         "times_needed": round(peak / needed, 3),
@@ -164,35 +215,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="CTranslate2 and transformers too, beside the reference")
+    parser.add_argument("--engine-only", action="store_true", help="of our own ways the engine alone")
     parser.add_argument("--memory", action="store_true", help="the most memory held in place of the time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch and of peers on the CPU")
-    parser.add_argument("--limit", type=float, default=None, help="seconds after which no further case is begun")
-    parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
-    chosen = parser.parse_args(arguments)
-    if chosen.threads is not None:
-        torch.set_num_threads(chosen.threads)
-    device = torch.device(chosen.device)
-    dtype = DTYPES[chosen.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    out = chosen.out
-    if out is not None and out.suffix != ".jsonl":
-        out = results_file(device, out)
-    kind = chosen.kind or ("cpu" if device.type == "cpu" else "gpu")
+    add_common(parser)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
+    where = resolved(chosen)
+    kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")
     cases = [CASES[name] for name in chosen.cases or ()] or [case for case in CASES.values() if kind in case.sets]
-    began = time.perf_counter()
-    for case in cases:
-        if chosen.limit is not None and time.perf_counter() - began > chosen.limit:
+    status = 0
+    for i, case in enumerate(cases[chosen.skip :], start=chosen.skip):
+        if not where.left():
             print(f"{case.name}: not begun, the {chosen.limit:g} seconds are over", flush=True)
             continue
         if chosen.memory:
-            row = measure_memory(case, device, dtype)
-            rowfile.append(out, [row])
-            print(f"{case.name}: {row['peak_bytes'] / 1e6:.0f} MB, {row['times_needed']:.2f} times what it must hold")
+            for variant in (ENGINE, STANDARD) if case.beam > 1 else (ENGINE,):
+                row = measure_memory(case, variant, where.device, where.dtype)
+                rowfile.append(where.out, [row])
+                held = f"{row['peak_bytes'] / 1e6:.0f} MB, {row['times_needed']:.2f} times what must be held"
+                print(f"{case.name}, {variant}: {held}", flush=True)
             continue
-        rows, missing = measure(
-            case, chosen.rounds, device=device, dtype=dtype, peers=chosen.peers, quick="tiny" in case.sets
-        )
-        rowfile.append(out, rows)
+        try:
+            rows, missing = measure(
+                case,
+                chosen.rounds,
+                device=where.device,
+                dtype=where.dtype,
+                peers=chosen.peers,
+                quick="tiny" in case.sets,
+                engine_only=chosen.engine_only,
+            )
+        except Exception as error:
+            # one case must not take the others with it
+            print(f"{case.name}: {type(error).__name__}: {error}", flush=True)
+            status = 1
+            if device_lost(where.device):
+                return in_fresh_process("generate", given, i + 1, where)
+            continue
+        rowfile.append(where.out, rows)
         print("\n".join([*(f"not timed: {reason}" for reason in missing), table(rows), ""]), flush=True)
-    return 0
+    return status

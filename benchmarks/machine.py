@@ -59,11 +59,14 @@ def _output(*command: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Returns the short commit of this repository, with + where something is changed, or "unknown"."""
+    """Returns the short commit of this repository, with + where something is changed, or "unknown".
+
+    Where the folder is a copy without its history, SPEAR_FAST_COMMIT says what it is a copy of.
+    """
     head = _output("git", "rev-parse", "--short=10", "HEAD")
     what = ("spear_fast", "csrc", "kernels", "benchmarks/*.py", "benchmarks/operations")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *what)
-    return (head + ("+" if changed else "")) or "unknown"
+    return (head + ("+" if changed else "")) or os.environ.get("SPEAR_FAST_COMMIT", "unknown")
 
 
 @functools.cache

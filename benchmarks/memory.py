@@ -38,10 +38,9 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     # a first model loads what is loaded once: libraries, the compiled extension, threads
     with torch.inference_mode():
-        Generation(CASES["tiny"], torch.device(device)).own()[variant]()
+        Generation(CASES["tiny"], torch.device(device), reference=False).own()[variant]()
         before = resident("VmRSS")
-        generation = Generation(CASES[name], torch.device(device), DTYPES[dtype])
-        generation.reference = None
+        generation = Generation(CASES[name], torch.device(device), DTYPES[dtype], reference=False)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +22,17 @@ from torch import Tensor
 
 from benchmarks import rows as rowfile
 from benchmarks.checked import Gate, call_of, computed
-from benchmarks.machine import DTYPES, environment, last_level_cache, limits, results_file
+from benchmarks.machine import DTYPES, last_level_cache
+from benchmarks.op_rows import CACHES, Candidate, Settings, rows_of, table
 from benchmarks.operations import OpCase, chosen_cases
 from benchmarks.operations.case import SETS, ElsewhereError, cloned
-from benchmarks.timing import Variant, quantile, quantiles, sampled
+from benchmarks.options import DeviceLostError, add_skip, device_lost, in_fresh_process, resolved
+from benchmarks.timing import Variant, sampled
 from spear_fast.ops import providers
 
-CACHES = ("warm", "cold")
 # copies of the inputs may take so many bytes
 MOST_COPIED = {"cpu": 1 << 30, "cuda": 8 << 30}
 MOST_COPIES = 256
-
-
-@dataclass
-class Candidate:
-    """What may be timed of a case: a provider of the op, or a baseline."""
-
-    name: str
-    provider: bool
-    error: dict[str, float | None] = field(default_factory=dict)
-    refused: str | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """device, dtype: what to measure on and in. caches: of CACHES. seconds: for each case and cache.
-
-    providers: names to which the op's providers are limited. baselines: whether they are measured too.
-    quick: few samples, and limits of the machine by small products: for tests of the machinery.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    caches: Sequence[str] = CACHES
-    seconds: float = 2.0
-    providers: Sequence[str] = ()
-    baselines: bool = True
-    quick: bool = False
 
 
 def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[str]]:
@@ -65,7 +40,9 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
     device, dtype = settings.device, settings.dtype
     arguments = case.inputs(dtype, device)
     gate = Gate.of(case, arguments)
-    candidates = [*_providers(case, settings, arguments), *(_baselines(case) if settings.baselines else ())]
+    inputs = providers.Inputs(device, dtype, arguments[0].shape[-1], case.options(arguments))
+    automatic = chosen_by_itself(case.op, inputs)
+    candidates = [*_providers(case, settings, inputs), *(_baselines(case) if settings.baselines else ())]
     candidates = [each for each in candidates if _check(case, gate, each, arguments)]
     able = [candidate for candidate in candidates if candidate.refused is None]
     del gate
@@ -75,19 +52,23 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
         variants = [_variant(case, candidate, copies) for candidate in able]
         found = sampled(variants, device, settings.seconds, (2, 2) if settings.quick else (5, 100))
         clocks = {variant.name: variant.clock for variant in variants}
-        rows += _rows(case, settings, cache, able, found, clocks)
+        rows += rows_of(case, settings, cache, able, automatic, found, clocks)
         del copies, variants
     return rows, [f"{case.title}: {each.name}: {each.refused}" for each in candidates if each.refused]
 
 
-def _providers(case: OpCase, settings: Settings, arguments: Sequence[Any]) -> Iterator[Candidate]:
-    size = arguments[0].shape[-1]
-    depends = case.options(arguments)
+def chosen_by_itself(op: str, inputs: providers.Inputs) -> str:
+    """Returns the provider that computes an op for such inputs where nobody forces one."""
+    with providers.forced(""):
+        function = providers.choose(op, inputs)
+    return next(name for name in providers.names(op) if providers.get(op, name).function is function)
+
+
+def _providers(case: OpCase, settings: Settings, inputs: providers.Inputs) -> Iterator[Candidate]:
     for name in providers.names(case.op):
         if settings.providers and name not in settings.providers:
             continue
-        refusal = providers.get(case.op, name).refusal(providers.Inputs(settings.device, settings.dtype, size, depends))
-        yield Candidate(name, True, refused=refusal)
+        yield Candidate(name, True, refused=providers.get(case.op, name).refusal(inputs))
 
 
 def _baselines(case: OpCase) -> Iterator[Candidate]:
@@ -149,95 +130,6 @@ def _variant(case: OpCase, candidate: Candidate, copies: Sequence[Sequence[Any]]
     return Variant(candidate.name, calls, restore, within, graph)
 
 
-def _rows(
-    case: OpCase,
-    settings: Settings,
-    cache: str,
-    candidates: Sequence[Candidate],
-    found: dict[str, list[float]],
-    clocks: dict[str, str],
-) -> list[rowfile.Row]:
-    device, dtype = settings.device, settings.dtype
-    size = torch.finfo(dtype).bits // 8
-    machine = limits(device, dtype, quick=settings.quick)
-    read, flops = case.bytes(size), case.flops
-    floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
-    bound = max(floors, key=lambda name: floors[name])
-    rivals = [name for name in case.against if name in found]
-    rival = min(rivals, key=lambda name: quantile(found[name], 0.5)) if rivals else None
-    automatic = next((each.name for each in candidates if each.provider), None)
-    rows = []
-    for candidate in candidates:
-        spread = quantiles(found[candidate.name])
-        row = {
-            "benchmark": "op",
-            "op": case.op,
-            "case": case.title,
-            "mode": case.mode,
-            "dtype": str(dtype).removeprefix("torch."),
-            "cache": cache,
-            "variant": candidate.name,
-            "kind": "provider" if candidate.provider else "baseline",
-            "automatic": candidate.name == automatic and not settings.providers,
-            "clock": clocks[candidate.name],
-            "samples": len(found[candidate.name]),
-            **{name: float(f"{value:.4g}") for name, value in spread.items()},
-            "bytes": read,
-            "flops": flops,
-            "gbs": round(read / spread["p50"] / 1e9, 3),
-            "tflops": round(flops / spread["p50"] / 1e12, 5),
-            "bound": bound,
-            "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
-            "limit": {key: round(value, 1) for key, value in machine.items()},
-            **candidate.error,
-            "baseline": rival,
-            "shape": dict(case.shape),
-            **environment(device),
-        }
-        if rival is not None:
-            # by rounds: both sides of a ratio were measured within one of them
-            ratios = [a / b for a, b in zip(found[rival], found[candidate.name], strict=True)]
-            row["times_baseline"] = {key: round(value, 3) for key, value in quantiles(ratios).items()}
-        wanted = case.wanted.get(device.type)
-        if wanted and row["automatic"] and not (wanted.get("times") and rival is None):
-            row |= {"wanted": dict(wanted), "reached": _reached(row, wanted)}
-        rows.append(rowfile.finished(row))
-    return rows
-
-
-def _reached(row: rowfile.Row, wanted: dict[str, float] | Any) -> bool:
-    """Returns whether a row is as good as was aimed at."""
-    if "times" in wanted:
-        return row["times_baseline"]["p50"] >= wanted["times"]
-    if "percent" in wanted:
-        return row["percent_of_limit"] >= wanted["percent"]
-    return row["p50"] <= wanted["seconds"]
-
-
-def table(rows: Sequence[rowfile.Row]) -> str:
-    """Returns the rows as a Markdown table, slower ones too."""
-    header = ("case", "by", "dtype, cache", "p20 / p50 / p80", "GB/s", "TFLOP/s", "of the limit", "error", "× baseline")
-    return rowfile.table(header, (_line(row) for row in rows))
-
-
-def _line(row: rowfile.Row) -> tuple[str, ...]:
-    ratio, wanted = row.get("times_baseline"), row.get("wanted")
-    said = "" if ratio is None else f"{ratio['p50']:.2f}" + (" (it)" if row["variant"] == row["baseline"] else "")
-    if wanted:
-        said += f" {'reached' if row['reached'] else 'MISSED'}: " + ", ".join(f"{k} {v:g}" for k, v in wanted.items())
-    return (
-        row["case"] + (f", {row['mode']}" if row["mode"] != "forward" else ""),
-        row["variant"] + (" *" if row["automatic"] else ""),
-        f"{row['dtype']}, {row['cache']}",
-        " / ".join(rowfile.seconds(row[name]) for name in ("p20", "p50", "p80")),
-        f"{row['gbs']:.1f}",
-        f"{row['tflops']:.3g}",
-        f"{row['percent_of_limit']:.0f} % ({row['bound']})",
-        "" if row.get("max_error") is None else f"{row['max_error']:.1e}",
-        said,
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose cases and settings, which `compare` has too."""
     parser.add_argument("--ops", nargs="+", metavar="OP", help="these ops alone")
@@ -248,6 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rank = parser.add_mutually_exclusive_group()
     rank.add_argument("--no-extra", action="store_true", help="leave out the shapes of second rank")
     rank.add_argument("--only-extra", action="store_true", help="the shapes of second rank alone")
+    add_skip(parser)
+    parser.add_argument("--spread", action="store_true", help="a case of each op in turn, for when time is short")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
@@ -256,8 +150,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch on the CPU")
 
 
+def spread(cases: Sequence[OpCase]) -> list[OpCase]:
+    """Returns the cases such that every op comes once before any comes again."""
+    turn: Counter[str] = Counter()
+    turns = []
+    for case in cases:
+        turns.append(turn[case.op])
+        turn[case.op] += 1
+    return [case for _, case in sorted(zip(turns, cases, strict=True), key=lambda entry: entry[0])]
+
+
 def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
-    """Measures what the options choose; prints a table for each case; appends its rows to `out` at once."""
+    """Measures what the options choose; prints a table for each case; appends its rows to `out` at once.
+
+    Raises DeviceLostError where a kernel leaves the device in a state in which nothing further can be measured.
+    """
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device)
@@ -265,6 +172,8 @@ def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
     kind = chosen.kind or {"cpu": "cpu"}.get(device.type, "gpu")
     cases = chosen_cases(kind, chosen.ops, chosen.cases, extra=not chosen.no_extra)
     cases = [case for case in cases if case.extra or not chosen.only_extra]
+    if chosen.spread:
+        cases = spread(cases)
     if not cases:
         raise ValueError(f"no case of the set {kind} has these ops and words; choose others with --ops and --cases.")
     unknown = {case.op for case in cases} - set(providers.ops())
@@ -272,7 +181,7 @@ def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
         print(f"not ops of this version: {', '.join(sorted(unknown))}\n")
         cases = [case for case in cases if case.op not in unknown]
     began, everything = time.perf_counter(), []
-    for case in cases:
+    for i, case in enumerate(cases[chosen.skip :], start=chosen.skip):
         for dtype in dtypes[:1] if case.dtype else dtypes:
             if chosen.limit is not None and time.perf_counter() - began > chosen.limit:
                 print(f"{case.title}: not begun, the {chosen.limit:g} seconds are over", flush=True)
@@ -295,6 +204,8 @@ def run(chosen: argparse.Namespace, out: Path | None) -> list[rowfile.Row]:
             everything += rows
             shown = [table(rows), ""] if rows else []
             print("\n".join([*(f"not timed: {reason}" for reason in reasons), *shown]), flush=True)
+            if device_lost(device):
+                raise DeviceLostError(i + 1)
     return everything
 
 
@@ -303,11 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the rows as PNG files")
-    chosen = parser.parse_args(arguments)
-    out = chosen.out
-    if out is not None and out.suffix != ".jsonl":
-        out = results_file(torch.device(chosen.device), out)
-    rows = run(chosen, out)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = parser.parse_args(given)
+    chosen.dtype = None
+    where = resolved(chosen)
+    try:
+        rows = run(chosen, where.out)
+    except DeviceLostError as lost:
+        return in_fresh_process("op", given, lost.done, where)
     if chosen.plots is not None:
         from benchmarks.plots import draw
 

@@ -16,6 +16,8 @@ from benchmarks.machine import RESULTS, slug
 COLUMNS = 3
 # a legend entry a candidate; colours of the map go round after as many
 COLOURS = 10
+# kernels that are told apart in a step
+KERNELS = 6
 
 
 def draw(rows: Iterable[rowfile.Row], folder: Path) -> list[Path]:
@@ -38,6 +40,8 @@ def draw(rows: Iterable[rowfile.Row], folder: Path) -> list[Path]:
             "roofline": (_ops(found), _roofline),
             "ops": (_ops(found), _shares),
             "generate": (_generation(found), _rates),
+            "step": (_panel(found, "step", "a decoding step"), _stacked),
+            "label": (_panel(found, "label", "labelling"), _real_time),
         }
         for name, (panels, paint) in sheets.items():
             if not panels:
@@ -73,6 +77,11 @@ def _ops(rows: Sequence[rowfile.Row]) -> dict[str, list[rowfile.Row]]:
 def _generation(rows: Sequence[rowfile.Row]) -> dict[str, list[rowfile.Row]]:
     found = [row for row in rows if row["benchmark"] == "generate" and "tokens_per_second" in row]
     return {"generation": found} if found else {}
+
+
+def _panel(rows: Sequence[rowfile.Row], benchmark: str, title: str) -> dict[str, list[rowfile.Row]]:
+    found = [row for row in rows if row["benchmark"] == benchmark]
+    return {title: found} if found else {}
 
 
 def _variants(rows: Sequence[rowfile.Row]) -> dict[str, int]:
@@ -131,6 +140,35 @@ def _shares(axis: Any, rows: Sequence[rowfile.Row]) -> None:
 
 def _rates(axis: Any, rows: Sequence[rowfile.Row]) -> None:
     _bars(axis, rows, "tokens_per_second", "tokens a second")
+
+
+def _stacked(axis: Any, rows: Sequence[rowfile.Row]) -> None:
+    """What each kernel takes of a step, the slowest first, in percent of the step; a line where the roofline is."""
+    names = list(dict.fromkeys(each["name"] for row in rows for each in row["kernels"][:KERNELS]))
+    for place, row in enumerate(rows):
+        step, done = 1e6 * row["p50"], 0.0
+        for each in row["kernels"][:KERNELS]:
+            share = 100 * each["us"] / step
+            axis.barh(place, share, left=done, height=0.8, color=f"C{names.index(each['name']) % COLOURS}")
+            done += share
+        rest = max(0.0, 100 * row["busy_us"] / step - done)
+        axis.barh(place, rest, left=done, height=0.8, color="lightgray")
+        axis.plot([row["percent_of_limit"]] * 2, [place - 0.4, place + 0.4], color="black")
+    for i, name in enumerate(names[:COLOURS]):
+        axis.barh(0, 0, color=f"C{i}", label=name[:40])
+    labels = [f"{row['case'].removeprefix('step ')}, {rowfile.seconds(row['p50'])}" for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize="x-small")
+    axis.invert_yaxis()
+    axis.set_xlabel("percent of the step; black: the roofline")
+    axis.legend(fontsize="xx-small")
+
+
+def _real_time(axis: Any, rows: Sequence[rowfile.Row]) -> None:
+    axis.barh(range(len(rows)), [row["times_real_time"] for row in rows], color="C0")
+    labels = [f"{row['case'].removeprefix('label ')}, {row['variant']}, batch {row['batch']}" for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize="x-small")
+    axis.invert_yaxis()
+    axis.set(xscale="log", xlabel="times real time")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

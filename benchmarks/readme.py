@@ -10,23 +10,32 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import rows as rowfile
+from benchmarks.label import table as label_table
 from benchmarks.machine import REPOSITORY, RESULTS
 
 README = REPOSITORY / "README.md"
+# kernels that are shown of a step, and how much of their names
+KERNELS, NAME = 6, 40
 BEGIN, END = "<!-- measured: begin; make readme writes this part -->", "<!-- measured: end -->"
 
 
-def tables(folder: Path = RESULTS) -> str:
-    """Returns the Markdown of all devices that have rows."""
+def tables(folder: Path = RESULTS, only: str | None = None) -> str:
+    """Returns the Markdown of all devices that have rows, or of one."""
     parts = []
     for device, rows in rowfile.read_all(folder).items():
-        sections = [section for make in (_generation, _memory, _ops, _training) for section in make(rows)]
+        if only not in (None, device):
+            continue
+        sections = [
+            section for make in (_generation, _steps, _labelling, _memory, _ops, _training) for section in make(rows)
+        ]
         if sections:
             newest = max(rows, key=lambda row: row["time"])
             where = f"{newest['threads']} threads, {newest['capability']}" if "driver" not in newest else (
                 f"{newest['capability']}, driver {newest['driver']}"
             )  # fmt: skip
-            about = f"Rows: `benchmarks/results`; torch {newest['torch']}, {where}. Medians of samples taken in turn."
+            peers = {name: said for row in rows for name, said in row.get("versions", {}).items() if said}
+            what = ", ".join([f"torch {newest['torch']}", where, *(f"{name} {said}" for name, said in peers.items())])
+            about = f"Rows: `benchmarks/results`; {what}. Medians of samples taken in turn."
             parts.append("\n\n".join((f"### {device}", about, *sections)))
     return "\n\n".join(parts)
 
@@ -43,6 +52,18 @@ def _figure(row: rowfile.Row, say: Callable[[str, float], str]) -> str:
     return f"{wanted}: {'reached' if row['reached'] else '**missed**'}"
 
 
+def _generated(row: rowfile.Row) -> str:
+    """Returns the shape of what was generated."""
+    shape = row["shape"]
+    ends, sources = f"{shape['tokens']}", f"{shape['source']}"
+    if shape.get("ends"):
+        ends, sources = "{} to {}".format(*shape["ends"]), f"{shape['shortest']} to {shape['source']}"
+    return (
+        f"{shape['dim']}×{shape['target_layers']}, B {shape['batch']}, S {sources}, beam {shape['beam']}, "
+        f"{ends} tokens, {row['dtype']}"
+    )
+
+
 def _generation(rows: Sequence[rowfile.Row]) -> list[str]:
     found = _of(rows, "generate")
     if not found:
@@ -50,28 +71,56 @@ def _generation(rows: Sequence[rowfile.Row]) -> list[str]:
     peers = list(dict.fromkeys(peer for row in found for peer in row["times"]))
     lines = []
     for row in found:
-        shape = row["shape"]
-        ends = f"{shape['tokens']}" if not shape.get("ends") else "{} to {}".format(*shape["ends"])
         lines.append((
-            f"{shape['dim']}×{shape['target_layers']}, B {shape['batch']}, S {shape['source']}, "
-            f"beam {shape['beam']}, {ends} tokens, {row['dtype']}",
+            _generated(row),
             row["variant"],
+            rowfile.seconds(row["p50"]),
             f"{row['tokens_per_second']:.0f}",
             f"{row['percent_of_limit']:.0f} % ({row['bound']})",
             *(f"{row['times'][peer]['p50']:.2f}" if peer in row["times"] else "" for peer in peers),
             _figure(row, lambda peer, times: f"{times:g} × {peer}"),
         ))  # fmt: skip
-    header = ("generation", "by", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "aim")
+    header = ("generation", "by", "time", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "aim")
     return [rowfile.table(header, lines)]
+
+
+def _steps(rows: Sequence[rowfile.Row]) -> list[str]:
+    """The steps, each with the kernels that take most of it."""
+    lines = []
+    for row in _of(rows, "step"):
+        shape, step = row["shape"], 1e6 * row["p50"]
+        kernels = [f"`{each['name'][:NAME]}` {each['us']:.0f}" for each in row["kernels"][:KERNELS]]
+        lines.append((
+            f"{shape['dim']}×{shape['target_layers']}, B {shape['batch']}, S {shape['source']}, beam {shape['beam']}, "
+            f"behind {row['generated']} tokens, {row['dtype']}",
+            f"{step:.0f}",
+            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{row['times_greedy']:.2f}" if "times_greedy" in row else "",
+            ", ".join(kernels) or "",
+            f"{max(0.0, step - row['busy_us']):.0f}",
+            _figure(row, lambda name, value: f"{value:g} %" if name == "percent" else f"{value:g} × greedy"),
+        ))  # fmt: skip
+    header = ("decoding step", "µs", "of the limit", "× greedy, a row", "µs of kernels", "µs between", "aim")
+    return [rowfile.table(header, lines)] if lines else []
+
+
+def _labelling(rows: Sequence[rowfile.Row]) -> list[str]:
+    found = _of(rows, "label")
+    return [label_table(found)] if found else []
 
 
 def _memory(rows: Sequence[rowfile.Row]) -> list[str]:
     lines = [
-        (row["case"], f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['times_needed']:.2f}",
-         _figure(row, lambda _, times: f"at most {times:g}"))
+        (
+            _generated(row),
+            row["variant"],
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['times_needed']:.2f}",
+            _figure(row, lambda _, times: f"at most {times:g}"),
+        )
         for row in _of(rows, "generate memory")
-    ]  # fmt: skip
-    return [rowfile.table(("generation", "most memory", "× weights and caches", "aim"), lines)] if lines else []
+    ]
+    return [rowfile.table(("generation", "by", "most memory", "× weights and caches", "aim"), lines)] if lines else []
 
 
 def _ops(rows: Sequence[rowfile.Row]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.machine import CPU
 
 # the special tokens in front of the vocabulary
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -20,10 +21,10 @@ SPECIAL = 3
 SURE = 60.0
 
 
-def t5(case: Case) -> Any:
-    """Returns a `T5ForConditionalGeneration` of the case's sizes, in evaluation mode.
+def t5(case: Case, device: torch.device = CPU) -> Any:
+    """Returns a `T5ForConditionalGeneration` of the case's sizes, in evaluation mode and made on the device.
 
-    Where the case's utterances end at lengths of their own, utterance ids say where: `ends` builds that in.
+    Where the case's utterances end at lengths of their own, source ids say where; see `asking`.
     """
     # transformers asks for a package of this name, and the checkout has a folder that is called so
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
@@ -32,8 +33,8 @@ def t5(case: Case) -> Any:
     torch.manual_seed(0)
     longest = max(case.ends) if case.ends else 0
     config = T5Config(
-        # states of a count and lengths to reach, behind the ordinary ids
-        vocab_size=SPECIAL + case.vocabulary + 2 * (longest + 1),
+        # states of a count and lengths to reach are some of the ordinary ids
+        vocab_size=SPECIAL + max(case.vocabulary, 2 * (longest + 1)),
         d_model=case.dim,
         d_kv=case.head_dim,
         d_ff=case.inner,
@@ -47,9 +48,10 @@ def t5(case: Case) -> Any:
         eos_token_id=EOS,
         decoder_start_token_id=PAD,
     )
-    model = T5ForConditionalGeneration(config).eval()
+    with device:
+        model = T5ForConditionalGeneration(config).eval()
     if case.ends:
-        _count_to_the_end(model, SPECIAL + case.vocabulary, longest)
+        _count_to_the_end(model, SPECIAL, longest)
     return model
 
 
@@ -92,9 +94,12 @@ def _count_to_the_end(model: Any, first: int, longest: int) -> None:
 
 
 def asking(case: Case, ends: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Returns source ids for utterances of these lengths, such that the T5 ends after as many tokens as `ends` says."""
-    first = SPECIAL + case.vocabulary + max(case.ends) + 1
-    return [[first + end] * length for end, length in zip(ends, lengths, strict=True)]
+    """Returns source ids for utterances of these lengths, such that the T5 takes as many steps as `ends` says.
+
+    The last step is the one that ends the text.
+    """
+    first = SPECIAL + max(case.ends) + 1
+    return [[first + end - 1] * length for end, length in zip(ends, lengths, strict=True)]
 
 
 def translator(model: Any, compute_type: str, device: str, threads: int) -> tuple[Any, list[str]]:
@@ -121,12 +126,16 @@ def translator(model: Any, compute_type: str, device: str, threads: int) -> tupl
 def by_ctranslate2(
     case: Case, model: Any, sources: Sequence[Sequence[int]], compute_type: str, device: str
 ) -> Callable:
-    """Returns what decodes all sources by CTranslate2; sources of several lengths by its own batching."""
+    """Returns what decodes all sources by CTranslate2, and returns how many tokens each got, its end not counted.
+
+    Sources of several lengths go through its own batching: sorted, `slots` at a time, those that have ended taken out;
+    its search then stops at the best hypothesis' end.
+    """
     run, tokens = translator(model, compute_type, device, torch.get_num_threads())
     named = [[tokens[i] for i in source] for source in sources]
     bounds: dict[str, Any] = {"min_decoding_length": case.tokens, "max_decoding_length": case.tokens}
     if case.ends:
-        bounds = {"max_decoding_length": max(case.ends) + 1, "max_batch_size": case.slots, "length_penalty": 0}
+        bounds = {"max_decoding_length": max(case.ends), "max_batch_size": case.slots, "length_penalty": 0}
 
     def decode() -> list[int]:
         results = run.translate_batch(named, beam_size=case.beam, max_input_length=0, **bounds)
@@ -135,16 +144,21 @@ def by_ctranslate2(
     return decode
 
 
-def by_transformers(case: Case, model: Any, sources: Sequence[Sequence[int]], device: torch.device) -> Callable:
-    """Returns what decodes all sources, of one length, by `generate` of transformers."""
-    ids = torch.tensor(sources, device=device)
-    model = model.to(device)
+def by_transformers(
+    case: Case, model: Any, sources: Sequence[Sequence[int]], device: torch.device, *, static: bool = False
+) -> Callable[..., Tensor]:
+    """Returns what decodes all sources, of one length, by `generate` of transformers.
+
+    static: with caches of a fixed size, not compiled. It takes the most tokens, the case's where left out.
+    """
+    ids = torch.as_tensor(sources, device=device)
+    caches: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True} if static else {}
 
     @torch.inference_mode()
-    def decode() -> Tensor:
+    def decode(most: int = case.tokens) -> Tensor:
         return model.generate(
-            ids, num_beams=case.beam, do_sample=False, eos_token_id=None,
-            min_new_tokens=case.tokens, max_new_tokens=case.tokens,
+            ids, num_beams=case.beam, do_sample=False, eos_token_id=None, min_new_tokens=most, max_new_tokens=most,
+            **caches,
         )  # fmt: skip
 
     return decode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,25 +10,47 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import t5
-from benchmarks.cases import CTRANSLATE2, CTRANSLATE2_INT8, OURS, REFERENCE, STANDARD, TRANSFORMERS, Case
+from benchmarks.cases import (
+    CTRANSLATE2,
+    CTRANSLATE2_INT8,
+    ENGINE,
+    OURS,
+    REFERENCE,
+    STANDARD,
+    TRANSFORMERS,
+    TRANSFORMERS_STATIC,
+    Case,
+)
 from benchmarks.peers import pair
+from spear_fast.decoding import DecodingOptions
 
 Variants = dict[str, Callable[[], Any]]
+
+# what each peer is installed as
+DISTRIBUTIONS = {
+    REFERENCE: "spear-tts-pytorch",
+    CTRANSLATE2: "ctranslate2",
+    CTRANSLATE2_INT8: "ctranslate2",
+    TRANSFORMERS: "transformers",
+    TRANSFORMERS_STATIC: "transformers",
+}
 
 
 class Generation:
     """A case's models and sources on a device.
 
-    reference: the reference package's model, or None without the package. ours: with the same weights.
-    sources: `[n]` int64 for each utterance.
+    reference: the reference package's model, or None without the package or where it is not asked for. ours: with the
+        same weights. sources: `[n]` int64 for each utterance. texts: how many tokens each gets.
     """
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, case: Case, device: torch.device, dtype: torch.dtype = torch.float32, *, reference: bool = True
+    ) -> None:
         self.case, self.device, self.dtype = case, device, dtype
-        self.reference, self.ours = pair(case)
-        self.ours = self.ours.to(device, dtype)
+        self.reference, self.ours = pair(case, device=device, wanted=reference)
+        self.ours = self.ours.to(dtype)
         if self.reference is not None:
-            self.reference = self.reference.to(device, dtype)
+            self.reference = self.reference.to(dtype)
         generator = torch.Generator().manual_seed(1)
         lengths, self.texts = case.drawn()
         whole = torch.randint(case.vocabulary, (case.batch, case.source), generator=generator)
@@ -66,10 +89,50 @@ class Generation:
         def decode(**options: Any) -> list[Tensor]:
             return [self.generate(self.ours, rows, **options) for rows in batches]
 
-        found: Variants = {OURS: decode}
+        found: Variants = {OURS: decode, ENGINE: self.by_engine()}
         if self.case.beam > 1:
             found[STANDARD] = lambda: decode(beam_mode="standard")
         return found
+
+    def standard(self, rows: Sequence[int]) -> list[Tensor]:
+        """Returns the ids `[n]` of some of the utterances, each until its own end, by the standard search."""
+        options = {"beam_mode": "standard"} if self.case.beam > 1 else {}
+        batches = [[row] for row in rows] if self.case.ends else [list(rows)]
+        return [tokens for batch in batches for tokens in self.generate(self.ours, batch, **options)]
+
+    def by_engine(self, rows: Sequence[int] | None = None, slots: int | None = None) -> Callable[..., list[Tensor]]:
+        """Returns what decodes utterances, each until its own end, by one engine that is made at the first call.
+
+        rows: all where left out. slots: decoded at the same time, of mixed utterances as many as the case says, else
+        all. It takes the most tokens of a text, no limit where left out, and returns `[n]` int64 ids of each, in the
+        order of rows.
+        """
+        rows = range(self.case.batch) if rows is None else rows
+        slots = min(len(rows), slots or (self.case.slots if self.case.ends else self.case.batch))
+
+        @functools.cache
+        def engine() -> Any:
+            longest = max(len(self.sources[row]) for row in rows)
+            return self.ours.engine(
+                slots=slots,
+                beams=self.case.beam,
+                max_length=max(self.texts[row] for row in rows),
+                max_source=longest,
+            )
+
+        def request(row: int, most: int) -> tuple[Tensor, DecodingOptions]:
+            search: dict[str, Any] = {"method": "beam", "beam_size": self.case.beam}
+            if self.case.beam == 1:
+                search = {"method": "greedy"}
+            return self.sources[row], DecodingOptions(**search, max_length=min(most, self.texts[row]))
+
+        def decode(most: int = self.case.tokens) -> list[Tensor]:
+            requests = [request(row, most) for row in rows]
+            # everything is known at once: the engine may sort it all
+            tickets = sorted(engine().run(requests, ahead=len(rows)), key=lambda ticket: ticket.number)
+            return [ticket.result().tokens[0, 0] for ticket in tickets]
+
+        return decode
 
     def peers(self, names: Sequence[str]) -> tuple[Variants, list[str]]:
         """Returns what can run here of the peers, and why the others cannot."""
@@ -78,6 +141,7 @@ class Generation:
             CTRANSLATE2: lambda: self._ctranslate2("float32"),
             CTRANSLATE2_INT8: lambda: self._ctranslate2("int8_float32"),
             TRANSFORMERS: self._transformers,
+            TRANSFORMERS_STATIC: lambda: self._transformers(static=True),
         }
         found, missing = {}, []
         for name in names:
@@ -102,5 +166,6 @@ class Generation:
             compute_type = compute_type.replace("float32", "bfloat16")
         return t5.by_ctranslate2(self.case, t5.t5(self.case), self._ids(), compute_type, self.device.type)
 
-    def _transformers(self) -> Callable[[], Any]:
-        return t5.by_transformers(self.case, t5.t5(self.case).to(self.dtype), self._ids(), self.device)
+    def _transformers(self, *, static: bool = False) -> Callable[[], Any]:
+        model = t5.t5(self.case, self.device).to(self.dtype)
+        return t5.by_transformers(self.case, model, self._ids(), self.device, static=static)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_DONE, EXIT_ERROR, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
+# what `bench` measures
+BENCHMARKS = ("op", "generate", "step", "label", "train", "compare")
 
 STATUS = "exit status: 0 all done, 3 some rows failed (failed.jsonl says which and why), 2 error, 130 interrupted"
 
@@ -306,9 +308,9 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "Measure ops, generation or training on this machine, by their distance from its limits."
+    text = "Measure ops, generation, labelling or training on this machine, by their distance from its limits."
     parser = _command(commands, "bench", run_bench, text, "spear-fast bench WHAT --help lists the options of each")
-    parser.add_argument("what", choices=("op", "generate", "train", "compare"), metavar="op|generate|train|compare")
+    parser.add_argument("what", choices=BENCHMARKS, metavar="|".join(BENCHMARKS))
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the benchmark")
 
 

@@ -1,0 +1,120 @@
+"""README's tables: of the committed rows, a part for each device that has any, and what was missed is in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import generate, op, plots, readme, rows
+from benchmarks.cases import CASES
+from benchmarks.machine import CPU, environment
+from benchmarks.operations import chosen_cases
+
+SETTINGS = op.Settings(CPU, torch.float32, seconds=0.0, quick=True)
+
+
+def case_of(name):
+    return next(case for case in chosen_cases("tiny") if case.op == name)
+
+
+def test_the_page_holds_the_tables_of_the_rows():
+    text = readme.README.read_text()
+    assert readme.written(text) == text, "README.md and benchmarks/results differ; run make readme"
+
+
+def test_tables_are_of_devices_with_rows_and_name_what_was_missed(tmp_path):
+    found, _ = op.measured(case_of("append_kv"), SETTINGS)
+    missed = [
+        {**row, "wanted": {"times": 9e9}, "reached": False} if row["automatic"] else row
+        for row in found
+    ]  # fmt: skip
+    rows.append(tmp_path / "a.jsonl", missed)
+    text = readme.written(f"before {readme.BEGIN} old {readme.END} behind", tmp_path)
+    assert text.startswith("before ")
+    assert text.endswith(" behind")
+    assert "old" not in text
+    assert f"### {found[0]['device']}" in text
+    assert "9e+09 ×: **missed**" in text
+    assert readme.tables(tmp_path / "nothing") == ""
+    # a file without rows, and rows that no table is of, make no device
+    (tmp_path / "empty.jsonl").write_text("")
+    rows.append(tmp_path / "other.jsonl", [{**found[0], "device": "another", "benchmark": "something else"}])
+    assert readme.tables(tmp_path).count("### ") == 1
+    with pytest.raises(ValueError, match="must hold"):
+        readme.written("no markers", tmp_path)
+
+
+def lines_of(text, header):
+    """Returns the cells of the lines of the table that begins with a column of this name."""
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith(f"| {header} ")]
+    assert len(tables) == 1
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in tables[0]]
+
+
+def test_the_table_of_ops_says_who_computes_how_fast_and_what_was_aimed_at(tmp_path):
+    found, _ = op.measured(case_of("rms_norm"), SETTINGS)
+    (row,) = (row for row in found if row["automatic"] and row["cache"] == "cold")
+    rows.append(tmp_path / "a.jsonl", [{**each, "device": device} for device in ("one", "two") for each in found])
+    one, two = readme.tables(tmp_path).split("### two")
+    assert one.startswith("### one")
+    for part in (one, two):
+        header, _, line = lines_of(part, "op, shape")
+        cells = dict(zip(header, line, strict=True))
+        assert cells["by"] == row["variant"]
+        assert cells["time"] == rows.seconds(row["p50"])
+        assert cells["of the limit"].startswith(f"{row['percent_of_limit']:.0f} %")
+        assert cells["as fast as"] == f"{row['times_baseline']['p50']:.2f} × {row['baseline']}"
+
+
+def test_the_tables_of_generation_say_time_peers_and_memory(tmp_path):
+    case = CASES["tiny-mixed"]
+    found, _ = generate.measure(case, 1, device=CPU, dtype=torch.float32, peers=False, quick=True)
+    memory = {**found[0], "benchmark": "generate memory", "peak_bytes": 2_000_000, "needed_bytes": 1e6,
+              "times_needed": 2.0, "wanted": {"times_needed": 1.3}, "reached": False}  # fmt: skip
+    versions = {**found[0], "case": "other", "versions": {"ctranslate2": "1.2", "transformers": None}}
+    rows.append(tmp_path / "a.jsonl", [*found, memory, versions])
+    text = readme.tables(tmp_path)
+    assert f"torch {torch.__version__}, {environment()['threads']} threads" in text
+    assert "ctranslate2 1.2." in text
+    assert "transformers" not in text
+    header, _, *lines = lines_of(text, "generation | by | time")
+    assert header[:5] == ["generation", "by", "time", "tokens/s", "of the limit"]
+    assert [line[1] for line in lines] == [*(row["variant"] for row in found), found[0]["variant"]]
+    assert lines[0][0] == "128×2, B 5, S 5 to 20, beam 4, 2 to 8 tokens, float32"
+    assert lines[0][2] == rows.seconds(found[0]["p50"])
+    _, _, line = lines_of(text, "generation | by | most memory")
+    assert line[1:] == [found[0]["variant"], "2 MB", "2.00", "at most 1.3: **missed**"]
+
+
+def steps_and_jobs():
+    """Returns a row of a step, and rows of the labelling job by the engine and by a peer."""
+    shape = dict(CASES["tiny"].shape())
+    common = {"dtype": "bfloat16", "variant": "spear_fast engine", "shape": shape, **environment()}
+    step = {**common, "benchmark": "step", "case": "step tiny", "p50": 1e-3, "generated": 100, "percent_of_limit": 61.2,
+            "bound": "bandwidth", "kernels": [{"name": "attend", "calls": 2, "us": 700.4}], "busy_us": 800.0,
+            "times_greedy": 1.31, "wanted": {"percent": 60.0, "times_greedy": 0.833}, "reached": True}  # fmt: skip
+    job = {**common, "benchmark": "label", "case": "label tiny", "batch": 512, "p50": 4.0, "times_real_time": 2560.0,
+           "hours_for_60000": 23.44, "percent_of_limit": 70.0, "measured_tokens": shape["tokens"],
+           "wanted": {"times_real_time": 1500.0}, "reached": True}  # fmt: skip
+    peer = {**job, "variant": "reference", "mode": "batch 4", "batch": 4, "measured_tokens": 4, "engine_times": 150.0,
+            "wanted": {"engine_times": 200.0}, "reached": False}  # fmt: skip
+    return [step, job, peer]
+
+
+def test_plots_of_steps_and_of_labelling(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = plots.draw(steps_and_jobs(), tmp_path)
+    assert [path.name.rpartition("-")[2] for path in paths] == ["step.png", "label.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_the_tables_of_steps_and_of_labelling(tmp_path):
+    rows.append(tmp_path / "a.jsonl", steps_and_jobs())
+    text = readme.tables(tmp_path)
+    _, _, line = lines_of(text, "decoding step")
+    assert line == ["64×2, B 2, S 20, beam 4, behind 100 tokens, bfloat16", "1000", "61 % (bandwidth)", "1.31",
+                    "`attend` 700", "200", "60 %, 0.833 × greedy: reached"]  # fmt: skip
+    _, _, ours, theirs = lines_of(text, "job")
+    assert ours[1:] == ["spear_fast engine", "512", "4 s", "2560", "23.44", "70 %", "", "times real time 1500: reached"]
+    assert theirs[2:4] == ["4", "4 s, from 4 tokens"]
+    assert theirs[-2:] == ["150", "engine times 200: **missed**"]

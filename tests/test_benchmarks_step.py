@@ -1,0 +1,112 @@
+"""The benchmark of single steps: the kernels of a step are all there and no others, and a wrong engine is not timed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import generate, rows, step
+from benchmarks.cases import step_cases
+from benchmarks.machine import CPU
+from benchmarks.variants import Generation
+from spear_fast import cli
+from spear_fast.decoding.slots import interval
+
+CASES = {case.name: case for case in step_cases()}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Lets the longer run take half a second more, whatever the machine does meanwhile."""
+    monkeypatch.setattr(step, "interleaved", lambda runs, rounds: {"shorter": [1.0] * rounds, "longer": [1.5] * rounds})
+
+
+def measured(name):
+    return step.measure(CASES[name], 2, device=CPU, dtype=torch.float32, quick=True)
+
+
+def test_a_steps_kernels_are_counted_apart_from_the_encoders(timed):
+    row = measured("step tiny 2x3")
+    kernels = {each["name"]: each["calls"] for each in row["kernels"]}
+    layers = CASES["step tiny 2x3"].target_layers
+    for op in ("append_kv", "decode_self_attention", "decode_cross_attention"):
+        assert kernels[f"spear_fast::{op}"] == layers
+    assert kernels["spear_fast::beam_step"] == 1
+    assert "spear_fast::attention" not in kernels
+    assert row["p50"] == pytest.approx(0.5 / row["steps"])
+    work = CASES["step tiny 2x3"].step(row["generated"], 4)
+    assert row["floor"] == pytest.approx(work.floor(row["limit"]["gbs"], row["limit"]["gflops"]), rel=0.05)
+    assert row["busy_us"] >= sum(each["us"] for each in row["kernels"][:5])
+    assert "spear_fast::beam_step" in step.report(row)
+    json.dumps(row)
+
+
+def test_a_step_is_timed_where_nobody_may_look_into_it(timed, monkeypatch, capsys):
+    def forbidden(run, device):
+        raise RuntimeError("no permission")
+
+    monkeypatch.setattr(step, "profiled", forbidden)
+    row = measured("step tiny 2x3")
+    assert (row["kernels"], row["busy_us"], row["p50"] > 0) == ([], 0, True)
+    assert "step tiny 2x3: no kernels: no permission" in capsys.readouterr().out
+
+
+def test_steps_behind_an_end_that_nobody_has_looked_at_count_too():
+    for device in (CPU, torch.device("cuda")):
+        looks = [0]
+        while looks[-1] < 200:
+            looks.append(looks[-1] + interval(device, looks[-1]))
+        for tokens in (1, 4, 79, 80, 81, 120):
+            assert step.made(device, tokens) == min(look for look in looks if look >= tokens)
+    assert step.made(CPU, 80) == 80
+    assert step.made(torch.device("cuda"), 120) > 120
+
+
+def test_steps_that_took_no_time_are_no_measurement(monkeypatch):
+    monkeypatch.setattr(step, "interleaved", lambda runs, rounds: {"shorter": [1.0] * rounds, "longer": [0.9] * rounds})
+    with pytest.raises(RuntimeError, match="20 further steps took no time"):
+        measured("step tiny 2x3")
+
+
+def test_what_two_runs_share_is_none_of_a_step():
+    shorter = {"encode": (4, 1.0), "attend": (20, 2.0), "once": (1, 5.0)}
+    longer = {"encode": (4, 1.2), "attend": (60, 6.0), "once": (1, 1.0), "new": (10, 0.5)}
+    found = step.between(shorter, longer, 10)
+    assert [(kernel.name, kernel.calls, kernel.seconds) for kernel in found] == [
+        ("attend", 4, pytest.approx(0.4)),
+        ("new", 1, pytest.approx(0.05)),
+    ]
+
+
+def test_names_of_kernels_are_short():
+    name = "void at::native::(anonymous namespace)::softmax<float, 4>(float*)"
+    assert step.short(name) == "softmax<float, 4>(float*)"
+    assert len(step.short("x" * 500)) == step.LONGEST_NAME
+
+
+def test_beam_search_stands_beside_greedy_decoding_of_as_many_rows(timed):
+    greedy, beam = measured("step tiny 6x1"), measured("step tiny 2x3")
+    found = step.beside_greedy({**beam, "per_row": 2.0}, [{**greedy, "per_row": 1.8}])
+    assert (found["times_greedy"], found["wanted"], found["reached"]) == (0.9, {"times_greedy": 0.833}, True)
+    assert not step.beside_greedy({**beam, "per_row": 3.0}, [{**greedy, "per_row": 1.8}])["reached"]
+    other = {**greedy, "shape": {**greedy["shape"], "batch": 7}}
+    assert step.beside_greedy(beam, [other, beam]) == beam
+
+
+def test_a_wrong_engine_is_not_timed_and_the_others_are(timed, monkeypatch, tmp_path, capsys):
+    right = Generation.by_engine
+
+    def wrong(self, rows=None, slots=None):
+        decode = right(self, rows, slots)
+        return lambda *most: [tokens + (self.case.beam > 1) for tokens in decode(*most)]
+
+    monkeypatch.setattr(Generation, "by_engine", wrong)
+    generate._check_engine.cache_clear()
+    options = ["--set", "tiny", "--rounds", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(["bench", "step", *options]) == 1
+    generate._check_engine.cache_clear()
+    assert "step tiny 2x3: RuntimeError: 0.00% of the engine's tokens are right" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*.jsonl")
+    assert [row["case"] for row in rows.read(file)] == ["step tiny 6x1"]
