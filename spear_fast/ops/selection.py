@@ -245,11 +245,10 @@ _sample_step = define(
     f"(Tensor logits, Tensor? null_logits, Tensor? filtered, {_SETTINGS}{_written(_SAMPLE, 'abcdefghi')}) -> ()",
     check=_check_sample_step,
     fake=_check_sample_step,
-    native=("cpu",),
+    native=("cpu", "cuda"),
 )
 
 for _op in ("beam_step", "sample_step"):
     register(backends.cpu(_op))
-    if _op == "beam_step":
-        register(backends.cuda(_op))
+    register(backends.cuda(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))
