@@ -268,16 +268,26 @@ def extension_settings() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOptional}}
 
 
+# what CuPy builds at run time where nvcc did not: folders of csrc, and the files in each that device code is made of
+DEVICE_SOURCES = {
+    "spear_fast.csrc": ["philox.h"],
+    "spear_fast.csrc.cuda": ["*.cu", "*.h"],
+    "spear_fast.csrc.select": ["*.h"],
+}
+
+
 def packages() -> list[str]:
     found = find_packages(str(ROOT), include=["spear_fast", "spear_fast.*"])
     below = find_packages(str(ROOT / "kernels"))
-    return [*found, "spear_fast.kernels", *(f"spear_fast.kernels.{name}" for name in below)]
+    return [*found, "spear_fast.kernels", *(f"spear_fast.kernels.{name}" for name in below), *DEVICE_SOURCES]
 
 
 assert Extension  # setuptools must be imported before torch's build helpers
 setup(
     packages=packages(),
-    package_dir={"spear_fast": "spear_fast", "spear_fast.kernels": "kernels"},
-    package_data={"spear_fast": ["py.typed"]},
+    package_dir={"spear_fast": "spear_fast", "spear_fast.kernels": "kernels", "spear_fast.csrc": "csrc"},
+    package_data={"spear_fast": ["py.typed"], **DEVICE_SOURCES},
+    # the launches are nvcc's
+    exclude_package_data={"spear_fast.csrc.cuda": ["launch*", "tensors.h"]},
     **extension_settings(),
 )

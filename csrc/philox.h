@@ -3,13 +3,7 @@
 // Free of torch headers; compiles for host and device. The same numbers: spear_fast/ops/reference/philox.py
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define SPEAR_FAST_INLINE __host__ __device__ __forceinline__
-#else
-#define SPEAR_FAST_INLINE inline
-#endif
+#include "select/portable.h"
 
 namespace spear_fast {
 
@@ -17,7 +11,8 @@ struct Philox {
   uint32_t words[4];
 };
 
-SPEAR_FAST_INLINE Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
+SPEAR_FAST_HOST_DEVICE inline Philox philox(
+    uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t even = static_cast<uint64_t>(0xD2511F53u) * c0;
     const uint64_t odd = static_cast<uint64_t>(0xCD9E8D57u) * c2;
@@ -32,14 +27,14 @@ SPEAR_FAST_INLINE Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t 
 }
 
 // whether dropout keeps the attention weight (query, key) of a row of the batch times heads; threshold: dropout_threshold
-SPEAR_FAST_INLINE bool keeps(uint32_t key, uint32_t query, uint32_t row, uint64_t seed, uint32_t threshold) {
+SPEAR_FAST_HOST_DEVICE inline bool keeps(uint32_t key, uint32_t query, uint32_t row, uint64_t seed, uint32_t threshold) {
   const Philox drawn =
       philox(key, query, row, 0, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return (drawn.words[0] >> 8) >= threshold;
 }
 
 // the least of the 2^24 draws that is kept
-SPEAR_FAST_INLINE uint32_t dropout_threshold(double dropout) {
+SPEAR_FAST_HOST_DEVICE inline uint32_t dropout_threshold(double dropout) {
   const double exact = dropout * 16777216.0;
   const uint32_t below = static_cast<uint32_t>(exact);
   return below + (exact > below ? 1 : 0);

@@ -42,6 +42,8 @@ KERNELS = (
     Kernel("decode_self_attention.cu", "merge_self_attention", "BFloat16", "SelfAttention"),
     Kernel("beam_step.cu", "beam_step", "BFloat16", "BeamStep"),
     Kernel("beam_step.cu", "beam_step", "float", "BeamStep"),
+    Kernel("sample_step.cu", "sample_step", "BFloat16", "SampleStep"),
+    Kernel("sample_step.cu", "sample_step", "float", "SampleStep"),
 )
 
 

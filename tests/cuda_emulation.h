@@ -41,8 +41,15 @@ inline void __syncwarp(unsigned = 0xffffffffu) { emulated_barrier(false); }
 
 template <typename value_t>
 inline value_t __shfl_sync(unsigned, value_t x, int source) {
-  static_assert(sizeof(value_t) == 4, "the emulation hands 32-bit words around");
-  return emulated_bits<value_t>(emulated_exchange(emulated_bits<unsigned>(x), source & 31));
+  if constexpr (sizeof(value_t) == 8) {
+    const auto bits = emulated_bits<unsigned long long>(x);
+    const unsigned long long low = emulated_exchange(static_cast<unsigned>(bits), source & 31);
+    const unsigned long long high = emulated_exchange(static_cast<unsigned>(bits >> 32), source & 31);
+    return emulated_bits<value_t>(high << 32 | low);
+  } else {
+    static_assert(sizeof(value_t) == 4, "the emulation hands words of 32 and 64 bits around");
+    return emulated_bits<value_t>(emulated_exchange(emulated_bits<unsigned>(x), source & 31));
+  }
 }
 
 template <typename value_t>
@@ -57,6 +64,10 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   }
   return votes;
 }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits ? __builtin_clz(static_cast<unsigned>(bits)) : 32; }
 
 template <typename value_t>
 inline value_t __ldg(const value_t* pointer) {

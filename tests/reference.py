@@ -174,8 +174,12 @@ SMALL: dict[str, Any] = dict(
 )
 
 
-def randomise_(model: nn.Module, seed: int) -> nn.Module:
-    """Gives every parameter but the rotary frequencies values that are neither trivial nor overwhelming."""
+def randomise_(model: nn.Module, seed: int, spread: float = 2.2) -> nn.Module:
+    """Gives every parameter but the rotary frequencies values that are neither trivial nor overwhelming.
+
+    spread: of what the matrices make of unit vectors. Where gradients are compared it is small: sharp softmaxes, one
+    behind the other, make many times more of a rounding in one model than in the next, whoever computes it.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -187,24 +191,28 @@ def randomise_(model: nn.Module, seed: int) -> nn.Module:
             elif name.startswith("token_emb"):
                 value = 0.12 * noise
             elif parameter.ndim > 1 and not name.endswith("null_kv"):
-                value = 2.2 * noise / parameter.shape[-1] ** 0.5
+                value = spread * noise / parameter.shape[-1] ** 0.5
             else:
                 value = 0.5 * noise
             parameter.copy_(value.to(parameter.dtype))
     return model
 
 
-def build_reference(seed: int = 0, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> nn.Module:
+def build_reference(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, spread: float = 2.2, **kwargs: Any
+) -> nn.Module:
     """A small reference `TextToSemantic` in eval mode with every parameter random; `kwargs` override `SMALL`."""
     model = load_reference().TextToSemantic(**{**SMALL, **kwargs})
-    return randomise_(model, seed).to(dtype).eval()
+    return randomise_(model, seed, spread).to(dtype).eval()
 
 
-def build_pair(seed: int = 0, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+def build_pair(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, spread: float = 2.2, **kwargs: Any
+) -> tuple[nn.Module, nn.Module]:
     """`(reference, ours)`: the same sizes, ours with the reference's weights, loaded strictly; both in eval mode."""
     from spear_fast import TextToSemantic
 
-    reference = build_reference(seed, dtype=dtype, **kwargs)
+    reference = build_reference(seed, dtype=dtype, spread=spread, **kwargs)
     ours = TextToSemantic(**{**SMALL, **kwargs}).to(dtype)
     ours.load_state_dict(reference.state_dict(), strict=True)
     return reference, ours.eval()

@@ -18,9 +18,9 @@ from spear_fast.ops.cuda.decode_self_attention import plan
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("kernel", audit_nvcc.KERNELS[2::7], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
+@pytest.mark.parametrize("kernel", audit_nvcc.KERNELS[2::5], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
 def test_nvcc(kernel):
-    """Two of the kernels on one architecture; `make audit` compiles them all."""
+    """Some of the kernels on one architecture; `make audit` compiles them all."""
     found = audit_nvcc.compile_kernel(kernel, 90)
     assert found["spilled"] == 0
     assert 0 < found["registers"] <= 168
@@ -43,6 +43,7 @@ def nvrtc():
         ("decode_self_attention.cu", "decode_self_attention<spear_fast::BFloat16, 8, 5, true>", 80),
         ("decode_self_attention.cu", "merge_self_attention<float>", 90),
         ("beam_step.cu", "beam_step<spear_fast::Half>", 90),
+        ("sample_step.cu", "sample_step<spear_fast::BFloat16>", 80),
     ],
 )
 def test_nvrtc(source, kernel, architecture):

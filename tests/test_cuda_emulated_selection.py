@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulator import emulator
-from ops_selection_inputs import random_state
+from ops_selection_inputs import new_buffers, random_state, settings_of
 from tolerance import assert_within, to_float64
 from torch import Tensor
 
+from spear_fast.ops import providers
 from spear_fast.ops.cuda.beam_step import beam_step
+from spear_fast.ops.cuda.sample_step import sample_step
 from spear_fast.ops.reference import selection as reference
+from spear_fast.ops.selection_settings import Method
 
 __all__ = ["emulator"]
 
@@ -23,6 +26,9 @@ SHAPES = {
     "strided, more beams than warps": {"utterances": 2, "beams": 17, "vocab": 19, "strided": True},
     "no utterances": {"utterances": 0},
 }
+STEPS = {"beam_step": beam_step, "sample_step": sample_step}
+# where what is written begins among the arguments
+WRITTEN = {"beam_step": 5, "sample_step": 7}
 
 
 def copies(arguments):
@@ -43,15 +49,18 @@ def assert_same_state(found, truth, yardstick):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("op", STEPS)
 @pytest.mark.usefixtures("nan_filled_empty", "emulator")
-def test_beam_step(shape, dtype):
+def test_one_step(op, shape, dtype):
     for seed in range(8 if dtype == torch.float32 else 1):
-        arguments = random_state("beam_step", **shape, dtype=dtype, seed=seed)
+        filtered = op == "sample_step" and seed % 3 == 2
+        arguments = random_state(op, **shape, dtype=dtype, seed=seed, filtered=filtered)
         truth, yardstick = to_float64(copies(arguments)), copies(arguments)
-        reference.beam_step(*truth)
-        reference.beam_step(*yardstick)
-        beam_step(*arguments)
-        assert_same_state(arguments[5:], truth[5:], yardstick[5:])
+        getattr(reference, op)(*truth)
+        getattr(reference, op)(*yardstick)
+        STEPS[op](*arguments)
+        first = WRITTEN[op]
+        assert_same_state(arguments[first:], truth[first:], yardstick[first:])
 
 
 @pytest.mark.usefixtures("emulator")
@@ -72,11 +81,58 @@ def test_ties_go_to_the_lower_beam_and_id():
             assert torch.equal(ours, theirs)
 
 
-def test_the_order_of_threads_changes_nothing(emulator):
+def drawn_by(function, logits, settings):
+    """Returns the tokens that a step draws for logits `[utterances, beams, vocabulary]`."""
+    buffers = new_buffers(logits.shape[0], logits.shape[1], 2)
+    rows = [{"method": Method.SAMPLE, **settings}] * logits.shape[0]
+    function(logits, None, None, *settings_of(rows, logits.shape[1]), *buffers.sample())
+    return buffers.tokens[:, 0]
+
+
+FILTERS = {
+    "plain": {},
+    "cold": {"temperature": 0.0},
+    "top-k": {"top_k": 50},
+    "top-p": {"top_p": 0.7, "temperature": 1.3},
+    "both": {"top_k": 40, "top_p": 0.9, "temperature": 0.8},
+    "the best alone": {"top_p": 0.0},
+    "one": {"top_k": 1},
+}
+
+
+@pytest.mark.parametrize("settings", FILTERS.values(), ids=FILTERS)
+@pytest.mark.usefixtures("nan_filled_empty", "emulator")
+def test_draws_are_those_of_the_cpu(settings):
+    """Token by token, at a model's vocabulary; many equals, infinities and rows that are NaN among them."""
+    cpu = providers.get("sample_step", "cpu")
+    if cpu.missing():
+        pytest.skip(cpu.missing())
+    logits = 3 * torch.randn(24, 2, 515)
+    logits[:8] = logits[:8].round()
+    # zeros of both signs are equals as well
+    logits[8] = torch.tensor([0.0, -0.0] * 257 + [0.0])
+    logits[9, :, ::2] = -torch.inf
+    logits[10, 0, 100], logits[10, 1, 100] = torch.inf, torch.nan
+    logits[11, :, 1:] = -torch.inf
+    assert torch.equal(drawn_by(sample_step, logits, settings), drawn_by(cpu.function, logits, settings))
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "left"), [(3, 1.0, 3), (0, 0.5, 6), (0, 0.51, 7), (8, 0.5, 4)])
+@pytest.mark.usefixtures("emulator")
+def test_filters_keep_the_lower_ids_of_equals(top_k, top_p, left):
+    """Of twelve equals those in front stay; all that stay are drawn."""
+    logits = torch.full((200, 1, 40), -torch.inf)
+    logits[..., 7:19] = 1.5
+    drawn = drawn_by(sample_step, logits, {"top_k": top_k, "top_p": top_p})
+    assert sorted(set(drawn.flatten().tolist())) == list(range(7, 7 + left))
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_the_order_of_threads_changes_nothing(op, emulator):
     results = []
     for emulator.seed in range(3):
-        arguments = random_state("beam_step", utterances=3, beams=4, vocab=70, capacity=20, guided=True, seed=5)
-        beam_step(*arguments)
-        results.append(arguments[5:])
+        arguments = random_state(op, utterances=3, beams=4, vocab=70, capacity=20, guided=True, seed=5)
+        STEPS[op](*arguments)
+        results.append(arguments[WRITTEN[op] :])
     for other in results[1:]:
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results[0], other, strict=True))

@@ -10,6 +10,7 @@ import importlib
 import ops_inputs
 import pytest
 import torch
+from ops_examples import EXAMPLES
 from ops_matrix import moved
 from ops_selection_inputs import random_state
 from torch import Tensor
@@ -106,6 +107,18 @@ def test_runs_on_another_device(op, name):
     function = function_of(op, name)
     first, second = fresh(op, "cuda:0"), fresh(op, "cuda:1")
     assert_equal(outcome(function(*second), second), outcome(function(*first), first))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one CUDA device")
+@pytest.mark.parametrize("op", [op for op in EXAMPLES if "triton" in providers.names(op)])
+def test_triton_launches_where_the_tensors_are(op):
+    function, arguments = function_of(op, "triton"), EXAMPLES[op]()
+    outcomes = []
+    for device in ("cuda:0", "cuda:1"):
+        given = moved(arguments, torch.device(device))
+        outcomes.append([each.cpu() for each in outcome(function(*given), given)])
+    torch.testing.assert_close(*outcomes, equal_nan=True)
     assert torch.cuda.current_device() == 0
 
 

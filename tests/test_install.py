@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from spear_fast.ops.cuda import sources
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -101,6 +105,29 @@ def test_wheel_without_extension(tmp_path):
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert "spear-fast = spear_fast.cli:main" in wheel.read(entry).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_holds_the_device_sources(tmp_path):
+    """All that CuPy's run-time build reads, found in an installed wheel without a checkout beside it."""
+    wheel, _ = built_wheel(tmp_path, SPEAR_FAST_BUILD="off")
+    shipped = {name for name in wheel.namelist() if name.startswith("spear_fast/csrc/")}
+    assert not [name for name in shipped if name.endswith((".cpp", ".py")) or "launch" in name]
+    wheel.extractall(tmp_path / "installed")
+    code = (
+        "import json, sys\n"
+        f"sys.path.insert(0, {str(tmp_path / 'installed')!r})\n"
+        "from spear_fast.ops.cuda import sources\n"
+        "names = sorted(path.name for path in (sources.folder() / 'cuda').glob('*.cu'))\n"
+        "print(json.dumps([str(sources.folder()), {name: sources.text(name) for name in names}]))\n"
+    )
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, texts = json.loads(done.stdout)
+    assert Path(folder) == tmp_path / "installed" / "spear_fast" / "csrc"
+    kernels = [path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu") if not path.name.startswith("launch")]
+    assert texts == {name: sources.text(name) for name in kernels}
+    # nothing that only the checkout has is still to be included
+    assert {name for text in texts.values() for name in re.findall(r'#include "(.+)"', text)} == {"cuda_emulation.h"}
 
 
 def test_build_without_a_compiler_goes_on_and_says_so(tmp_path):

@@ -24,10 +24,22 @@ def reason(why_not, case, dtype=torch.bfloat16, device=CUDA, size=64):
 @pytest.mark.parametrize("why_not", [peers.flash_attn_why_not, peers.xformers_why_not, sdpa.why_not])
 def test_what_is_lacking_is_named(why_not):
     assert reason(why_not, {}) is None
-    assert reason(why_not, CASES["null"]) == "has no null key"
     assert reason(why_not, CASES["dropout"]) == "has no dropout by seed"
     assert "key mask" in reason(why_not, CASES["masked"])
     assert "torch.float64" in reason(why_not, {}, torch.float64)
+
+
+@pytest.mark.parametrize("why_not", [peers.flash_attn_why_not, peers.xformers_why_not])
+def test_packages_have_no_null_key(why_not):
+    assert reason(why_not, CASES["null"]) == "has no null key"
+
+
+def test_torch_has_a_null_key_for_padded_rows():
+    assert reason(sdpa.why_not, CASES["null"]) is None
+    packed = {"lengths": [3, 2], "null": True}
+    assert reason(sdpa.why_not, packed) == "has no null key for packed rows"
+    on_the_cpu = reason(sdpa.why_not, packed, device=torch.device("cpu"))
+    assert on_the_cpu == "takes no packed rows on the CPU"
 
 
 def test_head_sizes_of_flash_attn():

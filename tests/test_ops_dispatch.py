@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
-from spear_fast.ops import extension, providers
+from spear_fast.ops import backends, extension, providers
 
 PROVIDERS = list(dict.fromkeys(row[:2] for row in runnable(*OPS)))
 # options under which an op does more
@@ -244,6 +246,34 @@ def test_a_provider_is_added_and_preferred():
     finally:
         providers._providers["append_kv"].pop(0)
         providers.chosen("append_kv").clear()
+
+
+class Elsewhere:
+    """Stands for a tensor on a device that is not there."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+
+def test_triton_launches_where_the_tensors_are(monkeypatch):
+    """Its launches go to the current device, which is another one here."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def switched(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    module = SimpleNamespace(geglu=lambda first, *others: (current[-1], others))
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    function = backends.triton("geglu", "geglu").function
+    assert function(Elsewhere("cuda:1"), 2, 3) == (1, (2, 3))
+    assert function(Elsewhere("cuda:0"), 2) == (0, (2,))
+    assert function(Elsewhere("cpu")) == (0, ())
+    assert current == [0]
 
 
 def run(code, **environment):

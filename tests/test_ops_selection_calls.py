@@ -12,6 +12,7 @@ from ops_selection_inputs import random_state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
+from spear_fast.ops.checks import remembering
 from spear_fast.ops.selection_settings import COLDEST, EarlyStopping, Method, Real, Whole
 
 OPS = ("beam_step", "sample_step")
@@ -104,6 +105,8 @@ def test_wrong_argument(op, provider, name, spoil, said):
     arguments[-1].fill_(False)
     if op == "sample_step":
         arguments[-2].fill_(False)
+    # what passed just before does not let the wrong one pass
+    PUBLIC[op](*[each if each is None else each.clone() for each in arguments])
     index = NAMES[op].index(name)
     arguments[index] = spoil(arguments[index].clone())
     if "must lie in" in said and provider not in ("reference", "cpu"):
@@ -115,6 +118,28 @@ def test_wrong_argument(op, provider, name, spoil, said):
     assert said in text
     assert "\n" not in text
     assert "; " in text
+
+
+def test_what_passed_is_not_looked_at_again():
+    looked_at = []
+    check = remembering(lambda *tensors: looked_at.append(tensors[0]))
+    first = torch.zeros(4, 4)
+    check(first, None)
+    check(torch.ones(4, 4), None)
+    assert len(looked_at) == 1
+    for other in (first[:2], first.double(), first.to("meta"), first.mT, first[None]):
+        check(other, None)
+        assert looked_at[-1] is other
+    check(first, first)
+    assert looked_at[-1] is first
+
+
+def test_what_was_refused_is_refused_again():
+    arguments = random_state("beam_step")
+    arguments[-1] = arguments[-1][:2]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="done must be"):
+            ops.beam_step(*arguments)
 
 
 HEADER = Path(__file__).parent.parent / "csrc" / "select" / "settings.h"

@@ -104,8 +104,10 @@ void sample(
           mix_row<acc_t, acc_t>(allowed.data(), nullptr, b.vocab, 1, temperature, source.data());
           const double total = weigh(
               source.data(), b.vocab, source[token], b.whole_of(u, kTopK), b.real_of(u, kTopP), weights.data(), heap);
-          const int drawn = draw_token(weights.data(), b.vocab, total, uniform_number(b.seeds[u], steps, beam));
-          token = drawn < 0 ? token : drawn;
+          // not of NaN
+          if (total > 0) {
+            token = draw_token(weights.data(), 0, b.vocab, 0.0, uniform_number(b.seeds[u], steps, beam) * total);
+          }
         }
         const acc_t most = largest(exact.data(), b.vocab);
         const acc_t logprob = (exact[token] - most) - std::log(sum_exponentials(exact.data(), b.vocab, most));

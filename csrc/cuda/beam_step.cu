@@ -6,79 +6,12 @@
 #include "../select/beam.h"
 #include "../select/restrict.h"
 #include "beam_step.h"
-#include "device.h"
+#include "selecting.h"
 
 namespace spear_fast {
 
-inline constexpr int kSelectThreads = 256;
 // ancestors that are moved at once
 inline constexpr int kBytes = 8192;
-
-struct WarpGroup {
-  __device__ int thread() const { return static_cast<int>(threadIdx.x % kWarp); }
-  __device__ int threads() const { return kWarp; }
-  __device__ void sync() const { __syncwarp(); }
-};
-
-struct BlockGroup {
-  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
-  __device__ int threads() const { return kSelectThreads; }
-  __device__ void sync() const { __syncthreads(); }
-};
-
-__device__ inline Candidate<float> no_candidate() { return {minus_infinity(), 0x7fffffff}; }
-
-// the largest of a warp's numbers, NaN where there is one
-__device__ inline float warp_largest(float x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(0xffffffffu, x, offset);
-    x = is_better(other, x) ? other : x;
-  }
-  return x;
-}
-
-__device__ inline Candidate<float> warp_best(Candidate<float> best) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Candidate<float> other = {
-        __shfl_xor_sync(0xffffffffu, best.value, offset), __shfl_xor_sync(0xffffffffu, best.index, offset)};
-    best = comes_before(other, best) ? other : best;
-  }
-  return best;
-}
-
-// row = log-probabilities of (null + (logits - null) * guidance) / temperature; for a warp, each lane its share
-template <typename scalar_t>
-__device__ inline void log_probabilities(
-    const BeamStep& a, long long utterance, int beam, float guidance, float temperature, float* row) {
-  const int lane = static_cast<int>(threadIdx.x % kWarp), vocab = static_cast<int>(a.vocab);
-  const scalar_t* logits =
-      static_cast<const scalar_t*>(a.logits) + utterance * a.logits_utterance + beam * a.logits_beam;
-  const scalar_t* blind = static_cast<const scalar_t*>(a.null_logits);
-  const bool mixes = blind != nullptr && guidance != 1;
-  blind = mixes ? blind + utterance * a.null_utterance + beam * a.null_beam : nullptr;
-  float top = minus_infinity();
-  for (int token = lane; token < vocab; token += kWarp) {
-    float value = widen(logits[token * a.logits_token]);
-    if (mixes) {
-      const float without = widen(blind[token * a.null_token]);
-      value = without + (value - without) * guidance;
-    }
-    value = temperature != 1 ? value / temperature : value;
-    row[token] = value;
-    top = is_better(value, top) ? value : top;
-  }
-  top = warp_largest(top);
-  float total = 0;
-  for (int token = lane; token < vocab; token += kWarp) {
-    total += expf(row[token] - top);
-  }
-  const float normaliser = logf(sum_lanes<kWarp>(total));
-  for (int token = lane; token < vocab; token += kWarp) {
-    row[token] = (row[token] - top) - normaliser;
-  }
-}
 
 // the first of a lane's share that comes behind `last`, which came from it; any where nothing came from it yet
 __device__ inline Candidate<float> next_of_lane(
@@ -98,23 +31,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) beam_step(BeamStep a) {
   __shared__ uint8_t s_bytes[kBytes];
   __shared__ int s_over;
   BeamBuffers<float> b;
-  b.utterances = a.utterances;
-  b.capacity = a.capacity;
-  b.beams = static_cast<int>(a.beams);
-  b.vocab = static_cast<int>(a.vocab);
-  b.halves = static_cast<int>(a.halves);
-  b.prefix_width = static_cast<int>(a.prefix_width);
-  b.real = a.real_settings;
-  b.whole = a.whole_settings;
-  b.prefix = a.prefix;
-  b.inputs = reinterpret_cast<int64_t*>(a.inputs);
-  b.scores = a.scores;
-  b.lengths = reinterpret_cast<int64_t*>(a.lengths);
-  b.ancestors = a.ancestors;
-  b.tokens = a.tokens;
-  b.parents = a.parents;
-  b.logprobs = a.logprobs;
-  b.done = a.done;
+  fill_buffers(a, b);
   b.pool_scores = a.pool_scores;
   b.pool_slots = reinterpret_cast<int64_t*>(a.pool_slots);
   b.pool_ends = reinterpret_cast<int64_t*>(a.pool_ends);
@@ -145,7 +62,10 @@ __global__ void __launch_bounds__(kSelectThreads, 2) beam_step(BeamStep a) {
   }
   for (int beam = thread / kWarp; beam < size; beam += kSelectThreads / kWarp) {
     float* row = likely + static_cast<long long>(beam) * vocab;
-    log_probabilities<scalar_t>(a, utterance, beam, guidance, temperature, row);
+    const Normaliser normaliser = fill_row(MixedLogits<scalar_t>(a, utterance, beam, guidance), temperature, vocab, row);
+    for (int token = thread % kWarp; token < vocab; token += kWarp) {
+      row[token] = (row[token] - normaliser.top) - normaliser.log_total;
+    }
     __syncwarp();
     if (restricted) {
       float* ranked = row + a.beams * a.vocab;

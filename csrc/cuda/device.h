@@ -106,8 +106,8 @@ __device__ inline void unpack(scalar_t, uint4 pack, float* out) {
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 // sums over groups of LANES neighbouring lanes; every lane of the warp calls it, and every lane of a group gets the sum
-template <int LANES>
-__device__ inline float sum_lanes(float x) {
+template <int LANES, typename number_t>
+__device__ inline number_t sum_lanes(number_t x) {
 #pragma unroll
   for (int offset = LANES / 2; offset > 0; offset /= 2) {
     x += __shfl_xor_sync(0xffffffffu, x, offset);

@@ -7,6 +7,7 @@ namespace spear_fast {
 
 struct SelfAttention;
 struct BeamStep;
+struct SampleStep;
 struct Half;
 struct BFloat16;
 
@@ -15,5 +16,7 @@ template <typename scalar_t>
 int launch_self_attention(const SelfAttention& arguments, bool aligned, const SelfAttentionPlan& plan, void* stream);
 template <typename scalar_t>
 int launch_beam_step(const BeamStep& arguments, void* stream);
+template <typename scalar_t>
+int launch_sample_step(const SampleStep& arguments, void* stream);
 
 }  // namespace spear_fast

@@ -17,19 +17,19 @@ SPEAR_FAST_HOST_DEVICE inline double uniform_number(int64_t seed, int64_t step, 
   return static_cast<double>(bits) * (1.0 / 9007199254740992.0);
 }
 
-// the first token whose cumulative weight exceeds that share of the total, -1 where the total is not positive
+// the first of the tokens begin..end - 1 at which the cumulative weight exceeds `target`; where rounding passes over all of
+// them the last with any weight; -1 where none has any
+//
+// before: the weight of the tokens in front of `begin`.
 template <typename acc_t>
-SPEAR_FAST_HOST_DEVICE inline int draw_token(const acc_t* weights, int vocab, double total, double uniform) {
-  if (!(total > 0)) {
-    return -1;
-  }
+SPEAR_FAST_HOST_DEVICE inline int draw_token(const acc_t* weights, int begin, int end, double before, double target) {
   int last = -1;
-  double sum = 0;
-  for (int token = 0; token < vocab; ++token) {
+  double sum = before;
+  for (int token = begin; token < end; ++token) {
     if (weights[token] > 0) {
       last = token;
       sum += weights[token];
-      if (sum > uniform * total) {
+      if (sum > target) {
         break;
       }
     }

@@ -6,6 +6,7 @@ They are what `scaled_dot_product_attention` calls, called so that the log-sum-e
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.ops.attention_options import Options
@@ -20,16 +21,14 @@ def why_not(inputs: Inputs) -> str | None:
     options = Options(*inputs.options)
     if options.dropout:
         return "has no dropout by seed"
-    if options.null:
-        return "has no null key"
     if inputs.device.type == "cpu":
         return "takes no packed rows on the CPU" if options.packed else None
     if inputs.dtype not in (torch.float16, torch.bfloat16):
         return f"takes torch.float16 and torch.bfloat16 on CUDA, not {inputs.dtype}"
     if options.masked:
         return "takes no key mask on CUDA; pack the rows"
-    if options.packed and options.rotary:
-        return "has no rotation for packed rows"
+    if options.packed and (options.rotary or options.null):
+        return f"has no {'rotation' if options.rotary else 'null key'} for packed rows"
     if options.modulo:
         return "reads key heads in consecutive groups only on CUDA"
     if inputs.size % 8 or inputs.size > 256:
@@ -38,20 +37,28 @@ def why_not(inputs: Inputs) -> str | None:
 
 
 def fastest(inputs: Inputs) -> bool:
-    """Returns whether torch's kernel is measured to be the fastest: on the CPU, where no key is masked."""
+    """Returns whether torch's kernel is measured to be the fastest: on the CPU, where no key is masked or added."""
     options = Options(*inputs.options)
-    return inputs.device.type == "cpu" and not options.masked and not options.packed
+    return inputs.device.type == "cpu" and not (options.masked or options.packed or options.null)
 
 
-def _mask(query: Tensor, key_mask: Maybe, causal: bool) -> tuple[Maybe, Maybe]:
-    """Returns what is added to the scores, and which queries read nothing; None where the kernel knows by itself."""
-    if key_mask is None:
+def _mask(query: Tensor, key_mask: Maybe, causal: bool, null: bool) -> tuple[Maybe, Maybe]:
+    """Returns what is added to the scores, and which queries read none of the rows' keys, `[batch or 1, 1, length or
+    1]`; None where the kernel knows by itself.
+
+    null: whether a key that is always read stands in front.
+    """
+    if key_mask is None and not (causal and null):
         return None, None
-    readable = key_mask[:, None, None]
+    length = query.shape[1]
+    readable = torch.ones(1, 1, 1, 1, dtype=torch.bool) if key_mask is None else key_mask[:, None, None]
     if causal:
-        readable = readable & torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
+        readable = readable & torch.ones(length, length, dtype=torch.bool).tril()
+    empty = ~readable.any(-1)
+    if null:
+        readable = F.pad(readable, (1, 0), value=True)
     added = torch.zeros(readable.shape, dtype=query.dtype, device=query.device)
-    return added.masked_fill(~readable, -torch.inf), ~readable.any(-1)
+    return added.masked_fill(~readable, -torch.inf), empty
 
 
 def _repeated(key: Tensor, heads: int, modulo_heads: bool) -> Tensor:
@@ -69,8 +76,61 @@ def _summed(gradient: Tensor, kv_heads: int, modulo_heads: bool) -> Tensor:
     return by_head.sum(2 if modulo_heads else 3)
 
 
+def _packing(
+    query: Tensor, key: Tensor, cu_query: Maybe, cu_key: Maybe, max_query: int, max_key: int
+) -> tuple[Maybe, Maybe, int, int]:
+    """Returns what the kernel for CUDA takes: for padded rows the lengths of all of them."""
+    return (None, None, query.shape[1], key.shape[1]) if cu_query is None else (cu_query, cu_key, max_query, max_key)
+
+
+def _in_front(null: Maybe, x: Tensor) -> Tensor:
+    return x if null is None else torch.cat((null.expand(x.shape[0], 1, -1, -1), x), 1)
+
+
+def _apart(gradient: Tensor, null: Maybe) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the rows, and of what `_in_front` put in front of each of them."""
+    if null is None:
+        return gradient, gradient.new_empty(0)
+    return gradient[:, 1:].contiguous(), gradient[:, 0].sum(0)
+
+
 def _rotated(query: Tensor, key: Tensor, freqs: Maybe, inverse: bool = False) -> tuple[Tensor, Tensor]:
     return (query, key) if freqs is None else (rotary(query, freqs, None, inverse), rotary(key, freqs, None, inverse))
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    packing: tuple[Maybe, Maybe, int, int],
+    added: Maybe,
+    causal: bool,
+    modulo_heads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value as the kernels see them: rotated, the null key among the keys."""
+    if query.device.type != "cpu":
+        lse = lse.masked_fill(lse.isneginf(), torch.inf)
+        # without dropout the generator's state is not looked at
+        state = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
+        saved = grad_out, query, key, value, out, lse
+        return torch.ops.aten._flash_attention_backward(*saved, *packing, 0.0, causal, *state)
+    heads, kv_heads = query.shape[2], key.shape[2]
+    key, value = (_repeated(each, heads, modulo_heads).transpose(1, 2) for each in (key, value))
+    grad_query, *grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(each.transpose(1, 2) for each in (grad_out, query)),
+        key,
+        value,
+        out.transpose(1, 2),
+        # rows that read nothing: any finite number, as all their scores are -inf
+        lse.masked_fill(lse.isneginf(), 0),
+        *(0.0, causal and added is None),
+        attn_mask=added,
+    )
+    grad_key, grad_value = (_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in grads)
+    return grad_query.transpose(1, 2), grad_key, grad_value
 
 
 def attention(
@@ -91,23 +151,23 @@ def attention(
     seed: Maybe,
 ) -> tuple[Tensor, Tensor]:
     query, key = _rotated(query, key, freqs)
+    key, value = _in_front(null_key, key), _in_front(null_value, value)
     if query.numel() == 0 or key.numel() == 0:
         precise = torch.promote_types(torch.float32, query.dtype)
         lse = query.new_full(query.shape[:-1], -torch.inf, dtype=precise).transpose(-1, -2).contiguous()
         return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
     if query.device.type != "cpu":
-        if cu_query is None:
-            max_query, max_key = query.shape[1], key.shape[1]
-        packing = cu_query, cu_key, max_query, max_key
+        packing = _packing(query, key, cu_query, cu_key, max_query, max_key)
+        # where there are more keys, that kernel's last query reads up to the last key: those in front are read by all
         out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *packing, 0.0, causal, False)
         # that kernel's sign for a query that reads nothing
         return out, lse.masked_fill(lse.isposinf(), -torch.inf)
-    added, empty = _mask(query, key_mask, causal)
+    added, empty = _mask(query, key_mask, causal, null_key is not None)
     key, value = (_repeated(each, query.shape[2], modulo_heads).transpose(1, 2) for each in (key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2), key, value, 0.0, causal and added is None, attn_mask=added
     )
-    lse = lse.contiguous() if empty is None else lse.masked_fill(empty, -torch.inf).contiguous()
+    lse = lse.contiguous() if empty is None or null_key is not None else lse.masked_fill(empty, -torch.inf).contiguous()
     return out.transpose(1, 2).contiguous(), lse
 
 
@@ -131,33 +191,26 @@ def attention_backward(
     dropout: float,
     seed: Maybe,
 ) -> tuple[Tensor, ...]:
-    nothing = query.new_empty(0), query.new_empty(0)
     query, key = _rotated(query, key, freqs)
+    key, value = _in_front(null_key, key), _in_front(null_value, value)
+    lone = None
+    grads: tuple[Tensor, ...]
     if query.numel() == 0 or key.numel() == 0:
-        return *(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)), *nothing
-    if query.device.type != "cpu":
-        if cu_query is None:
-            max_query, max_key = query.shape[1], key.shape[1]
-        packing = cu_query, cu_key, max_query, max_key
-        lse = lse.masked_fill(lse.isneginf(), torch.inf)
-        # without dropout the generator's state is not looked at
-        state = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
-        saved = grad_out, query, key, value, out, lse
-        grads = torch.ops.aten._flash_attention_backward(*saved, *packing, 0.0, causal, *state)
-        return *_rotated(grads[0], grads[1], freqs, inverse=True), grads[2], *nothing
-    added, _ = _mask(query, key_mask, causal)
-    heads, kv_heads = query.shape[2], key.shape[2]
-    key, value = (_repeated(each, heads, modulo_heads).transpose(1, 2) for each in (key, value))
-    grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(each.transpose(1, 2) for each in (grad_out, query)),
-        key,
-        value,
-        out.transpose(1, 2),
-        # rows that read nothing: any finite number, as all their scores are -inf
-        lse.masked_fill(lse.isneginf(), 0),
-        *(0.0, causal and added is None),
-        attn_mask=added,
-    )
-    grad_key, grad_value = (_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in (grad_key, grad_value))
-    grad_query, grad_key = _rotated(grad_query.transpose(1, 2), grad_key, freqs, inverse=True)
-    return grad_query.contiguous(), grad_key.contiguous(), grad_value, *nothing
+        grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+    else:
+        packing = _packing(query, key, cu_query, cu_key, max_query, max_key)
+        on_cpu = query.device.type == "cpu"
+        added, empty = _mask(query, key_mask, causal, null_key is not None) if on_cpu else (None, None)
+        if null_key is not None:
+            lone = empty if key.shape[1] > 1 else query.new_ones(1, 1, 1, dtype=torch.bool)
+        if lone is not None:
+            # who reads the null key alone has weights without a gradient: nothing is left to the kernels' rounding
+            lone = lone.transpose(1, 2)[..., None]
+            aside, grad_out = grad_out.masked_fill(~lone, 0), grad_out.masked_fill(lone, 0)
+        grads = _backward(grad_out, query, key, value, out, lse, packing, added, causal, modulo_heads)
+    grad_key, grad_null_key = _apart(grads[1], null_key)
+    grad_value, grad_null_value = _apart(grads[2], null_value)
+    if lone is not None:
+        grad_null_value = grad_null_value + _summed(aside, key.shape[2], modulo_heads).sum((0, 1))
+    grad_query, grad_key = _rotated(grads[0], grad_key, freqs, inverse=True)
+    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous(), grad_null_key, grad_null_value

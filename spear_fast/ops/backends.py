@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spear_fast.ops import extension
 from spear_fast.ops.cuda import runtime
@@ -97,8 +98,12 @@ def triton(op: str, module: str, why_not: WhyNot | None = None) -> Provider:
     def found() -> Callable:
         return getattr(importlib.import_module(f"spear_fast.kernels.{module}"), op)
 
-    def function(*arguments: Any) -> Any:
-        return found()(*arguments)
+    def function(first: Tensor, *others: Any) -> Any:
+        # Triton launches on the current device, wherever the tensors are
+        if first.device.type == "cuda" and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return found()(first, *others)
+        return found()(first, *others)
 
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
     return Provider(op, "triton", function, devices, _triton_missing, refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -14,6 +15,27 @@ def shape_of(tensor: Tensor) -> str:
 
 def refuse(op: str, name: str, wanted: str, got: str, advice: str) -> NoReturn:
     raise ValueError(f"{op}: {name} must be {wanted}, got {got}; {advice}")
+
+
+def remembering(check: Callable[..., None]) -> Callable[..., None]:
+    """Returns `check` for calls over and over with the same buffers: arguments like the last that it let pass are not
+    looked at again.
+
+    check: takes tensors and None, and depends on nothing but their shapes, dtypes, devices, and whether they are
+    contiguous.
+    """
+    last: tuple = ()
+
+    def checked(*tensors: Tensor | None) -> None:
+        nonlocal last
+        seen = tuple(
+            [None if each is None else (each.shape, each.dtype, each.device, each.is_contiguous()) for each in tensors]
+        )
+        if seen != last:
+            check(*tensors)
+            last = seen
+
+    return checked
 
 
 def check_common(op: str, like: str, tensors: dict[str, Tensor], freqs: Tensor | None, integers: dict) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops import backends
-from spear_fast.ops.checks import refuse, shape_of
+from spear_fast.ops.checks import refuse, remembering, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import selection as reference
 from spear_fast.ops.registry import define
@@ -236,20 +236,19 @@ _SETTINGS = "Tensor real_settings, Tensor whole_settings, Tensor prefix, "
 _beam_step = define(
     "beam_step",
     f"(Tensor logits, Tensor? null_logits, {_SETTINGS}{_written(_BEAM, 'abcdefghijklmn')}) -> ()",
-    check=_check_beam_step,
+    check=remembering(_check_beam_step),
     fake=_check_beam_step,
     native=("cpu", "cuda"),
 )
 _sample_step = define(
     "sample_step",
     f"(Tensor logits, Tensor? null_logits, Tensor? filtered, {_SETTINGS}{_written(_SAMPLE, 'abcdefghi')}) -> ()",
-    check=_check_sample_step,
+    check=remembering(_check_sample_step),
     fake=_check_sample_step,
-    native=("cpu",),
+    native=("cpu", "cuda"),
 )
 
 for _op in ("beam_step", "sample_step"):
     register(backends.cpu(_op))
-    if _op == "beam_step":
-        register(backends.cuda(_op))
+    register(backends.cuda(_op))
     register(Provider(_op, "reference", getattr(reference, _op)))
