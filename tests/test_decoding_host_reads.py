@@ -14,6 +14,7 @@ from ops_selection_inputs import random_state
 from torch import Tensor
 
 from spear_fast import DecodingOptions
+from spear_fast.decoding import slots
 from spear_fast.decoding.slots import Slots
 from spear_fast.decoding.step import advance
 from spear_fast.ops.cuda import runtime
@@ -32,10 +33,22 @@ def decoder():
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_step_reads_nothing_back(decoder, mix, guided):
     """By the plain-torch ops, which is what a step without any kernel is made of."""
-    slots = Slots(decoder, count=4, beams=3, limit=13, source=10, guided=guided)
-    with torch.inference_mode(), NoHostReads(decoder, slots.all) as guard:
-        advance(decoder, slots.all, MIXES[mix])
+    view = Slots(decoder, count=4, beams=3, limit=13, source=10, guided=guided).all
+    with torch.inference_mode(), NoHostReads(decoder, view) as guard:
+        advance(decoder, view, MIXES[mix])
     assert guard.made > 100
+
+
+def test_giving_places_away_makes_nobody_wait(decoder, monkeypatch):
+    """What it sends to the device goes through page-locked memory: by `to_device`, and no other way."""
+    made = Slots(decoder, count=4, beams=3, limit=13, source=10)
+    memories = [torch.empty(n, decoder.dim, device=DEVICE) for n in (3, 10, 1)]
+    guard = NoHostReads(decoder, made.all, memories)
+    monkeypatch.setattr(slots, "to_device", guard.send)
+    with torch.inference_mode(), guard:
+        made.admit(range(3), memories, MIXES["both"], [1, 2, 3])
+        made.drop(lambda owner: owner == 0)
+    assert made.used == 2
 
 
 WRONG = {
