@@ -250,4 +250,6 @@ RecordedInterleavings.TestCase.settings = interleavings.Interleavings.TestCase.s
 class TestRecordedInterleavings(RecordedInterleavings.TestCase):
     @pytest.fixture(autouse=True)
     def _recorded(self, recorders):
-        """Steps are recorded."""
+        """Steps are recorded, and played."""
+        yield
+        assert any("play" in recorder.calls for recorder in recorders)

@@ -139,7 +139,8 @@ def test_a_played_step_takes_no_memory(model):
 
 def test_a_step_that_cannot_be_captured_is_made_in_the_ordinary_way():
     """And the device is as usable as before."""
-    graphs, counter = graphs_for(torch.device("cuda")), torch.zeros((), device="cuda")
+    counter = torch.zeros((), device="cuda")
+    graphs, stream = graphs_for(counter.device), torch.cuda.current_stream()
 
     def asking():
         counter.add_(1)
@@ -153,4 +154,5 @@ def test_a_step_that_cannot_be_captured_is_made_in_the_ordinary_way():
         run_often()
     assert len(caught) == 1
     assert counter.item() == 10
+    assert torch.cuda.current_stream() == stream
     assert torch.ones(1000, device="cuda").sum().item() == 1000

@@ -7,6 +7,7 @@ SPEAR_FAST_GRAPHS=0 leaves them out.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Hashable
@@ -54,12 +55,21 @@ class CudaRecorder:
 
     def record(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # other threads may use the device meanwhile
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            step()
+        with torch.cuda.device(self.device):
+            # while it is recorded nothing can be freed to make room
+            torch.cuda.empty_cache()
+            # not torch.cuda.graph, which stays on its stream where the recording fails
+            with torch.cuda.stream(self._stream):
+                # other threads may use the device meanwhile
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                except BaseException:
+                    # that the recording has failed is no news
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         return graph.replay
 
     def forget(self) -> None:
