@@ -12,7 +12,7 @@ from test_engine import options_of, same
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding import slots
-from spear_fast.decoding.graphs import CudaRecorder, Graphs, graphs_for
+from spear_fast.decoding.graphs import WARM_UPS, CudaRecorder, Graphs, graphs_for
 from spear_fast.decoding.slots import Slots
 
 pytestmark = [
@@ -116,7 +116,8 @@ def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_wait
         memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
         made.admit(range(3), memories, [options] * 3, [1, 2, 3])
         # recording waits, and so does what is planned at first
-        made.proceed()
+        for _ in range(WARM_UPS):
+            made.proceed()
         with no_waiting():
             made.proceed()
             made.drop(lambda owner: owner == 0)
@@ -130,8 +131,8 @@ def test_a_played_step_takes_no_memory(model):
     with torch.inference_mode():
         memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
         made.admit(range(3), memories, [options] * 3, [1, 2, 3])
-        made.proceed()
-        made.proceed()
+        for _ in range(WARM_UPS):
+            made.proceed()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         made.proceed()
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

@@ -19,9 +19,9 @@ from spear_fast.ops.reference import ranges
 
 Step = Callable[[], None]
 
-# steps that are made in the ordinary way before one is recorded: they compile, load and plan what is needed, and what
-# is asked for only now and then is not worth a recording
-WARM_UPS = 3
+# steps that are made in the ordinary way before one is recorded: they compile, load and plan what is needed; and what
+# lasts no longer than from one look at who is done to the next is not worth a recording
+WARM_UPS = 4
 
 
 class Recorder(Protocol):
