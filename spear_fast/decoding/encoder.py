@@ -11,7 +11,6 @@ from torch import Tensor
 
 from spear_fast import ops
 from spear_fast.decoding.linear import FeedForward, Linear, fed_forward, folded, head_order, rounded_rows, unit
-from spear_fast.decoding.transfer import to_device
 from spear_fast.decoding.watch import Watch
 
 # length of the utterances that spare rows make up
@@ -81,7 +80,7 @@ class Encoder:
         x = self.embedding[ids]
         bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         bounds[1:] = lengths.cumsum(0)
-        bounds, longest = to_device(bounds, ids.device), int(lengths.max())
+        bounds, longest = bounds.to(ids.device), int(lengths.max())
         split = [self.heads, self.kv_heads, self.kv_heads]
         for layer in self.layers:
             projected = layer.query_key_value(unit(x)).unflatten(-1, (-1, self.head_dim))
