@@ -249,7 +249,8 @@ RecordedInterleavings.TestCase.settings = interleavings.Interleavings.TestCase.s
 
 class TestRecordedInterleavings(RecordedInterleavings.TestCase):
     @pytest.fixture(autouse=True)
-    def _recorded(self, recorders):
-        """Steps are recorded, and played."""
+    def _recorded(self, recorders, monkeypatch):
+        """Steps are recorded, and played; buffers grow meanwhile."""
+        monkeypatch.setattr(slots, "FIRST_CAPACITY", 4)
         yield
         assert any("play" in recorder.calls for recorder in recorders)
