@@ -14,7 +14,7 @@ from ops_selection_inputs import random_state
 from torch import Tensor
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import slots
+from spear_fast.decoding import slots, step
 from spear_fast.decoding.slots import Slots
 from spear_fast.decoding.step import advance
 from spear_fast.ops.cuda import runtime
@@ -37,6 +37,15 @@ def test_a_step_reads_nothing_back(decoder, mix, guided):
     with torch.inference_mode(), NoHostReads(decoder, view) as guard:
         advance(decoder, view, MIXES[mix])
     assert guard.made > 100
+
+
+def test_a_function_of_the_callers_is_given_its_logits_without_waiting(decoder, monkeypatch):
+    view = Slots(decoder, count=4, beams=3, limit=13, source=10, guided=True).all
+    own = DecodingOptions(method="sample", max_length=12, filter_logits=lambda logits: logits * 2)
+    guard = NoHostReads(decoder, view)
+    monkeypatch.setattr(step, "to_device", guard.send)
+    with torch.inference_mode(), guard:
+        advance(decoder, view, [own, GREEDY, own])
 
 
 def test_giving_places_away_makes_nobody_wait(decoder, monkeypatch):
