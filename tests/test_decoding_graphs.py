@@ -11,8 +11,10 @@ import warnings
 import pytest
 import test_engine_interleavings as interleavings
 import torch
+import torch.nn.functional as F
 from engine_models import alone, engine_of, sources, tiny_model
 from test_engine import options_of, same
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding import graphs, slots
@@ -188,6 +190,30 @@ def test_buffers_that_grow_are_recorded_anew(model, recorders, monkeypatch):
     # 8, 16, 32 and 61 positions
     assert recorder.calls.count("forget") == 3
     assert recorder.calls.count("record") == 4
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, recorded):
+    """Neither the views of fewer places nor what is recorded holds on to the others."""
+    monkeypatch.setattr(slots, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(slots, "graphs_for", lambda device: Graphs(StandIn()) if recorded else None)
+    decoder, pad, old, alive = model.decoder("text"), F.pad, [], []
+
+    def watching(tensor, *arguments):
+        if tensor.ndim == 4 and tensor.shape[2] == 8:
+            alive.append(sum(not each.expired() for each in old))
+            old.append(StorageWeakRef(tensor.untyped_storage()))
+        return pad(tensor, *arguments)
+
+    options = DecodingOptions(method="greedy", max_length=30, min_length=29)
+    with torch.inference_mode():
+        made = Slots(decoder, count=4, beams=1, limit=31, source=5)
+        made.admit(range(3), [torch.randn(4, decoder.dim) for _ in range(3)], [options] * 3, [0] * 3)
+        monkeypatch.setattr(slots.F, "pad", watching)
+        for _ in range(10):
+            made.proceed()
+    # keys and values of two layers
+    assert alive == [0] * 4
 
 
 def test_a_function_of_the_callers_is_not_recorded(model, recorders):
