@@ -87,7 +87,8 @@ def test_matrix_instructions_are_found_or_missed(monkeypatch, tmp_path, architec
 
 
 def test_spilled_registers_are_seen(monkeypatch, tmp_path):
-    (job,) = audited(monkeypatch, hoarding_kernel, 128, 1, 80)
+    # 512 numbers a thread; of half as many some compilers keep two in a register
+    (job,) = audited(monkeypatch, hoarding_kernel, 256, 1, 80)
     row = remembered(job, tmp_path)
     assert row.spilled > 0
     assert [fault for fault in audit.faults(row) if "spills" in fault]

@@ -121,13 +121,18 @@ def walked_back(
     longest = int(widths.max())
     tokens = np.full((len(ends), longest), pad_id, dtype=np.int64)
     logprobs = np.zeros((len(ends), longest), dtype=history["logprobs"].dtype)
-    walked = ends if last is not None else widths
-    slots = slots.copy()
-    for i in reversed(range(int(walked.max()))):
-        live = np.flatnonzero(i < walked)
-        at = slots[live]
-        tokens[live, i], logprobs[live, i] = history["tokens"][i, at], history["logprobs"][i, at]
-        slots[live] = history["parents"][i, at]
+    walked = (ends if last is not None else widths).tolist()
+    # a device waits meanwhile: numbers of Python are much faster to walk along than arrays
+    parents = history["parents"][: max(walked)].tolist()
+    for i, slot in enumerate(slots.tolist()):
+        path = [0] * walked[i]
+        for step in reversed(range(walked[i])):
+            path[step] = slot
+            slot = parents[step][slot]
+        steps = np.arange(walked[i])
+        tokens[i, : walked[i]], logprobs[i, : walked[i]] = (
+            history[name][steps, np.array(path, dtype=np.int64)] for name in ("tokens", "logprobs")
+        )
     if last is not None:
         ended = np.flatnonzero(finished)
         tokens[ended, ends[ended]] = -1 if eos_id is None else eos_id

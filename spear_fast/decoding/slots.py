@@ -2,7 +2,8 @@
 
 Utterances stand in the first places: where one leaves and none waits, the last one moves into its place, so that a step
 works on whole buffers' beginnings and on nothing idle. With `fixed` all places take part in every step, so that a
-product always has the same number of rows; under guidance it is so too, because the buffers have a second half.
+product always has the same number of rows; under guidance it is so too, because the buffers have a second half. Where
+steps are recorded as graphs some free places take part. A free place counts as done: nothing is selected there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from spear_fast.decoding.alignment import aligned
 from spear_fast.decoding.decoder import Decoder, ProjectedMemory
+from spear_fast.decoding.graphs import graphs_for, rounded_places
 from spear_fast.decoding.linear import rounded_rows
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult, walked_back
 from spear_fast.decoding.settings import Settings, first_scores
 from spear_fast.decoding.step import advance
+from spear_fast.decoding.transfer import to_device, to_host
 from spear_fast.decoding.view import ROWS, View
 from spear_fast.ops.selection_settings import Real, Whole
 
@@ -113,6 +116,7 @@ class Slots:
         # a free place is of a kind that the ops know
         self.all.whole_settings[:, Whole.BEAM_SIZE] = 1
         self._views: dict[int, View] = {count: self.all}
+        self._graphs = graphs_for(device)
 
     @property
     def used(self) -> int:
@@ -121,6 +125,8 @@ class Slots:
     def view(self) -> View:
         """Returns the places that the next step works on."""
         used = self.count if self.fixed else self.used
+        if self._graphs is not None:
+            used = rounded_places(used, self.count)
         if used not in self._views:
             whole = self.all
             caches = used * self.beams
@@ -142,9 +148,18 @@ class Slots:
         """Makes as many steps as pass between two looks at who is done."""
         for _ in range(interval(self.decoder.device, min(seat.made for seat in self.seats))):
             self._reserve()
-            advance(self.decoder, self.view(), [seat.options for seat in self.seats])
+            self._step(self.view(), [seat.options for seat in self.seats])
             for seat in self.seats:
                 seat.made += 1
+
+    def _step(self, view: View, options: list[DecodingOptions]) -> None:
+        # a caller's own function may do what cannot be recorded
+        if self._graphs is None or any(each.filter_logits is not None for each in options):
+            advance(self.decoder, view, options)
+            return
+        searching = [each.method == "beam" for each in options]
+        key = view.batch, any(searching), all(searching)
+        self._graphs.run(key, lambda: advance(self.decoder, view, options))
 
     def _reserve(self) -> None:
         """Makes room for a step, doubling: its input, and the ancestor of the next; one buffer after the other."""
@@ -154,13 +169,16 @@ class Slots:
         if needed <= capacity:
             return
         more = min(max(needed, 2 * capacity), self.limit) - capacity
+        # what holds on to the old buffers goes first, so that not all of them are held twice
+        self._views = {self.count: whole}
+        if self._graphs is not None:
+            self._graphs.drop()
         for buffers in (whole.keys, whole.values):
             for i in range(len(buffers)):
                 buffers[i] = F.pad(buffers[i], (0, 0, 0, more))
         whole.ancestors = F.pad(whole.ancestors, (0, more))
         for name in ("tokens", "parents", "logprobs"):
             setattr(whole, name, F.pad(getattr(whole, name), (0, 0, 0, more)))
-        self._views = {self.count: whole}
 
     def admit(
         self,
@@ -170,22 +188,22 @@ class Slots:
         seeds: Sequence[int],
     ) -> None:
         """Gives utterances places: for each its owner, the encoder's output `[n, dim]`, its options and its seed."""
-        whole, decoder, first = self.all, self.decoder, self.used
+        whole, decoder, first, device = self.all, self.decoder, self.used, self.decoder.device
         for place, memory in enumerate(memories, start=first):
             self._project(place, memory)
         rows = slice(first, first + len(owners))
-        whole.memory.lengths[rows] = torch.tensor([len(memory) for memory in memories], device=decoder.device)
         settings = Settings.of(options, decoder.eos_id)
-        whole.real_settings[rows] = settings.reals.to(whole.real_settings)
-        whole.whole_settings[rows] = settings.wholes.to(whole.whole_settings.device)
-        whole.prefix[rows, : settings.prefix.shape[1]] = settings.prefix.to(whole.prefix.device)
-        whole.seeds[rows] = torch.tensor(list(seeds), device=decoder.device)
+        whole.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories]), device)
+        whole.real_settings[rows] = to_device(settings.reals.to(whole.real_settings.dtype), device)
+        whole.whole_settings[rows] = to_device(settings.wholes, device)
+        whole.prefix[rows, : settings.prefix.shape[1]] = to_device(settings.prefix, device)
+        whole.seeds[rows] = to_device(torch.tensor(list(seeds)), device)
         whole.inputs[rows] = decoder.start_id
-        whole.scores[rows] = first_scores(settings.wholes, self.beams).to(whole.scores)
+        whole.scores[rows] = to_device(first_scores(settings.wholes, self.beams).to(whole.scores.dtype), device)
         for name in ("finished", "pool_slots", "pool_ends", "pool_finished", "pool_last_logprobs", "ended", "done"):
             getattr(whole, name)[rows] = 0
         whole.pool_scores[rows] = -torch.inf
-        own = torch.arange(self.beams, dtype=torch.uint8, device=decoder.device)
+        own = torch.arange(self.beams, dtype=torch.uint8, device=device)
         for half in range(2 if self.guided else 1):
             both = slice(half * self.count + rows.start, half * self.count + rows.stop)
             whole.lengths[both] = 0
@@ -244,17 +262,17 @@ class Slots:
             getattr(whole, name)[target] = getattr(whole, name)[origin]
 
     def _results(self, places: Sequence[int]) -> list[DecodingResult]:
-        index, whole = torch.tensor(places, device=self.decoder.device), self.all
+        index, whole = to_device(torch.tensor(places), self.decoder.device), self.all
         names = ("scores", "finished", "pool_scores", "pool_slots", "pool_ends", "pool_finished", "pool_last_logprobs")
-        rows = {name: getattr(whole, name)[index].cpu().numpy() for name in (*names, "lengths")}
-        steps = int(rows["lengths"].max())
-        histories = {
-            name: getattr(whole, name)[index, :steps].cpu().numpy() for name in ("tokens", "parents", "logprobs")
-        }
+        histories = ("tokens", "parents", "logprobs")
+        steps = max(self.seats[place].made for place in places)
+        taken = {name: getattr(whole, name)[index] for name in (*names, "lengths")}
+        taken |= {name: getattr(whole, name)[index, :steps] for name in histories}
+        rows = to_host(taken)
         results = [
             walked_back(
                 {name: values[i] for name, values in rows.items()},
-                {name: values[i] for name, values in histories.items()},
+                {name: rows[name][i] for name in histories},
                 self.seats[place].options,
                 eos_id=self.decoder.eos_id,
                 pad_id=self.decoder.pad_id,

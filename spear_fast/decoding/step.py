@@ -12,6 +12,7 @@ from spear_fast.decoding.decoder import Decoder, EarlyExit
 from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.state import DecodeState
+from spear_fast.decoding.transfer import to_device
 from spear_fast.decoding.view import View
 from spear_fast.ops import providers
 from spear_fast.ops.selection_settings import Real
@@ -89,8 +90,9 @@ def _filtered(sighted: Tensor, blind: Tensor | None, view: View, options: Sequen
         logits = torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
     filtered = logits.clone()
     for function, own in places.items():
-        rows = logits[own]
-        filtered[own] = function(rows.flatten(0, 1)).view_as(rows)
+        index = to_device(torch.tensor(own), logits.device)
+        rows = logits[index]
+        filtered[index] = function(rows.flatten(0, 1)).view_as(rows)
     return filtered.to(sighted.dtype)
 
 

@@ -184,6 +184,6 @@ def is_repetitive(target: np.ndarray) -> bool:
             return False
         same = np.concatenate(([0], (target[period:] == target[:-period]).astype(np.int8), [0]))
         edges = np.flatnonzero(np.diff(same))
-        if len(edges) and (edges[1::2] - edges[::2]).max() >= needed:
+        if len(edges) and np.max(edges[1::2] - edges[::2]) >= needed:
             return True
     return False

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.ops.selection_settings import Real, Whole
+
+# pairs of tokens that are compared at once
+COMPARED = 1 << 22
 
 
 def column(settings: Tensor, which: Real | Whole, dimensions: int = 3) -> Tensor:
@@ -80,9 +84,15 @@ def _ends_repetition(history: Tensor, steps: Tensor, whole_settings: Tensor) -> 
     longest = history.shape[-1]
     step = torch.arange(longest, device=history.device)
     holds = (size > 0) & (step >= size - 1) & (step < steps[..., None])
-    for back in range(1, min(longest, int(whole_settings[:, Whole.NO_REPEAT_NGRAM_SIZE].max()))):
-        last = history.gather(2, (steps - back).clamp(0, longest - 1)[..., None])
-        same = torch.zeros_like(holds)
-        same[..., back:] = (history == last)[..., : longest - back]
-        holds = holds & (same | (back >= size))
+    # n-grams may be as long as the history; on a GPU asking how long they are would wait for the device
+    most = int(size.max()) if size.device.type == "cpu" else longest
+    width = max(1, COMPARED // max(1, history.numel()))
+    for first in range(1, min(longest, most), width):
+        end = min(first + width, longest, most)
+        back = torch.arange(end - 1, first - 1, -1, device=history.device)
+        last = history.gather(2, (steps[..., None] - back).clamp(0, longest - 1))
+        # [utterances, beams, steps, backs]: the token so far in front of each step
+        before = F.pad(history, (end - 1, 0), value=-1).unfold(2, end - first, 1)[:, :, :longest]
+        same = (before == last[:, :, None]) | (back >= size[..., None])
+        holds = holds & same.all(dim=-1)
     return holds

@@ -1,4 +1,4 @@
-"""Selection of the next tokens, in plain torch. On a GPU it waits for the device where n-grams are looked for."""
+"""Selection of the next tokens, in plain torch. Nothing is read back from a GPU."""
 
 from __future__ import annotations
 

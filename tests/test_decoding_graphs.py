@@ -1,0 +1,282 @@
+"""Recorded steps: what is recorded when, over which memory, and that nobody gets other tokens from them.
+
+A stand-in for CUDA graphs keeps what was recorded as what graphs keep: addresses and sizes, not the objects that a step
+finds them by. `test_gpu_graphs.py` has the real ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import test_engine_interleavings as interleavings
+import torch
+import torch.nn.functional as F
+from engine_models import alone, engine_of, sources, tiny_model
+from test_engine import options_of, same
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from spear_fast import DecodingOptions
+from spear_fast.decoding import graphs, slots
+from spear_fast.decoding.graphs import WARM_UPS, Graphs, graphs_for, rounded_places
+from spear_fast.decoding.slots import Slots
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+class StandIn:
+    """Records calls of a CPU. calls: "warm", "record", "play", "forget" in their order."""
+
+    def __init__(self, fails: str | None = None):
+        self.calls: list[str] = []
+        self.fails = fails
+        self.generation = 0
+
+    def warm_up(self, step):
+        self.calls.append("warm")
+        step()
+
+    def record(self, step):
+        self.calls.append("record")
+        if self.fails:
+            raise RuntimeError(self.fails)
+        generation = self.generation
+
+        def play():
+            assert generation == self.generation, "a graph is played whose memory is gone"
+            self.calls.append("play")
+            step()
+
+        return play
+
+    def forget(self):
+        self.calls.append("forget")
+        self.generation += 1
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """Within the test steps are recorded the second time; the stand-ins that did it, one for each `Slots`."""
+    made = []
+    monkeypatch.setattr(graphs, "WARM_UPS", 1)
+
+    def stand_in(device):
+        made.append(StandIn())
+        return Graphs(made[-1])
+
+    monkeypatch.setattr(slots, "graphs_for", stand_in)
+    return made
+
+
+def test_a_step_is_recorded_once_it_is_warm_and_then_played():
+    recorder, made = StandIn(), []
+    recorded = Graphs(recorder)
+    for i in range(WARM_UPS + 3):
+        recorded.run("a", lambda i=i: made.append(i))
+    assert recorder.calls == ["warm"] * WARM_UPS + ["record", *["play"] * 3]
+    # what was recorded, not what was passed later
+    assert made == [*range(WARM_UPS + 1), WARM_UPS, WARM_UPS]
+    recorded.run("b", lambda: made.append("b"))
+    assert recorder.calls[-1] == "warm"
+    recorded.drop()
+    recorded.run("a", lambda: made.append("anew"))
+    assert recorder.calls[-2:] == ["forget", "warm"]
+
+
+def test_a_failing_recording_is_told_once_and_every_step_is_made_once():
+    recorder, made = StandIn(fails="operation not permitted when stream is capturing\nmore"), []
+    recorded = Graphs(recorder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(3 * WARM_UPS):
+            recorded.run(i % 2, lambda i=i: made.append(i))
+    assert made == list(range(3 * WARM_UPS))
+    assert recorder.calls.count("record") == 1
+    assert [str(each.message) for each in caught] == [
+        "decoding goes on without CUDA graphs, which is slower: the step cannot be recorded (operation not permitted "
+        "when stream is capturing); SPEAR_FAST_GRAPHS=0 does not try to."
+    ]
+
+
+def test_an_error_of_the_step_itself_is_not_swallowed():
+    def broken():
+        raise torch.OutOfMemoryError("no memory")
+
+    recorded = Graphs(StandIn())
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded.run("a", broken)
+
+
+def test_places_are_rounded_up_to_few_numbers():
+    assert sorted({rounded_places(used, 128) for used in range(1, 129)}) == [
+        *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128,
+    ]  # fmt: skip
+    for count in range(1, 70):
+        for used in range(1, count + 1):
+            assert used <= rounded_places(used, count) <= min(count, 1.25 * used)
+
+
+def test_a_recorded_step_takes_some_free_places_along_and_they_are_done(model, recorders):
+    decoder = model.decoder("text")
+    made = Slots(decoder, count=12, beams=1, limit=9, source=5)
+    options = DecodingOptions(method="greedy", max_length=8, min_length=7)
+    with torch.inference_mode():
+        made.admit(range(9), [torch.randn(4, decoder.dim) for _ in range(9)], [options] * 9, [0] * 9)
+        assert made.view().batch == 10
+        made.proceed()
+        made.drop(lambda owner: owner < 3)
+        assert made.view().batch == made.used == 6
+        assert made.all.done.tolist() == [False] * 6 + [True] * 6
+    assert recorders[0].calls == ["warm"]
+
+
+def test_graphs_are_for_cuda_and_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: StandIn())
+    assert graphs_for(torch.device("cpu")) is None
+    assert isinstance(graphs_for(torch.device("cuda:0")), Graphs)
+    monkeypatch.setattr(graphs.ranges, "DEBUG", True)
+    assert graphs_for(torch.device("cuda:0")) is None
+    monkeypatch.setattr(graphs.ranges, "DEBUG", False)
+    monkeypatch.setenv("SPEAR_FAST_GRAPHS", "0")
+    assert graphs_for(torch.device("cuda:0")) is None
+    monkeypatch.setenv("SPEAR_FAST_GRAPHS", "1")
+    assert isinstance(graphs_for(torch.device("cuda:0")), Graphs)
+
+
+def test_every_request_is_served_as_if_it_were_alone(model, recorders):
+    """Beams, draws and greedy requests, of all lengths, in 13 places: rounded up, moved and given away again."""
+    asked = [(source, options_of(i)) for i, source in enumerate(sources(80, seed=21))]
+    expected = [alone(model, source, options_of(i)) for i, (source, _) in enumerate(asked)]
+    recorders.clear()
+    served = {}
+    with engine_of(model, slots=13, beams=4, max_length=12) as engine:
+        for start in range(0, 80, 10):
+            # in waves, so that the places are never all in use for long
+            wave = engine.run(asked[start : start + 10], ahead=2 + start // 8)
+            served |= {ticket.number: ticket.result() for ticket in wave}
+    assert sorted(served) == list(range(80))
+    for number, result in served.items():
+        same(result, expected[number])
+    (recorder,) = recorders
+    assert recorder.calls.count("record") >= 5
+    assert recorder.calls.count("play") > recorder.calls.count("warm")
+
+
+def test_guided_and_deterministic_requests_are_too(model, recorders):
+    asked = [(source, options_of(i, cond_scale=1.0 + i % 3)) for i, source in enumerate(sources(20, seed=22))]
+    expected = [alone(model, source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in enumerate(asked)]
+    for settings in ({"guided": True}, {"guided": True, "deterministic": True}):
+        recorders.clear()
+        with engine_of(model, slots=3, beams=4, max_length=12, **settings) as engine:
+            for ticket in engine.run((source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in
+                                     enumerate(asked)):  # fmt: skip
+                same(ticket.result(), expected[ticket.number])
+        assert recorders[0].calls.count("play")
+
+
+def test_buffers_that_grow_are_recorded_anew(model, recorders, monkeypatch):
+    """And the old ones are let go before the new ones are made; the stand-in refuses to play what is gone."""
+    monkeypatch.setattr(slots, "FIRST_CAPACITY", 8)
+    options = DecodingOptions(beam_size=2, max_length=60, min_length=59)
+    expected = [alone(model, source, options) for source in sources(3, seed=23)]
+    recorders.clear()
+    with engine_of(model, slots=3, beams=2, max_length=60) as engine:
+        for ticket in engine.run(sources(3, seed=23), options):
+            same(ticket.result(), expected[ticket.number])
+    (recorder,) = recorders
+    # 8, 16, 32 and 61 positions
+    assert recorder.calls.count("forget") == 3
+    assert recorder.calls.count("record") == 4
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, recorded):
+    """Neither the views of fewer places nor what is recorded holds on to the others."""
+    monkeypatch.setattr(slots, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(slots, "graphs_for", lambda device: Graphs(StandIn()) if recorded else None)
+    decoder, pad, old, alive = model.decoder("text"), F.pad, [], []
+
+    def watching(tensor, *arguments):
+        if tensor.ndim == 4 and tensor.shape[2] == 8:
+            alive.append(sum(not each.expired() for each in old))
+            old.append(StorageWeakRef(tensor.untyped_storage()))
+        return pad(tensor, *arguments)
+
+    options = DecodingOptions(method="greedy", max_length=30, min_length=29)
+    with torch.inference_mode():
+        made = Slots(decoder, count=4, beams=1, limit=31, source=5)
+        made.admit(range(3), [torch.randn(4, decoder.dim) for _ in range(3)], [options] * 3, [0] * 3)
+        monkeypatch.setattr(slots.F, "pad", watching)
+        for _ in range(10):
+            made.proceed()
+    # keys and values of two layers
+    assert alive == [0] * 4
+
+
+def test_a_function_of_the_callers_is_not_recorded(model, recorders):
+    asked = []
+
+    def no_even_tokens(logits):
+        asked.append(len(logits))
+        return logits.masked_fill(torch.arange(logits.shape[-1]) % 2 == 0, -torch.inf)
+
+    plain = DecodingOptions(method="greedy", max_length=10, min_length=9)
+    filtered = DecodingOptions(method="greedy", max_length=10, min_length=9, filter_logits=no_even_tokens)
+    pair = sources(2, seed=24)
+    expected = [alone(model, source, options) for source, options in zip(pair, (plain, filtered), strict=True)]
+    recorders.clear()
+    with engine_of(model, slots=2, beams=1, max_length=10) as engine:
+        tickets = [engine.submit(source, options) for source, options in zip(pair, (plain, filtered), strict=True)]
+        for ticket, result in zip(tickets, expected, strict=True):
+            same(ticket.result(), result)
+    assert "record" not in recorders[0].calls
+    assert (tickets[1].result().tokens[0, 0, :9] % 2 == 1).all()
+
+
+def test_between_two_growths_every_tensor_stays_where_it_is(model):
+    """A recorded step reads and writes addresses: none of them may change while it is played."""
+    decoder = model.decoder("text")
+    made = Slots(decoder, count=4, beams=4, limit=40, source=10)
+    memories = [torch.randn(n, decoder.dim) for n in (3, 10, 1)]
+    options = [options_of(seed, max_length=39, min_length=38) for seed in (0, 2, 3)]
+
+    def addresses():
+        view = made.view()
+        tensors = [*view.keys, *view.values, *view.memory.keys, *view.memory.values, view.memory.lengths]
+        names = (name for name in vars(view) if name not in ("keys", "values", "memory"))
+        return [tensor.data_ptr() for tensor in (*tensors, *(getattr(view, name) for name in names))]
+
+    with torch.inference_mode():
+        made.admit(range(3), memories, options, [1, 2, 3])
+        before, view = addresses(), made.view()
+        for _ in range(30):
+            made.proceed()
+            made.harvest()
+            assert made.used == 3
+            assert made.view() is view
+            assert addresses() == before
+        # one leaves, one comes: still there
+        made.drop(lambda owner: owner == 0)
+        made.admit([3], memories[:1], options[:1], [4])
+        made.proceed()
+        assert made.view() is view
+        assert addresses() == before
+
+
+class RecordedInterleavings(interleavings.Interleavings):
+    """The same rules with all steps recorded."""
+
+
+RecordedInterleavings.TestCase.settings = interleavings.Interleavings.TestCase.settings
+
+
+class TestRecordedInterleavings(RecordedInterleavings.TestCase):
+    @pytest.fixture(autouse=True)
+    def _recorded(self, recorders, monkeypatch):
+        """Steps are recorded, and played; buffers grow meanwhile."""
+        monkeypatch.setattr(slots, "FIRST_CAPACITY", 4)
+        yield
+        assert any("play" in recorder.calls for recorder in recorders)

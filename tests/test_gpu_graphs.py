@@ -1,0 +1,159 @@
+"""On a CUDA device: the engine's steps are really captured, and give what steps in the ordinary way give."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from engine_models import engine_of, sources, tiny_model
+from test_engine import options_of, same
+
+from spear_fast import DecodingOptions
+from spear_fast.decoding import slots
+from spear_fast.decoding.graphs import WARM_UPS, CudaRecorder, Graphs, graphs_for
+from spear_fast.decoding.slots import Slots
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().cuda()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts what the recorder is asked for; a failing capture is an error here."""
+    calls = {"warm_up": 0, "record": 0, "replay": 0}
+
+    class Counting(CudaRecorder):
+        def warm_up(self, step):
+            calls["warm_up"] += 1
+            super().warm_up(step)
+
+        def record(self, step):
+            replay = super().record(step)
+            calls["record"] += 1
+
+            def counting():
+                calls["replay"] += 1
+                replay()
+
+            return counting
+
+    monkeypatch.setattr(slots, "graphs_for", lambda device: Graphs(Counting(device)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield calls
+
+
+def served(model, asked, **settings):
+    with engine_of(model, **settings) as engine:
+        return {ticket.number: ticket.result() for ticket in engine.run(asked())}
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+def test_captured_steps_serve_every_request_as_ordinary_ones_do(model, counted, monkeypatch, guided):
+    """Beams, draws and greedy requests in 13 places, coming and going."""
+    tokens = sources(60, seed=31)
+
+    def asked():
+        return [(source, options_of(i, cond_scale=1.0 + guided * (i % 3))) for i, source in enumerate(tokens)]
+
+    settings = {"slots": 13, "beams": 4, "max_length": 12, "guided": guided}
+    found = served(model, asked, **settings)
+    assert counted["record"] >= 1
+    assert counted["replay"] > counted["record"]
+    monkeypatch.setattr(slots, "graphs_for", lambda device: None)
+    wanted = served(model, asked, **settings)
+    for number, result in wanted.items():
+        same(found[number], result)
+
+
+def test_buffers_that_grow_are_captured_anew(model, counted, monkeypatch):
+    monkeypatch.setattr(slots, "FIRST_CAPACITY", 16)
+    options = DecodingOptions(beam_size=4, max_length=150, min_length=149)
+    tokens = sources(5, seed=32)
+    settings = {"slots": 5, "beams": 4, "max_length": 150}
+    found = served(model, lambda: [(source, options) for source in tokens], **settings)
+    assert counted["record"] == 5
+    monkeypatch.setattr(slots, "graphs_for", lambda device: None)
+    wanted = served(model, lambda: [(source, options) for source in tokens], **settings)
+    for number, result in wanted.items():
+        same(found[number], result)
+
+
+@pytest.fixture
+def no_waiting():
+    """Within the test's `with no_waiting():` torch raises where the host would wait for the device."""
+
+    @contextlib.contextmanager
+    def strict():
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return strict
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["played", "ordinary"])
+@pytest.mark.parametrize("method", ["beam", "sample", "greedy"])
+def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_waiting, method, recorded):
+    if not recorded:
+        monkeypatch.setattr(slots, "graphs_for", lambda device: None)
+    decoder = model.decoder("text")
+    made = Slots(decoder, count=4, beams=4, limit=60, source=30)
+    options = DecodingOptions(method=method, max_length=59, min_length=58)
+    with torch.inference_mode():
+        memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
+        made.admit(range(3), memories, [options] * 3, [1, 2, 3])
+        # recording waits, and so does what is planned at first
+        for _ in range(WARM_UPS):
+            made.proceed()
+        with no_waiting():
+            made.proceed()
+            made.drop(lambda owner: owner == 0)
+            made.admit([3], memories[:1], [options], [4])
+
+
+def test_a_played_step_takes_no_memory(model):
+    decoder = model.decoder("text")
+    made = Slots(decoder, count=4, beams=4, limit=60, source=30)
+    options = DecodingOptions(beam_size=4, max_length=59, min_length=58)
+    with torch.inference_mode():
+        memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
+        made.admit(range(3), memories, [options] * 3, [1, 2, 3])
+        for _ in range(WARM_UPS):
+            made.proceed()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        made.proceed()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_a_step_that_cannot_be_captured_is_made_in_the_ordinary_way():
+    """And the device is as usable as before."""
+    counter = torch.zeros((), device="cuda")
+    graphs, stream = graphs_for(counter.device), torch.cuda.current_stream()
+
+    def asking():
+        counter.add_(1)
+        counter.item()
+
+    def run_often():
+        for _ in range(10):
+            graphs.run("a", asking)
+
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs") as caught:
+        run_often()
+    assert len(caught) == 1
+    assert counter.item() == 10
+    assert torch.cuda.current_stream() == stream
+    assert torch.ones(1000, device="cuda").sum().item() == 1000
