@@ -10,8 +10,9 @@ from torch import nn
 from benchmarks.cases import Case
 from benchmarks.machine import CPU
 
-# what makes each part of a layer count, and each token depend on the source and on those before
-MATRICES, EMBEDDINGS = 3.8, 0.12
+# what makes each part of a layer count, and tokens depend on the source and on those before; with larger matrices,
+# softmaxes one behind the other make so much of a rounding that equally good computations part
+MATRICES, EMBEDDINGS = 2.0, 0.12
 
 
 def pair(case: Case, seed: int = 0, *, device: torch.device = CPU, wanted: bool = True) -> tuple[nn.Module | None, Any]:

@@ -4,9 +4,10 @@
 
 The whole batch is decoded twice, to a few tokens and to more; what the longer one takes more are the steps between.
 Its kernels, by torch's profiler, are told apart from the encoder's in the same way; on the CPU, where the profiler's
-own work is in them, they are torch's operators. First the gate of generation, for a few utterances. The roofline is
-`Case.step`: weights and every cache read once, at what this machine's memory and products reached just before. Beam
-search stands beside greedy decoding of as many rows, each an utterance of its own.
+own work is in them, they are torch's operators, and what one call does in C++ is not told apart. First the gate of
+generation, for a few utterances. The roofline is `Case.step`: weights and every cache read once, at what this machine's
+memory and products reached just before. Beam search stands beside greedy decoding of as many rows, each an utterance of
+its own.
 """
 
 from __future__ import annotations
