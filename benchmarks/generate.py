@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import rows as rowfile
-from benchmarks.cases import CASES, ENGINE, REFERENCE, STANDARD, Case
+from benchmarks.cases import CASES, CTRANSLATE2_INT8, ENGINE, ENGINE_INT8, REFERENCE, STANDARD, Case
 from benchmarks.machine import environment, limits, version
 from benchmarks.memory import peak_of_generation
 from benchmarks.op import chosen_by_itself
@@ -35,6 +35,8 @@ from spear_fast.ops.providers import Inputs
 
 # utterances that the gate looks at where the batch is larger: beside the reference, and of the engine
 CHECKED, CHECKED_OF_ENGINE = 2, 4
+# nats by which weights of 8 bits may change the log-probability of a likeliest token
+MOST_ROUNDING = 0.5
 # tokens of each where the engine alone is looked at
 CHECKED_TOKENS = 24
 DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
@@ -120,6 +122,12 @@ def measure(
     variants = {ENGINE: generation.by_engine()} if engine_only else generation.own()
     others, missing = generation.peers(case.peers if peers else [each for each in case.peers if each == REFERENCE])
     variants |= others
+    rounding = generation.rounding(range(case.batch)[:CHECKED_OF_ENGINE]) if ENGINE_INT8 in variants else 0.0
+    if rounding > MOST_ROUNDING:
+        raise RuntimeError(
+            f"{case.name}: weights of 8 bits change a log-probability by {rounding:.2f} nats, wanted at most "
+            f"{MOST_ROUNDING}; nothing was timed."
+        )
     with torch.inference_mode():
         for decode in variants.values():
             decode()
@@ -158,9 +166,16 @@ def measure(
             for peer in others
             for ratios in [[a / b for a, b in zip(seconds[peer], times, strict=True)]]
         }
-        wanted = {peer: times for peer, times in case.wanted.items() if peer in row["times"]}
+        if name == ENGINE_INT8:
+            # no tokens of its own to be equal with: what 8 bits change is said in nats
+            row |= {"equal_tokens": None, "rounding_nats": round(rounding, 4)}
+        wanted = {
+            peer: times
+            for peer, times in case.wanted.items()
+            if peer in row["times"] and (peer == CTRANSLATE2_INT8) == (name == ENGINE_INT8)
+        }
         # in batches of mixed lengths, utterances go on until the last one's end: the engine is what is aimed with
-        if wanted and name not in others and (name == ENGINE or not case.ends):
+        if wanted and name not in others and (name in (ENGINE, ENGINE_INT8) or not case.ends):
             row |= {"wanted": wanted, "reached": all(row["times"][peer]["p50"] >= wanted[peer] for peer in wanted)}
         rows.append(rowfile.finished(row))
     return rows, [f"{case.name}: {reason}" for reason in missing]

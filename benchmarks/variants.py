@@ -14,6 +14,7 @@ from benchmarks.cases import (
     CTRANSLATE2,
     CTRANSLATE2_INT8,
     ENGINE,
+    ENGINE_INT8,
     OURS,
     REFERENCE,
     STANDARD,
@@ -22,7 +23,9 @@ from benchmarks.cases import (
     Case,
 )
 from benchmarks.peers import pair
-from spear_fast.decoding import DecodingOptions
+from spear_fast.decoding import DecodingOptions, Weights
+from spear_fast.decoding.slots import Slots
+from spear_fast.decoding.step import newest_logits
 
 Variants = dict[str, Callable[[], Any]]
 
@@ -90,6 +93,8 @@ class Generation:
             return [self.generate(self.ours, rows, **options) for rows in batches]
 
         found: Variants = {OURS: decode, ENGINE: self.by_engine()}
+        if CTRANSLATE2_INT8 in self.case.peers and (self.device.type, self.dtype) == ("cpu", torch.float32):
+            found[ENGINE_INT8] = self.by_engine(weights="int8")
         if self.case.beam > 1:
             found[STANDARD] = lambda: decode(beam_mode="standard")
         return found
@@ -100,12 +105,14 @@ class Generation:
         batches = [[row] for row in rows] if self.case.ends else [list(rows)]
         return [tokens for batch in batches for tokens in self.generate(self.ours, batch, **options)]
 
-    def by_engine(self, rows: Sequence[int] | None = None, slots: int | None = None) -> Callable[..., list[Tensor]]:
+    def by_engine(
+        self, rows: Sequence[int] | None = None, slots: int | None = None, weights: Weights = "exact"
+    ) -> Callable[..., list[Tensor]]:
         """Returns what decodes utterances, each until its own end, by one engine that is made at the first call.
 
         rows: all where left out. slots: decoded at the same time, of mixed utterances as many as the case says, else
-        all. It takes the most tokens of a text, no limit where left out, and returns `[n]` int64 ids of each, in the
-        order of rows.
+        all. weights: see `TextToSemantic.engine`. It takes the most tokens of a text, no limit where left out, and
+        returns `[n]` int64 ids of each, in the order of rows.
         """
         rows = range(self.case.batch) if rows is None else rows
         slots = min(len(rows), slots or (self.case.slots if self.case.ends else self.case.batch))
@@ -118,6 +125,7 @@ class Generation:
                 beams=self.case.beam,
                 max_length=max(self.texts[row] for row in rows),
                 max_source=longest,
+                weights=weights,
             )
 
         def request(row: int, most: int) -> tuple[Tensor, DecodingOptions]:
@@ -133,6 +141,21 @@ class Generation:
             return [ticket.result().tokens[0, 0] for ticket in tickets]
 
         return decode
+
+    @torch.inference_mode()
+    def rounding(self, rows: Sequence[int]) -> float:
+        """Returns by how many nats, at most, weights of 8 bits change a first token's log-probability."""
+        found = []
+        for weights in ("exact", "int8"):
+            decoder = self.ours.decoder("text", weights)
+            memories = self.ours.encoder("speech", weights).encoded([self.sources[row] for row in rows])
+            slots = Slots(decoder, count=len(rows), beams=1, limit=2, source=max(map(len, memories)))
+            options = [DecodingOptions(method="greedy", max_length=1)] * len(rows)
+            slots.admit(rows, memories, options, [0] * len(rows))
+            found.append(newest_logits(decoder, slots.view()).log_softmax(dim=-1))
+        exact, rounded = found
+        best = exact.argmax(dim=-1, keepdim=True)
+        return float((rounded.gather(-1, best) - exact.gather(-1, best)).abs().max())
 
     def peers(self, names: Sequence[str]) -> tuple[Variants, list[str]]:
         """Returns what can run here of the peers, and why the others cannot."""

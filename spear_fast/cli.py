@@ -170,7 +170,7 @@ def _add_label(commands: Any) -> None:
     shards.add_argument("--rows-per-shard", type=_positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
     machine.add_argument("--threads", type=_positive, metavar="N", help="threads of torch on the CPU")
     machine.add_argument("--workers", type=_positive, metavar="N", help="threads that read and tokenize audio")
     parser.add_argument("--retry-failed", action="store_true", help="label the shards that hold failed rows again")

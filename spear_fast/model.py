@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
 from spear_fast.alignment import alignment_loss
-from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, Encoder, Engine, Plan, decode, decode_ids
+from spear_fast.decoding import (
+    Decoder,
+    DecodingOptions,
+    DecodingResult,
+    Encoder,
+    Engine,
+    Plan,
+    Weights,
+    decode,
+    decode_ids,
+)
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.hub import HubModel
 from spear_fast.loss import token_loss
@@ -29,8 +39,8 @@ Modality = Literal["speech", "text"]
 Source = Tensor | list[str]
 
 # decoders packed from a model's weights, outside the model so that copies, pickles and state dicts do not carry them
-_ENCODERS: weakref.WeakKeyDictionary[nn.Module, dict[str, Encoder]] = weakref.WeakKeyDictionary()
-_DECODERS: weakref.WeakKeyDictionary[nn.Module, dict[str, Decoder]] = weakref.WeakKeyDictionary()
+_ENCODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Encoder]] = weakref.WeakKeyDictionary()
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Decoder]] = weakref.WeakKeyDictionary()
 
 
 class TextToSemantic(HubModel):
@@ -373,30 +383,34 @@ class TextToSemantic(HubModel):
         residual, norm, to_logits = self.to_early_exit_semantic_logits
         return token_loss(norm(residual(embedded[:, :-1])), to_logits, labels)
 
-    def encoder(self, source_type: Modality) -> Encoder:
-        """Returns the packed encoder of a modality, packed again whenever a weight has changed."""
-        packed = _ENCODERS.setdefault(self, {})
-        if source_type not in packed or packed[source_type].is_stale():
-            embedding: Tensor = self.token_emb[source_type].weight  # type: ignore[assignment]
-            packed[source_type] = Encoder.from_modules(self.source_transformer, embedding)
-        return packed[source_type]
+    def encoder(self, source_type: Modality, weights: Weights = "exact") -> Encoder:
+        """Returns the packed encoder of a modality, packed again whenever a weight has changed.
 
-    def decoder(self, target_type: Modality) -> Decoder:
-        """Returns the packed decoder of a modality, packed again whenever a weight has changed."""
-        packed = _DECODERS.setdefault(self, {})
-        if target_type not in packed or packed[target_type].is_stale():
+        weights: "int8" for products of 8 bits; see `Decoder.from_modules`.
+        """
+        packed, kind = _ENCODERS.setdefault(self, {}), (source_type, weights)
+        if kind not in packed or packed[kind].is_stale():
+            embedding: Tensor = self.token_emb[source_type].weight  # type: ignore[assignment]
+            packed[kind] = Encoder.from_modules(self.source_transformer, embedding, weights=weights)
+        return packed[kind]
+
+    def decoder(self, target_type: Modality, weights: Weights = "exact") -> Decoder:
+        """Returns the packed decoder of a modality, packed again whenever a weight has changed; see `encoder`."""
+        packed, kind = _DECODERS.setdefault(self, {}), (target_type, weights)
+        if kind not in packed or packed[kind].is_stale():
             early_exit = None
             if self.early_exit_layer is not None and target_type == "speech":
                 early_exit = (self.early_exit_layer, self.to_early_exit_semantic_logits)
-            packed[target_type] = Decoder.from_modules(
+            packed[kind] = Decoder.from_modules(
                 self.target_transformer,
                 self.token_emb[target_type].weight,  # type: ignore[arg-type]
                 self.start_token[target_type],
                 eos_id=self.eos_id[target_type] if self.autoset_eos_id[target_type] else None,
                 pad_id=self.pad_id[target_type],
                 early_exit=early_exit,
+                weights=weights,
             )
-        return packed[target_type]
+        return packed[kind]
 
     @torch.no_grad()
     def engine(
@@ -411,14 +425,16 @@ class TextToSemantic(HubModel):
         budget: int | None = None,
         guided: bool = False,
         deterministic: bool = False,
+        weights: Weights = "exact",
     ) -> Engine:
         """Returns an engine that decodes many requests at once with this model's weights as they are now.
 
         slots: utterances in flight; beams, max_length, max_source: the most that a request may want; budget: bytes for
-        the buffers; see `Plan.of`. guided, deterministic: see `Engine`. Sources are ids `[n]`, with the
-        end-of-sequence where the model sets one automatically: `encode` adds it, an engine takes them as they are.
+        the buffers; see `Plan.of`. guided, deterministic: see `Engine`. weights: "int8" makes the products of 8 bits,
+        on x86 CPUs: several times as fast, and no longer exact. Sources are ids `[n]`, with the end-of-sequence where
+        the model sets one automatically: `encode` adds it, an engine takes them as they are.
         """
-        decoder = self.decoder(target_type)
+        decoder = self.decoder(target_type, weights)
         plan = Plan.of(
             decoder,
             slots=slots,
@@ -428,7 +444,7 @@ class TextToSemantic(HubModel):
             budget=budget,
             guided=guided,
         )
-        return Engine(self.encoder(source_type), decoder, plan, guided=guided, deterministic=deterministic)
+        return Engine(self.encoder(source_type, weights), decoder, plan, guided=guided, deterministic=deterministic)
 
     def decode(
         self, memory: Tensor, memory_mask: Tensor, *, target_type: Modality, options: DecodingOptions

@@ -11,7 +11,7 @@ from benchmarks import generate, rows, step
 from benchmarks.cases import step_cases
 from benchmarks.machine import CPU
 from benchmarks.variants import Generation
-from spear_fast import cli, ops
+from spear_fast import cli
 from spear_fast.decoding.slots import interval
 
 CASES = {case.name: case for case in step_cases()}
@@ -29,9 +29,7 @@ def measured(name):
 
 def test_a_steps_kernels_are_counted_apart_from_the_encoders(timed, monkeypatch):
     monkeypatch.setattr(step, "NAMED", 1000)
-    # one by one: where nobody asks for another provider, a step may be a single call
-    with ops.forced("append_kv=reference"):
-        row = measured("step tiny 2x3")
+    row = measured("step tiny 2x3")
     kernels = {each["name"]: each["calls"] for each in row["kernels"]}
     layers = CASES["step tiny 2x3"].target_layers
     for op in ("decode_self_attention", "decode_cross_attention"):

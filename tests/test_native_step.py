@@ -117,7 +117,7 @@ def decoders(guided: bool, weights: str = "exact"):
 def test_the_step_is_that_of_the_ops(guided: bool, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, decoder, memory, mask = decoders(guided)
     options = DecodingOptions(beam_size=beams, max_length=9, cond_scale=1.5 if guided else 1.0)
-    native, calls, compared = stepping._newest_logits, [], []
+    native, calls, compared = stepping.newest_logits, [], []
 
     def both(decoder: Decoder, view) -> Tensor:
         calls.append(1)
@@ -140,7 +140,7 @@ def test_the_step_is_that_of_the_ops(guided: bool, beams: int, monkeypatch: pyte
 
     assert decoder.native is not None
     assert stepping._by_cpu(decoder)
-    monkeypatch.setattr(stepping, "_newest_logits", both)
+    monkeypatch.setattr(stepping, "newest_logits", both)
     decode(decoder, memory, mask, options)
     assert len(calls) > 3
     for mine, theirs in compared:
@@ -167,7 +167,7 @@ def test_a_step_beyond_its_vocabulary_is_refused() -> None:
     view = slots.view()
     view.inputs.fill_(decoder.vocab_size + 1)
     with pytest.raises(ValueError, match="inputs must lie in"):
-        stepping._newest_logits(decoder, view)
+        stepping.newest_logits(decoder, view)
 
 
 def test_int8_weights_decode_nearly_the_same() -> None:

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/record_function.h>
 
 #include <cmath>
 #include <cstring>
@@ -42,6 +43,13 @@ at::Tensor unit(const at::Tensor& x) {
     }
   });
   return out;
+}
+
+// what a profiler is told of a part of the step
+template <typename Part>
+auto recorded(const char* name, const Part& part) {
+  RECORD_FUNCTION(name, c10::ArrayRef<const c10::IValue>{});
+  return part();
 }
 
 // adds a row to each of some rows
@@ -110,16 +118,22 @@ at::Tensor DecoderLayers::step(
     const Layer& layer = layers_[i];
     const at::Tensor projected = layer.query_key_value->forward(unit(x)).view({rows, 1, heads_ + 2 * kv_heads_, size});
     const at::Tensor query = projected.narrow(2, 0, heads_).view({lengths.size(0), beams, 1, heads_, size});
-    append_kv_cpu(
-        projected.narrow(2, heads_, kv_heads_), projected.narrow(2, heads_ + kv_heads_, kv_heads_), layer.freqs, positions,
-        keys[i], values[i]);
-    const at::Tensor attended = decode_self_attention_cpu(query, layer.freqs, keys[i], values[i], ancestors, written);
+    recorded("spear_fast::append_kv", [&] {
+      append_kv_cpu(
+          projected.narrow(2, heads_, kv_heads_), projected.narrow(2, heads_ + kv_heads_, kv_heads_), layer.freqs, positions,
+          keys[i], values[i]);
+    });
+    const at::Tensor attended = recorded("spear_fast::decode_self_attention", [&] {
+      return decode_self_attention_cpu(query, layer.freqs, keys[i], values[i], ancestors, written);
+    });
     x = layer.self_output->added(attended.view({rows, heads_ * size}), x);
 
     at::Tensor sighted = x.narrow(0, 0, sourced);
     const at::Tensor asked = layer.cross_query->forward(unit(sighted)).view({utterances, beams, heads_, size});
-    const at::Tensor seen = std::get<0>(decode_cross_attention_cpu(
-        asked, memory_keys[i], memory_values[i], layer.null_key, layer.null_value, memory_lengths, false));
+    const at::Tensor seen = recorded("spear_fast::decode_cross_attention", [&] {
+      return std::get<0>(decode_cross_attention_cpu(
+          asked, memory_keys[i], memory_values[i], layer.null_key, layer.null_value, memory_lengths, false));
+    });
     sighted = layer.cross_output->added(seen.view({sourced, heads_ * size}), sighted);
     if (rows > sourced) {
       // without its source the other half sees the null key alone, which needs no query
@@ -129,7 +143,9 @@ at::Tensor DecoderLayers::step(
     } else {
       x = sighted;
     }
-    const at::Tensor inner = geglu_cpu(layer.both->forward(unit(x)), layer.bias, layer.last->features());
+    const at::Tensor both = layer.both->forward(unit(x));
+    const at::Tensor inner = recorded(
+        "spear_fast::geglu", [&] { return geglu_cpu(both, layer.bias, layer.last->features()); });
     x = layer.last->added(inner, x);
   }
   return logits_->forward(unit(x));

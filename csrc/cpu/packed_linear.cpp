@@ -5,6 +5,7 @@
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <cmath>
@@ -126,6 +127,7 @@ void PackedLinear::check(const at::Tensor& x) const {
 }
 
 at::Tensor PackedLinear::forward(const at::Tensor& x) const {
+  RECORD_FUNCTION("spear_fast::PackedLinear", c10::ArrayRef<const c10::IValue>{});
   check(x);
   if (kind_ == Kind::kOneDnn) {
     return by_onednn(x, std::nullopt);
@@ -136,6 +138,7 @@ at::Tensor PackedLinear::forward(const at::Tensor& x) const {
 }
 
 at::Tensor PackedLinear::added(const at::Tensor& x, const at::Tensor& to) const {
+  RECORD_FUNCTION("spear_fast::PackedLinear", c10::ArrayRef<const c10::IValue>{});
   check(x);
   TORCH_CHECK_VALUE(
       to.dim() == 2 && to.size(0) == x.size(0) && to.size(1) == outputs_ && to.scalar_type() == at::kFloat &&

@@ -11,8 +11,19 @@ from spear_fast.decoding.budget import Plan
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.encoder import Encoder
 from spear_fast.decoding.engine import Engine
+from spear_fast.decoding.linear import Weights
 from spear_fast.decoding.loop import decode
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult
 
-__all__ = ["Decoder", "DecodingOptions", "DecodingResult", "Encoder", "Engine", "Plan", "decode", "decode_ids"]
+__all__ = [
+    "Decoder",
+    "DecodingOptions",
+    "DecodingResult",
+    "Encoder",
+    "Engine",
+    "Plan",
+    "Weights",
+    "decode",
+    "decode_ids",
+]

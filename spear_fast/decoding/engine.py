@@ -48,6 +48,9 @@ class _Request:
         return self.ticket.done()
 
 
+# source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
+ENCODE_TOKENS = {"cpu": 2048, "cuda": 8192}
+
 Outcomes = list[tuple[Ticket, DecodingResult | BaseException]]
 
 
@@ -56,7 +59,8 @@ class Engine:
 
     encoder, decoder: packed weights of the model's two sides; `TextToSemantic.engine` gives both. Without an encoder it
         takes sources that are encoded already.
-    plan: sizes of the buffers, see `Plan`. encode_tokens: most source tokens that are encoded together.
+    plan: sizes of the buffers, see `Plan`. encode_tokens: most source tokens that are encoded together, by
+        default as many as the kind of device likes.
     guided: whether requests may have a `cond_scale` above 1; each step then also decodes without the source.
     deterministic: the same bits for a request alone and in any company or order, by an engine of the same plan: sources
         are encoded one by one, and every step works on all places, free ones too.
@@ -71,14 +75,15 @@ class Engine:
         decoder: Decoder,
         plan: Plan,
         *,
-        encode_tokens: int = 8192,
+        encode_tokens: int | None = None,
         guided: bool = False,
         deterministic: bool = False,
     ) -> None:
         self.encoder, self.decoder, self.plan = encoder, decoder, plan
         self.guided, self.deterministic = guided, deterministic
         # one source at a time: the first always fits
-        self.encode_tokens = 0 if deterministic else encode_tokens
+        most = ENCODE_TOKENS.get(decoder.device.type, ENCODE_TOKENS["cuda"]) if encode_tokens is None else encode_tokens
+        self.encode_tokens = 0 if deterministic else most
         self._slots: Slots | None = None
         # (minus the source's length, number): the longest first, the earlier one among equals
         self._waiting: list[tuple[int, int, _Request]] = []

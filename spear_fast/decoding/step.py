@@ -34,7 +34,7 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) ->
 
     options: of the utterances, which are in the first places; those behind them are free.
     """
-    logits = _newest_logits(decoder, view).view(*view.lengths.shape, -1)
+    logits = newest_logits(decoder, view).view(*view.lengths.shape, -1)
     sighted, blind = logits.chunk(2) if view.guided else (logits, None)
     buffers = view.inputs, view.scores, view.lengths, view.ancestors, view.tokens, view.parents, view.logprobs
     settings = view.real_settings, view.whole_settings, view.prefix
@@ -49,7 +49,7 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) ->
         ops.sample_step(sighted, blind, filtered, *settings, view.seeds, *buffers, view.finished, view.done)
 
 
-def _newest_logits(decoder: Decoder, view: View) -> Tensor:
+def newest_logits(decoder: Decoder, view: View) -> Tensor:
     """Returns logits `[R * K, vocabulary]` of what follows the newest inputs."""
     if decoder.native is not None and _by_cpu(decoder):
         memory = view.memory

@@ -147,6 +147,7 @@ def _engine(model: Any, options: LabelOptions, wanted: int) -> Engine:
                 # and the end of sequence
                 max_source=options.max_source_tokens + 1,
                 deterministic=True,
+                weights="int8" if options.dtype == "int8" else "exact",
             )
         except ValueError as error:
             if wanted == 1:

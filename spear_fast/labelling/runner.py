@@ -76,9 +76,10 @@ def label(
 
 
 def _move(model: Any, options: LabelOptions) -> None:
+    dtype = torch.float32 if options.dtype == "int8" else getattr(torch, options.dtype)
     for name, child in model.named_children():
         # the speech tokenizer keeps its precision: rounded centres would give other tokens
-        child.to(device=options.device, dtype=None if name == "wav2vec" else getattr(torch, options.dtype))
+        child.to(device=options.device, dtype=None if name == "wav2vec" else dtype)
     model.eval()
 
 
