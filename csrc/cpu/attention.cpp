@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 
 #include "../ops.h"
+#include "exponential.h"
 #include "sequences.h"
 
 namespace spear_fast {
@@ -36,7 +37,7 @@ struct QueryBlock {
     const acc_t now = std::max(largest[i], *std::max_element(lanes, lanes + width));
     Lanes<acc_t> added(0);
     for (int64_t j = 0; j < kColumns; j += width) {
-      const auto weight = (Lanes<acc_t>::loadu(scores + j) - Lanes<acc_t>(now)).exp();
+      const auto weight = exponential(Lanes<acc_t>::loadu(scores + j) - Lanes<acc_t>(now));
       weight.store(scores + j);
       added = added + weight;
     }
