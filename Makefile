@@ -34,14 +34,14 @@ interpreted: $(VENV)/.dev ## the Triton kernels' tests on the CPU, in Triton's i
 
 # a build of its own, which stands in front of the installed one; the sanitizer must be there before anybody allocates, and
 # libstdc++ with it, or exceptions pass it by
-asan: $(VENV)/.dev ## the C++ ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+asan: $(VENV)/.dev ## the tests of the C++ ops, and of device code on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 	SPEAR_FAST_BUILD=require SPEAR_FAST_SANITIZE=address,undefined \
 	  $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	compiler=$${CXX:-c++}; PYTHONPATH=build/asan/lib PYTHONSAFEPATH=1 \
 	  LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SPEAR_FAST_TEST_SANITIZED=1 \
 	  $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k "not triton and not compiles" \
-	  $(wildcard tests/test_ops_*.py) $(ARGS)
+	  $(wildcard tests/test_ops_*.py tests/test_cuda_emulated*.py) $(ARGS)
 
 audit: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and look for spilled registers and the like; AUDIT="--only WORD"
 	TRITON_INTERPRET= $(BIN)/python -m spear_fast.kernels.audit $(AUDIT)

@@ -23,6 +23,10 @@ from spear_fast.ops.cuda.runtime import Launch
 
 TESTS = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / f"spear_fast_emulated_{os.getuid()}"
+OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+# `make asan`; what it says of makecontext is about the scheduler's fibers
+if os.environ.get("SPEAR_FAST_TEST_SANITIZED"):
+    OPTIONS += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 PROGRAM = """
 #define SPEAR_FAST_EMULATE
 #include "{source}"
@@ -54,17 +58,17 @@ def library(program: str) -> ctypes.CDLL:
 def _built(program: str, name: str) -> Path:
     files = [*sources.folder().rglob("*.h"), *sources.folder().rglob("*.cu"), TESTS / "cuda_emulation.h"]
     text = "".join(path.read_text() for path in sorted(files)) if name == "kernel" else ""
-    path = CACHE / f"{name}_{hashlib.sha256((text + program).encode()).hexdigest()[:32]}.so"
+    key = hashlib.sha256("".join([text, program, *OPTIONS]).encode()).hexdigest()[:32]
+    path = CACHE / f"{name}_{key}.so"
     if path.is_file():
         return path
     CACHE.mkdir(exist_ok=True)
     code = path.with_name(f"{path.stem}_{os.getpid()}.cpp")
     code.write_text(program)
     made = code.with_suffix(".so")
-    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
     folders = [f"-I{TESTS}", f"-I{sources.folder() / 'cuda'}"]
     done = subprocess.run(
-        [compiler(), *options, *folders, "-o", made, code], capture_output=True, text=True, check=False
+        [compiler(), *OPTIONS, *folders, "-o", made, code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     code.unlink()

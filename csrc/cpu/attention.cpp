@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 
 #include "../ops.h"
+#include "exponential.h"
 #include "sequences.h"
 
 namespace spear_fast {
@@ -31,28 +32,25 @@ struct QueryBlock {
     for (int64_t j = width; j < kColumns; j += width) {
       most = at::vec::maximum(most, Lanes<acc_t>::loadu(scores + j));
     }
-    alignas(64) acc_t lanes[width];
-    most.store(lanes);
-    const acc_t now = std::max(largest[i], *std::max_element(lanes, lanes + width));
+    const auto larger = [](Lanes<acc_t>& a, Lanes<acc_t>& b) { return at::vec::maximum(a, b); };
+    const acc_t now = std::max(largest[i], at::vec::vec_reduce_all<acc_t>(larger, most));
     Lanes<acc_t> added(0);
     for (int64_t j = 0; j < kColumns; j += width) {
-      const auto weight = (Lanes<acc_t>::loadu(scores + j) - Lanes<acc_t>(now)).exp();
+      const auto weight = exponential(Lanes<acc_t>::loadu(scores + j) - Lanes<acc_t>(now));
       weight.store(scores + j);
       added = added + weight;
     }
-    added.store(lanes);
     if (now > largest[i]) {
       const acc_t factor = std::exp(largest[i] - now);
       totals[i] *= factor;
-      acc_t* sum = sums.data() + i * padded;
+      acc_t* row = sums.data() + i * padded;
       for (int64_t j = 0; j < padded; j += width) {
-        (Lanes<acc_t>::loadu(sum + j) * Lanes<acc_t>(factor)).store(sum + j);
+        (Lanes<acc_t>::loadu(row + j) * Lanes<acc_t>(factor)).store(row + j);
       }
       largest[i] = now;
     }
-    for (const acc_t lane : lanes) {
-      totals[i] += lane;
-    }
+    const auto sum = [](Lanes<acc_t>& a, Lanes<acc_t>& b) { return a + b; };
+    totals[i] += at::vec::vec_reduce_all<acc_t>(sum, added);
   }
 
   int64_t padded;

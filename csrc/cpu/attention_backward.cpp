@@ -2,6 +2,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "../ops.h"
+#include "exponential.h"
 #include "sequences.h"
 
 namespace spear_fast {
@@ -43,7 +44,7 @@ void differentiate(
   std::fill(weights + std::max<int64_t>(count, 0), weights + kColumns, -std::numeric_limits<acc_t>::infinity());
   Lanes<acc_t> mean(0);
   for (int64_t j = 0; j < kColumns; j += width) {
-    const auto weight = (Lanes<acc_t>::loadu(weights + j) - Lanes<acc_t>(lse)).exp();
+    const auto weight = exponential(Lanes<acc_t>::loadu(weights + j) - Lanes<acc_t>(lse));
     weight.store(weights + j);
     if (shares != nullptr) {
       (Lanes<acc_t>::loadu(grad_scores + j) * Lanes<acc_t>::loadu(shares + j)).store(grad_scores + j);

@@ -125,7 +125,7 @@ def _backward(
         value,
         out.transpose(1, 2),
         # rows that read nothing: any finite number, as all their scores are -inf
-        lse.masked_fill(lse.isneginf(), 0),
+        lse if added is None else lse.masked_fill(lse.isneginf(), 0),
         *(0.0, causal and added is None),
         attn_mask=added,
     )
