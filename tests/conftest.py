@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import triton_interpreter
 
 from spear_fast.ops import available, backends, extension
 
@@ -15,9 +16,11 @@ torch.set_num_threads(1)
 
 
 def pytest_configure() -> None:
-    """Stops where `make asan` would test an extension that no sanitizer watches."""
+    """Stops where `make asan` would test an extension that no sanitizer watches; mends the interpreter."""
     if os.environ.get("SPEAR_FAST_TEST_SANITIZED") and (extension.missing() or not extension.facts().get("sanitize")):
         raise pytest.UsageError(f"the C++ extension in {extension.__file__} is not built with sanitizers")
+    if backends.interpreted():
+        triton_interpreter.mend()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -179,7 +179,7 @@ def test_penalties_reach_the_search_and_the_manifest(tmp_path, tokens, folder, c
         (["label", "x", "--model", "m", "--out", "o", "--coverage-penalty", "-1"], "must be 0 or more, got -1.0"),
         (["label", "x", "--model", "m", "--out", "o", "--repetition-penalty", "0"], "must be above 0, got 0.0"),
         (["label", "x", "--model", "m", "--out", "o", "--no-repeat-ngram-size", "-2"], "of 0 or more, got -2"),
-        (["label", "x", "--model", "m", "--out", "o", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["label", "x", "--model", "m", "--out", "o", "--dtype", "int4"], "invalid choice: 'int4'"),
         (["label", "x", "--model", "m", "--out", "o", "--beam", "3"], "unrecognized arguments: --beam 3"),
         (
             ["label", "x", "--model", "m", "--out", "o", "--num-shards", "2", "--rows-per-shard", "2"],

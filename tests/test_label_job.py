@@ -422,7 +422,7 @@ def test_one_source_needs_no_list_and_a_path_is_no_model(tmp_path, tokens):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(beam_size=0), dict(max_length=2.5), dict(num_shards=True), dict(early_stopping="no"), dict(dtype="int8")],
+    [dict(beam_size=0), dict(max_length=2.5), dict(num_shards=True), dict(early_stopping="no"), dict(dtype="int4")],
 )
 def test_options_of_the_wrong_kind_are_refused(wrong):
     with pytest.raises(LabellingError, match=next(iter(wrong))):
