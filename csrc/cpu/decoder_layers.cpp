@@ -5,6 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 
@@ -86,6 +90,10 @@ DecoderLayers::DecoderLayers(
          constant[4]});
   }
   logits_ = linears.back();
+#if defined(__GLIBC__)
+  // what packing held in between, a third of the weights, would otherwise be kept for allocations that do not come
+  malloc_trim(0);
+#endif
 }
 
 at::Tensor DecoderLayers::step(

@@ -1,4 +1,4 @@
-"""The weights of the source side, packed once: utterances one behind the other, no work on padding."""
+"""The source side, for decoding: utterances one behind the other, no work on padding, weights as modules hold them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from spear_fast.decoding.linear import (
     Linear,
     Weights,
     check_weights,
-    fed_forward,
-    folded,
-    head_order,
     rounded_rows,
-    unit,
 )
 from spear_fast.decoding.watch import Watch
 
@@ -30,21 +26,21 @@ SPARE = 64
 
 @dataclass(frozen=True)
 class EncoderLayer:
-    """Products of one layer, the gamma of the norm in front folded in.
+    """One layer: the norms' gammas, `[dim]`, and products; as in the reference, query head i reads `i % kv_heads`."""
 
-    query_key_value: to `[(heads + 2 * kv_heads) * head_dim]`; query head i reads kv head `i // (heads / kv_heads)`.
-    """
-
-    query_key_value: Linear
+    attention_gamma: Tensor
+    query: Linear
+    key_value: Linear
     output: Linear
+    feed_forward_gamma: Tensor
     feed_forward: FeedForward
     freqs: Tensor
 
 
 class Encoder:
-    """Packed weights of one source side; `from_modules` makes it.
+    """Weights of one source side; `from_modules` makes it.
 
-    embedding: `[vocabulary, dim]`. gamma: `[dim]`, the final norm's, times sqrt(dim).
+    embedding: `[vocabulary, dim]`. gamma: `[dim]`, the final norm's.
     """
 
     layers: list[EncoderLayer]
@@ -72,8 +68,7 @@ class Encoder:
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.head_dim = attention.to_q[0].weight.shape[0] // self.heads
         self.embedding = token_embedding.detach()
-        norm = source_transformer.final_norm
-        self.gamma = norm.gamma.detach() * token_embedding.shape[-1] ** 0.5
+        self.gamma = source_transformer.final_norm.gamma.detach()
         self.layers = [
             _layer(attention, feed_forward, weights) for attention, _, feed_forward in source_transformer.layers
         ]
@@ -89,20 +84,29 @@ class Encoder:
         ids: `[tokens]`, int64, in the vocabulary. lengths: `[utterances]`, int64, on the host; they sum up to `tokens`.
         """
         count = len(ids)
-        spare = rounded_rows(count) - count
+        # products that are planned for each number of rows are asked for few such numbers
+        spare = rounded_rows(count) - count if self.layers[0].query.packed is not None else 0
         bounds, longest = packed_bounds(lengths, spare)
         bounds, ids = bounds.to(ids.device), F.pad(ids, (0, spare))
         x = self.embedding[ids]
-        split = [self.heads, self.kv_heads, self.kv_heads]
         for layer in self.layers:
-            projected = layer.query_key_value(unit(x)).unflatten(-1, (-1, self.head_dim))
-            query, key, value = projected.split(split, dim=1)
+            normed = ops.rms_norm(x, layer.attention_gamma)
+            query = layer.query(normed).unflatten(-1, (self.heads, self.head_dim))
+            key, value = layer.key_value(normed).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(1)
             attended = ops.attention(
-                query, key, value, cu_query=bounds, cu_key=bounds, max_query=longest, max_key=longest, freqs=layer.freqs
+                query,
+                key,
+                value,
+                cu_query=bounds,
+                cu_key=bounds,
+                max_query=longest,
+                max_key=longest,
+                freqs=layer.freqs,
+                modulo_heads=self.heads != self.kv_heads,
             )
             x = layer.output(attended.flatten(1), x)
-            x = layer.feed_forward(unit(x), x)
-        return unit(x[:count]) * self.gamma
+            x = layer.feed_forward(ops.rms_norm(x, layer.feed_forward_gamma), x)
+        return ops.rms_norm(x[:count], self.gamma)
 
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
@@ -123,15 +127,14 @@ def packed_bounds(lengths: Tensor, spare: int) -> tuple[Tensor, int]:
 
 
 def _layer(attention: Any, feed_forward: Any, weights: Weights) -> EncoderLayer:
-    heads, kv_heads = attention.heads, attention.kv_heads
-    order = head_order(heads, kv_heads).to(attention.to_out.weight.device)
-    query = attention.to_q[0].weight.detach().unflatten(0, (heads, -1))[order].flatten(0, 1)
-    output = attention.to_out.weight.detach().unflatten(1, (heads, -1))[:, order].flatten(1)
+    norm, first, _, _, last = feed_forward
+    held = (first.weight.detach(), first.bias.detach(), last.weight.detach(), last.bias.detach())
     return EncoderLayer(
-        query_key_value=Linear(
-            folded(torch.cat((query, attention.to_kv[0].weight.detach())), attention.norm), weights=weights
-        ),
-        output=Linear(output, weights=weights),
-        feed_forward=fed_forward(feed_forward, weights),
+        attention_gamma=attention.norm.gamma.detach(),
+        query=Linear(attention.to_q[0].weight.detach(), weights=weights, pack=False),
+        key_value=Linear(attention.to_kv[0].weight.detach(), weights=weights, pack=False),
+        output=Linear(attention.to_out.weight.detach(), weights=weights, pack=False),
+        feed_forward_gamma=norm.gamma.detach(),
+        feed_forward=FeedForward(*held, weights=weights, pack=False),
         freqs=attention.rotary_emb.freqs.detach().float(),
     )

@@ -1,4 +1,4 @@
-"""Matrix products over weights that are packed once and read many times, for few rows."""
+"""Matrix products over weights that are read many times: for few rows, packed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from spear_fast import ops
 from spear_fast.ops import extension
 
-# halves of the feed-forward start and end on these many elements: odd rows cost a quarter of a product's speed
+# halves of the feed-forward are padded to it, as a GPU's products need; zeros change nothing: their gate is gelu(0) = 0
 ALIGNMENT = 16
 
 # how weights are held: as they are, or rounded to 8 bits with a scale for each output, on x86 CPUs
@@ -50,12 +50,15 @@ def rounded_rows(count: int) -> int:
 class Linear:
     """`x @ weight.T + bias`, optionally plus a residual, for `x` `[rows, features]`.
 
-    weight: `[outputs, features]`. packed: the extension's object that holds it, or None where torch computes.
+    weight: `[outputs, features]`. pack: for few rows; many are as fast over the weight as it lies.
+    packed: the extension's object that holds it, or None where torch computes.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, weights: Weights = "exact") -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, weights: Weights = "exact", *, pack: bool = True
+    ) -> None:
         self.packed: Any = None
-        if packs(weight):
+        if packs(weight) and (pack or weights == "int8"):
             kind = "int8" if weights == "int8" else "float32"
             self.packed = torch.classes.spear_fast.PackedLinear(weight, bias, kind)
             return
@@ -77,14 +80,23 @@ class FeedForward:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor, weights: Weights = "exact"
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        out_weight: Tensor,
+        out_bias: Tensor,
+        weights: Weights = "exact",
+        *,
+        pack: bool = True,
     ) -> None:
-        # zeros change nothing: their gate is gelu(0) = 0
         padding = -(weight.shape[0] // 2) % ALIGNMENT
-        wider = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
-        self.bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
-        self.both = Linear(wider, weights=weights)
-        self.out = Linear(F.pad(out_weight, (0, padding)), out_bias, weights)
+        if padding and (pack or weight.device.type != "cpu"):
+            weight = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
+            bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
+            out_weight = F.pad(out_weight, (0, padding))
+        self.bias = bias
+        self.both = Linear(weight, weights=weights, pack=pack)
+        self.out = Linear(out_weight, out_bias, weights, pack=pack)
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.out(ops.geglu(self.both(x), self.bias), residual)

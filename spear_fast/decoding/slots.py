@@ -70,7 +70,8 @@ class Slots:
         self.count, self.beams, self.limit, self.guided = count, beams, limit, guided
         self.fixed = fixed or guided
         self.seats: list[Seat] = []
-        positions = min(FIRST_CAPACITY, limit)
+        # not twice for a little more
+        positions = limit if limit <= 2 * FIRST_CAPACITY else FIRST_CAPACITY
         device = decoder.device
         rows = count * (2 if guided else 1)
         precise = torch.promote_types(decoder.dtype, torch.float32)
