@@ -22,6 +22,7 @@ from spear_fast.decoding.linear import (
     rounded_rows,
     unit,
 )
+from spear_fast.decoding.transfer import to_device
 from spear_fast.decoding.watch import Watch
 
 # length of the utterances that spare rows make up
@@ -91,7 +92,7 @@ class Encoder:
         count = len(ids)
         spare = rounded_rows(count) - count
         bounds, longest = packed_bounds(lengths, spare)
-        bounds, ids = bounds.to(ids.device), F.pad(ids, (0, spare))
+        bounds, ids = to_device(bounds, ids.device), F.pad(ids, (0, spare))
         x = self.embedding[ids]
         split = [self.heads, self.kv_heads, self.kv_heads]
         for layer in self.layers:
@@ -107,7 +108,7 @@ class Encoder:
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
         lengths = torch.tensor([len(source) for source in sources])
-        ids = torch.cat(list(sources)).to(self.embedding.device)
+        ids = to_device(torch.cat(list(sources)), self.embedding.device)
         return self(ids, lengths).split(lengths.tolist())
 
 
