@@ -8,13 +8,13 @@ import importlib.util
 import ops_inputs
 import pytest
 import torch
-from engine_models import tiny_model
+from engine_models import sources, tiny_model
 from host_reads import DEVICE, NoHostReads
 from ops_selection_inputs import random_state
 from torch import Tensor
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import slots, step
+from spear_fast.decoding import encoder, slots, step
 from spear_fast.decoding.slots import Slots
 from spear_fast.decoding.step import advance
 from spear_fast.ops.cuda import runtime
@@ -37,6 +37,15 @@ def test_a_step_reads_nothing_back(decoder, mix, guided):
     with torch.inference_mode(), NoHostReads(decoder, view) as guard:
         advance(decoder, view, MIXES[mix])
     assert guard.made > 100
+
+
+def test_encoding_makes_nobody_wait(monkeypatch):
+    packed = tiny_model().to(DEVICE).encoder("speech")
+    guard = NoHostReads(packed)
+    monkeypatch.setattr(encoder, "to_device", guard.send)
+    with torch.inference_mode(), guard:
+        memories = packed.encoded(sources(3))
+    assert [len(memory) for memory in memories] == [len(source) for source in sources(3)]
 
 
 def test_a_function_of_the_callers_is_given_its_logits_without_waiting(decoder, monkeypatch):
@@ -93,6 +102,7 @@ CALLS = {
     "decode_self_attention": lambda: ops_inputs.decode_self_attention(beams=5, length=300, size=64),
     "decode_cross_attention": lambda: ops_inputs.decode_cross_attention(beams=5, source=70, size=64),
     "beam_step": lambda: random_state("beam_step", utterances=8, beams=5, vocab=257, capacity=20, guided=True),
+    "sample_step": lambda: random_state("sample_step", utterances=8, beams=5, vocab=257, capacity=20, guided=True),
 }
 
 
@@ -114,7 +124,7 @@ class Unlaunched:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("op", [op for op in CALLS if op != "beam_step"])
+@pytest.mark.parametrize("op", ["append_kv", "decode_self_attention", "decode_cross_attention"])
 def test_what_launches_a_triton_kernel_reads_nothing_back(op, monkeypatch):
     module, kernel = importlib.import_module(f"spear_fast.kernels.{op}"), Unlaunched()
     for name in vars(module):
@@ -129,7 +139,7 @@ def test_what_launches_a_triton_kernel_reads_nothing_back(op, monkeypatch):
     assert kernel.launches
 
 
-@pytest.mark.parametrize("op", ["decode_self_attention", "beam_step"])
+@pytest.mark.parametrize("op", ["decode_self_attention", "beam_step", "sample_step"])
 def test_what_launches_a_cuda_kernel_reads_nothing_back(op, monkeypatch):
     launches = []
     monkeypatch.setattr(runtime, "launch", lambda *arguments: launches.append(arguments))

@@ -124,6 +124,16 @@ def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_wait
             made.admit([3], memories[:1], [options], [4])
 
 
+def test_encoding_does_not_wait(model, no_waiting):
+    encoder, tokens = model.encoder("speech"), sources(3, seed=33)
+    with torch.inference_mode():
+        wanted = encoder.encoded(tokens)
+        with no_waiting():
+            found = encoder.encoded(tokens)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_played_step_takes_no_memory(model):
     decoder = model.decoder("text")
     made = Slots(decoder, count=4, beams=4, limit=60, source=30)

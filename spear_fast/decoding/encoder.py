@@ -18,6 +18,7 @@ from spear_fast.decoding.linear import (
     check_weights,
     rounded_rows,
 )
+from spear_fast.decoding.transfer import to_device
 from spear_fast.decoding.watch import Watch
 
 # length of the utterances that spare rows make up
@@ -87,7 +88,7 @@ class Encoder:
         # products that are planned for each number of rows are asked for few such numbers
         spare = rounded_rows(count) - count if self.layers[0].query.packed is not None else 0
         bounds, longest = packed_bounds(lengths, spare)
-        bounds, ids = bounds.to(ids.device), F.pad(ids, (0, spare))
+        bounds, ids = to_device(bounds, ids.device), F.pad(ids, (0, spare))
         x = self.embedding[ids]
         for layer in self.layers:
             normed = ops.rms_norm(x, layer.attention_gamma)
@@ -111,7 +112,7 @@ class Encoder:
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
         lengths = torch.tensor([len(source) for source in sources])
-        ids = torch.cat(list(sources)).to(self.embedding.device)
+        ids = to_device(torch.cat(list(sources)), self.embedding.device)
         return self(ids, lengths).split(lengths.tolist())
 
 
