@@ -26,6 +26,7 @@ from spear_fast.decoding import linear
 from spear_fast.labelling import Interrupted, LabellingError, LabelOptions, label
 from spear_fast.labelling.labeller import is_repetitive
 from spear_fast.labelling.options import LabelOptions as Options
+from spear_fast.ops import extension
 
 # four utterances side by side
 OPTIONS = LabelOptions(max_length=12, rows_per_shard=10, batch_tokens=1024)
@@ -437,3 +438,21 @@ def test_one_source_needs_no_list_and_a_path_is_no_model(tmp_path, tokens):
 def test_options_of_the_wrong_kind_are_refused(wrong):
     with pytest.raises(LabellingError, match=next(iter(wrong))):
         LabelOptions(**wrong)
+
+
+@pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+def test_weights_of_8_bits_label_nearly_the_same(tmp_path, tokens):
+    rows = {}
+    for dtype in ("float32", "int8"):
+        out = tmp_path / dtype
+        label([tokens], tiny_model(), out, LabelOptions(max_length=12, batch_tokens=1024, dtype=dtype))
+        rows[dtype] = read_rows(out)
+    pairs = list(zip(rows["float32"], rows["int8"], strict=True))
+    # random weights: what is nearly as likely may change places
+    same = [(exact, rounded) for exact, rounded in pairs if exact["target"] == rounded["target"]]
+    assert len(same) > 0.5 * len(pairs)
+    assert any(exact["mean_logprob"] != rounded["mean_logprob"] for exact, rounded in same)
+    for exact, rounded in same:
+        assert rounded["mean_logprob"] == pytest.approx(exact["mean_logprob"], abs=0.1)
+    with pytest.raises(LabellingError, match="dtype"):
+        label([tokens], tiny_model(), tmp_path / "int8", LabelOptions(max_length=12, batch_tokens=1024))
