@@ -1,0 +1,105 @@
+"""What goes into a model: ids, strings or audio, turned into ids with masks, ends of sequence and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spear_fast import ids as token_ids
+from spear_fast.transformer import Transformer
+
+Modality = Literal["speech", "text"]
+Source = Tensor | list[str]
+
+
+class Inputs(nn.Module):
+    """The part of `TextToSemantic` that reads what it is given."""
+
+    wav2vec: nn.Module | None
+    tokenizer_encode: Callable[[list[str]], Tensor] | None
+    token_emb: nn.ModuleDict
+    start_token: nn.ParameterDict
+    source_transformer: Transformer
+    pad_id: dict[str, int]
+    eos_id: dict[str, Any]
+    autoset_eos_id: dict[str, bool]
+
+    @property
+    def device(self) -> torch.device:
+        return self.start_token["speech"].device
+
+    def to_ids(self, source: Source, modality: Modality, name: str, input_sample_hz: int | None = None) -> Tensor:
+        """Returns int64 ids `[batch, length]` on the model's device, from ids, strings or (for speech) raw audio.
+
+        input_sample_hz: sample rate of raw audio; passed on to `wav2vec`, which resamples.
+        Raises TypeError on anything else, ValueError on strings or audio without the module that reads them.
+        """
+        token_ids.check_modality(modality, name)
+        if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
+            if modality != "text":
+                raise ValueError(f"{name} is a list of strings, which is text, but its type is {modality!r}.")
+            if self.tokenizer_encode is None:
+                raise ValueError(f"{name} is a list of strings, but the model has no tokenizer_encode; pass token ids.")
+            source = self.tokenizer_encode(list(source))
+        if not isinstance(source, Tensor):
+            raise TypeError(f"{name} must be a tensor of ids or a list of strings, got {type(source).__name__}.")
+        source = source.to(self.device)
+        if source.is_floating_point() and modality == "speech":
+            source = token_ids.from_audio(self.wav2vec, source, name, input_sample_hz=input_sample_hz)
+        checked = token_ids.as_ids(source, name)
+        if not checked.shape[0]:
+            raise ValueError(f"{name} must have at least one row, got an empty batch.")
+        return checked
+
+    def _with_eos(
+        self, ids: Tensor, mask: Tensor | None, modality: Modality, name: str, add_eos: bool
+    ) -> tuple[Tensor, Tensor]:
+        vocab_size = self.token_emb[modality].num_embeddings
+        pad_id = self.pad_id[modality]
+        if token_ids.is_wide_mask(mask, ids, int(add_eos)):
+            return self._with_eos(ids, None, modality, name, add_eos)[0], mask.to(ids.device, torch.bool)  # type: ignore[union-attr]
+        if mask is None:
+            mask = token_ids.validity_mask(ids, pad_id, vocab_size)  # type: ignore[arg-type]
+        else:
+            mask = token_ids.checked_mask(mask, ids, f"{name}_mask")
+        token_ids.check_range(ids, mask, vocab_size, name)  # type: ignore[arg-type]
+        return token_ids.append_eos(ids, mask, self.eos_id[modality], pad_id) if add_eos else (ids, mask)
+
+    def _embeddable(self, ids: Tensor, mask: Tensor, modality: Modality) -> Tensor:
+        vocab_size: int = self.token_emb[modality].num_embeddings  # type: ignore[assignment]
+        safe = token_ids.embeddable(ids, self.pad_id[modality], vocab_size)
+        # under an explicit mask anything may stand outside it
+        return torch.where(mask, safe, safe.clamp(0, vocab_size - 1))
+
+    def _embed(self, ids: Tensor, mask: Tensor, modality: Modality) -> Tensor:
+        return self.token_emb[modality](self._embeddable(ids, mask, modality))
+
+    def encode(
+        self,
+        source: Source,
+        *,
+        source_type: Modality,
+        source_mask: Tensor | None = None,
+        input_sample_hz: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns memory `[batch, length, dim]`, its mask `[batch, length]` bool and the ids `[batch, length]`.
+
+        source: ids `[batch, n]` of any integer type, a list of strings, or raw audio `[batch, samples]`.
+        source_mask: `[batch, n]`, bool; by default every id but the trailing pads. `length` is n plus the
+        end-of-sequence where that is set automatically; a mask of that length is used as it is, as the reference does.
+        """
+        ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
+        return self.source_transformer(self._embed(ids, mask, source_type), mask), mask, ids
+
+    def _source(
+        self, source: Source, source_type: Modality, mask: Tensor | None, input_sample_hz: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what the encoder reads: ids and mask `[batch, length]`, the end-of-sequence included."""
+        ids = self.to_ids(source, source_type, "source", input_sample_hz)
+        ids, mask = self._with_eos(ids, mask, source_type, "source", self.autoset_eos_id[source_type])
+        if not ids.shape[-1]:
+            raise ValueError("source must hold at least one id, got an empty one and no automatic end-of-sequence.")
+        return ids, mask
