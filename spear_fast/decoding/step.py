@@ -24,9 +24,7 @@ def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tenso
     Writes the inputs' keys and values at position `lengths` of each hypothesis' own slot; the search raises `lengths`.
     """
     claim_slots(state, state.lengths)
-    x = embed(decoder, state, state.inputs[:, :, None])
-    x = run_layers(decoder, state, x, range(len(decoder.layers)))
-    return guided_logits(decoder.logits(unit(x)), state, cond_scale)[:, :, 0]
+    return guided_logits(newest_logits(decoder, state), state, cond_scale)[:, :, 0]
 
 
 def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) -> None:
@@ -49,7 +47,7 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) ->
         ops.sample_step(sighted, blind, filtered, *settings, view.seeds, *buffers, view.finished, view.done)
 
 
-def newest_logits(decoder: Decoder, view: View) -> Tensor:
+def newest_logits(decoder: Decoder, view: DecodeState | View) -> Tensor:
     """Returns logits `[R * K, vocabulary]` of what follows the newest inputs."""
     if decoder.native is not None and _by_cpu(decoder):
         memory = view.memory
