@@ -49,7 +49,7 @@ class _Request:
 
 
 # source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
-ENCODE_TOKENS = {"cpu": 1024, "cuda": 8192}
+ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}
 
 Outcomes = list[tuple[Ticket, DecodingResult | BaseException]]
 
