@@ -41,7 +41,7 @@ asan: $(VENV)/.dev ## the tests of the C++ ops, and of device code on the CPU, u
 	  LD_PRELOAD="$$($$compiler -print-file-name=libasan.so) $$($$compiler -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SPEAR_FAST_TEST_SANITIZED=1 \
 	  $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k "not triton and not compiles" \
-	  $(wildcard tests/test_ops_*.py tests/test_cuda_emulated*.py) $(ARGS)
+	  $(wildcard tests/test_ops_*.py tests/test_cuda_emulated*.py tests/test_native_step.py) $(ARGS)
 
 audit: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and look for spilled registers and the like; AUDIT="--only WORD"
 	TRITON_INTERPRET= $(BIN)/python -m spear_fast.kernels.audit $(AUDIT)
