@@ -112,7 +112,7 @@ def test_many_ids_are_encoded_in_groups(model, how, monkeypatch):
     monkeypatch.setattr(
         Encoder, "__call__", lambda self, ids, lengths: groups.append(len(ids)) or encode(self, ids, lengths)
     )
-    monkeypatch.setattr(batch, "ENCODE_TOKENS", 40)
+    monkeypatch.setattr(batch, "tokens_together", lambda device: 40)
     same(generated(model, ids, how), whole)
     if how == "reference":
         assert len(groups) > 2

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from spear_fast.decoding.decoder import Decoder
-from spear_fast.decoding.encoder import Encoder
+from spear_fast.decoding.encoder import Encoder, tokens_together
 from spear_fast.decoding.loop import decode, serve, spread
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.refusal import is_memory
 from spear_fast.decoding.result import DecodingResult
-
-# most ids that are encoded together
-ENCODE_TOKENS = 8192
 
 
 def decode_ids(
@@ -59,7 +56,8 @@ def _padded(encoder: Encoder | None, sources: Sequence[Tensor], mask: Tensor) ->
     """Returns the memory `[batch, length, dim]` of rows that are ids, or encoded already."""
     parts, lengths = list(sources), [len(source) for source in sources]
     if encoder is not None:
-        for rows in _groups([row for row, source in enumerate(sources) if not is_memory(source)], lengths):
+        raw = [row for row, source in enumerate(sources) if not is_memory(source)]
+        for rows in _groups(raw, lengths, tokens_together(mask.device)):
             for row, part in zip(rows, encoder.encoded([sources[row] for row in rows]), strict=True):
                 parts[row] = part
     packed = torch.cat(parts)
@@ -68,12 +66,12 @@ def _padded(encoder: Encoder | None, sources: Sequence[Tensor], mask: Tensor) ->
     return memory
 
 
-def _groups(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yields the rows in groups of up to `ENCODE_TOKENS` ids, or of one row."""
+def _groups(rows: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Yields the rows in groups of up to `most` ids, or of one row."""
     group: list[int] = []
     tokens = 0
     for row in rows:
-        if group and tokens + lengths[row] > ENCODE_TOKENS:
+        if group and tokens + lengths[row] > most:
             yield group
             group, tokens = [], 0
         group.append(row)

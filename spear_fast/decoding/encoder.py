@@ -23,6 +23,8 @@ from spear_fast.decoding.watch import Watch
 
 # length of the utterances that spare rows make up
 SPARE = 64
+# source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
+ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ class Encoder:
         lengths = torch.tensor([len(source) for source in sources])
         ids = to_device(torch.cat(list(sources)), self.embedding.device)
         return self(ids, lengths).split(lengths.tolist())
+
+
+def tokens_together(device: torch.device) -> int:
+    """Returns how many source tokens are best encoded together on such a device."""
+    return ENCODE_TOKENS.get(device.type, ENCODE_TOKENS["cuda"])
 
 
 def packed_bounds(lengths: Tensor, spare: int) -> tuple[Tensor, int]:

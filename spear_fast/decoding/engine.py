@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spear_fast.decoding.budget import Plan
 from spear_fast.decoding.decoder import Decoder
-from spear_fast.decoding.encoder import Encoder
+from spear_fast.decoding.encoder import Encoder, tokens_together
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.refusal import is_memory, refusal
 from spear_fast.decoding.request import Ticket
@@ -47,9 +47,6 @@ class _Request:
     def settled(self) -> bool:
         return self.ticket.done()
 
-
-# source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
-ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}
 
 Outcomes = list[tuple[Ticket, DecodingResult | BaseException]]
 
@@ -82,7 +79,7 @@ class Engine:
         self.encoder, self.decoder, self.plan = encoder, decoder, plan
         self.guided, self.deterministic = guided, deterministic
         # one source at a time: the first always fits
-        most = ENCODE_TOKENS.get(decoder.device.type, ENCODE_TOKENS["cuda"]) if encode_tokens is None else encode_tokens
+        most = tokens_together(decoder.device) if encode_tokens is None else encode_tokens
         self.encode_tokens = 0 if deterministic else most
         self._slots: Slots | None = None
         # (minus the source's length, number): the longest first, the earlier one among equals

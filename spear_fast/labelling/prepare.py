@@ -127,7 +127,8 @@ class Preparer:
             raise LabellingError(item.problem)
         if item.audio is not None:
             return self._from_audio(index, item, item.audio)
-        assert item.tokens is not None
+        if item.tokens is None:
+            raise LabellingError("the row has neither audio nor tokens; give one of them.")
         self._check(item.tokens)
         rate = self.tokenizer.tokens_per_second if self.tokenizer else None
         return Utterance(index, item.id, item.tokens, len(item.tokens) / rate if rate else None)
