@@ -1,71 +1,96 @@
 #include "packed_linear.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/stack.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
+#include "panels.h"
 #include "rows.h"
-
-// those of the MKL that torch may be linked with; null where it is not
-extern "C" {
-__attribute__((weak)) size_t cblas_sgemm_pack_get_size(int identifier, int m, int n, int k);
-__attribute__((weak)) void cblas_sgemm_pack(
-    int layout, int identifier, int trans, int m, int n, int k, float alpha, const float* source, int ld, float* target);
-__attribute__((weak)) void cblas_sgemm_compute(
-    int layout, int trans_a, int trans_b, int m, int n, int k, const float* a, int lda, const float* b, int ldb, float beta,
-    float* c, int ldc);
-}
 
 namespace spear_fast {
 namespace {
 
-constexpr int kRowMajor = 101, kNoTrans = 111, kTrans = 112, kPacked = 151, kBMatrix = 162;
-// rows that the layouts are made for; measured: good from 1 row to some thousands
-constexpr int64_t kPackRows = 32;
+// units of the depth whose part of a panel stays in the second cache
+constexpr int64_t kDepth = 512;
 // numbers that are worth a thread of their own
 constexpr int64_t kGrain = 1 << 14;
 // int8 values are stored as unsigned numbers around it
 constexpr int64_t kMiddle = 128;
 constexpr float kLargest = 127.0F;
-
-// packed products of few rows are faster by MKL on Intel's own processors (2x at 4 rows), by oneDNN on others
-bool prefers_mkl() {
-#if defined(__x86_64__)
-  return cblas_sgemm_pack_get_size != nullptr && cblas_sgemm_pack != nullptr && cblas_sgemm_compute != nullptr &&
-         __builtin_cpu_is("intel");
-#else
-  return false;
-#endif
-}
+// sums of products of 8 bits stay within 32
+constexpr int64_t kMostFeatures = 1 << 16;
 
 PackedLinear::Kind kind_of(const std::string& name) {
-  if (name == "float32") {
-    return prefers_mkl() ? PackedLinear::Kind::kMkl : PackedLinear::Kind::kOneDnn;
-  }
-  if (name == "mkl") {
-    TORCH_CHECK_VALUE(
-        cblas_sgemm_compute != nullptr && cblas_sgemm_pack != nullptr && cblas_sgemm_pack_get_size != nullptr,
-        "PackedLinear: this torch is not linked with MKL; use 'float32'");
-    return PackedLinear::Kind::kMkl;
-  }
-  TORCH_CHECK_VALUE(
-      name == "onednn" || name == "int8", "PackedLinear: kind must be float32, mkl, onednn or int8, got ", name);
-  return name == "int8" ? PackedLinear::Kind::kInt8 : PackedLinear::Kind::kOneDnn;
+  TORCH_CHECK_VALUE(name == "float32" || name == "int8", "PackedLinear: kind must be float32 or int8, got ", name);
+  return name == "float32" ? PackedLinear::Kind::kFloat : PackedLinear::Kind::kInt8;
 }
 
-// calls an operator of torch by its name: what it takes as the stack holds it
-at::Tensor call(const char* name, const char* overload, torch::jit::Stack stack) {
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
-  op.callBoxed(stack);
-  return stack.front().toTensor();
-}
+struct Float {
+  using unit_t = float;
+  using Vector = Lanes<float>;
+
+  static Vector add(const Vector& a, const Vector& b, const Vector& sum) {
+    return at::vec::fmadd(a, b, sum);
+  }
+};
+
+// four products of an unsigned with a signed number of 8 bits, added to a sum of 32 bits
+struct Int8 {
+  using unit_t = int32_t;
+  using Vector = Lanes<int32_t>;
+
+  static Vector add(const Vector& a, const Vector& b, const Vector& sum) {
+#if defined(CPU_CAPABILITY_AVX512)
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sum, a, b);
+#else
+    const __m512i even = _mm512_madd_epi16(
+        _mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+#elif defined(CPU_CAPABILITY_AVX2)
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, a, b);
+#else
+    const __m256i even = _mm256_madd_epi16(
+        _mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+#endif
+#else
+    constexpr int64_t lanes = Vector::size();
+    alignas(64) int32_t sums[lanes];
+    alignas(64) uint8_t factors[4 * lanes];
+    alignas(64) int8_t weights[4 * lanes];
+    a.store(factors), b.store(weights), sum.store(sums);
+    for (int64_t i = 0; i < 4 * lanes; ++i) {
+      sums[i / 4] += static_cast<int32_t>(factors[i]) * weights[i];
+    }
+    return Vector::loadu(sums);
+#endif
+  }
+};
+
+// a target for a vector of sums, of which only so many may be touched
+struct Target {
+  float* at;
+  int64_t count;
+
+  Lanes<float> load() const {
+    return count == Panels::kLanes ? Lanes<float>::loadu(at) : Lanes<float>::loadu(at, count);
+  }
+
+  void store(const Lanes<float>& values) const {
+    count == Panels::kLanes ? values.store(at) : values.store(at, count);
+  }
+};
 
 // returns the largest magnitude of a row, not a number where one of them is none
 float largest_of(const float* row, int64_t size) {
@@ -83,10 +108,6 @@ float largest_of(const float* row, int64_t size) {
   return found;
 }
 
-c10::IValue no_scalars() {
-  return c10::impl::GenericList(c10::OptionalType::create(c10::NumberType::get()));
-}
-
 }  // namespace
 
 PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, const std::string& kind)
@@ -95,29 +116,41 @@ PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Ten
       weight.dim() == 2 && weight.scalar_type() == at::kFloat && weight.device().is_cpu(),
       "PackedLinear: weight must be float32 [outputs, features] on the CPU, got ", weight.scalar_type(), " ", weight.sizes());
   outputs_ = weight.size(0), features_ = weight.size(1);
+  TORCH_CHECK_VALUE(features_ > 0, "PackedLinear: weight must have features, got ", weight.sizes());
   TORCH_CHECK_VALUE(
       !bias || (bias->dim() == 1 && bias->size(0) == outputs_ && bias->scalar_type() == at::kFloat),
       "PackedLinear: bias must be float32 [", outputs_, "]");
   const at::Tensor dense = weight.contiguous();
+  const auto* p_dense = dense.const_data_ptr<float>();
+  // vectors are read whole
+  const int64_t padded = (outputs_ + Panels::kLanes - 1) / Panels::kLanes * Panels::kLanes;
   if (bias) {
-    bias_ = bias->contiguous();
+    bias_ = at::zeros({padded}, weight.options());
+    bias_->narrow(0, 0, outputs_).copy_(*bias);
   }
-  if (kind_ == Kind::kMkl) {
-    const int n = static_cast<int>(outputs_), k = static_cast<int>(features_), m = static_cast<int>(kPackRows);
-    const size_t size = cblas_sgemm_pack_get_size(kBMatrix, m, n, k);
-    weight_ = at::empty({static_cast<int64_t>(size)}, weight.options().dtype(at::kByte));
-    cblas_sgemm_pack(
-        kRowMajor, kBMatrix, kTrans, m, n, k, 1.0F, dense.const_data_ptr<float>(), k,
-        reinterpret_cast<float*>(weight_.data_ptr<uint8_t>()));
-  } else if (kind_ == Kind::kOneDnn) {
-    weight_ = call("mkldnn::_reorder_linear_weight", "", {dense, kPackRows});
-  } else {
-    const at::Tensor largest = std::get<0>(dense.abs().max(1)).clamp_min(1e-30);
-    scales_ = largest.div(kLargest);
-    zero_points_ = at::zeros({outputs_}, weight.options().dtype(at::kLong));
-    const at::Tensor whole = dense.div(scales_.unsqueeze(1)).round().clamp(-kLargest, kLargest).to(at::kChar);
-    weight_ = call("onednn::qlinear_prepack", "", {whole, std::vector<int64_t>{kPackRows, features_}});
+  if (kind_ == Kind::kFloat) {
+    panels_ = Panels(outputs_, features_);
+    weight_ = at::empty({panels_.units()}, weight.options());
+    panels_.fill(weight_.data_ptr<float>(), [&](int64_t output, int64_t i) { return p_dense[output * features_ + i]; });
+    return;
   }
+  TORCH_CHECK_VALUE(features_ <= kMostFeatures, "PackedLinear: int8 takes at most ", kMostFeatures, " features");
+  const at::Tensor largest = std::get<0>(dense.abs().max(1)).clamp_min(1e-30);
+  scales_ = at::zeros({padded}, weight.options());
+  scales_.narrow(0, 0, outputs_).copy_(largest.div(kLargest));
+  const at::Tensor whole = dense.div(largest.div(kLargest).unsqueeze(1)).round().clamp(-kLargest, kLargest).to(at::kChar);
+  panels_ = Panels(outputs_, (features_ + 3) / 4);
+  weight_ = at::empty({panels_.units()}, weight.options().dtype(at::kInt));
+  const auto* p_whole = whole.const_data_ptr<int8_t>();
+  panels_.fill(weight_.data_ptr<int32_t>(), [&](int64_t output, int64_t i) {
+    int8_t four[4] = {};
+    std::copy_n(p_whole + output * features_ + 4 * i, std::min<int64_t>(4, features_ - 4 * i), four);
+    int32_t unit;
+    std::memcpy(&unit, four, sizeof(unit));
+    return unit;
+  });
+  middles_ = at::zeros({padded}, weight.options().dtype(at::kInt));
+  middles_.narrow(0, 0, outputs_).copy_(whole.sum(1).mul(kMiddle));
 }
 
 void PackedLinear::check(const at::Tensor& x) const {
@@ -129,11 +162,8 @@ void PackedLinear::check(const at::Tensor& x) const {
 at::Tensor PackedLinear::forward(const at::Tensor& x) const {
   RECORD_FUNCTION("spear_fast::PackedLinear", c10::ArrayRef<const c10::IValue>{});
   check(x);
-  if (kind_ == Kind::kOneDnn) {
-    return by_onednn(x, std::nullopt);
-  }
   at::Tensor out = at::empty({x.size(0), outputs_}, x.options());
-  kind_ == Kind::kMkl ? by_mkl(x, out, false) : by_int8(x, out, false);
+  multiply(x, out, false);
   return out;
 }
 
@@ -144,52 +174,38 @@ at::Tensor PackedLinear::added(const at::Tensor& x, const at::Tensor& to) const 
       to.dim() == 2 && to.size(0) == x.size(0) && to.size(1) == outputs_ && to.scalar_type() == at::kFloat &&
           to.is_contiguous(),
       "PackedLinear: what the product is added to must be dense float32 [", x.size(0), ", ", outputs_, "]");
-  if (kind_ == Kind::kOneDnn) {
-    return by_onednn(x, to);
-  }
   at::Tensor out = to;
-  kind_ == Kind::kMkl ? by_mkl(x, out, true) : by_int8(x, out, true);
+  multiply(x, out, true);
   return out;
 }
 
-at::Tensor PackedLinear::by_onednn(const at::Tensor& x, const std::optional<at::Tensor>& to) const {
-  if (!to) {
-    return call("mkldnn::_linear_pointwise", "", {x, weight_, bias_, "none", no_scalars(), ""});
-  }
-  return call("mkldnn::_linear_pointwise", "binary", {x, *to, weight_, bias_, "add"});
+void PackedLinear::multiply(const at::Tensor& x, at::Tensor& out, bool add) const {
+  const at::Tensor rows = x.stride(1) == 1 ? x : x.contiguous();
+  kind_ == Kind::kFloat ? by_floats(rows, out, add) : by_int8(rows, out, add);
 }
 
-void PackedLinear::by_mkl(const at::Tensor& x, at::Tensor& out, bool add) const {
-  const at::Tensor rows = x.stride(1) == 1 ? x : x.contiguous();
-  const auto count = static_cast<int>(rows.size(0));
-  const auto n = static_cast<int>(outputs_), k = static_cast<int>(features_);
+void PackedLinear::by_floats(const at::Tensor& rows, at::Tensor& out, bool add) const {
+  const int64_t n = outputs_;
+  const auto* p_bias = bias_ ? bias_->const_data_ptr<float>() : nullptr;
   auto* p_out = out.data_ptr<float>();
-  if (count == 0) {
-    return;
-  }
-  if (bias_) {
-    const auto* p_bias = bias_->const_data_ptr<float>();
-    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        float* target = p_out + row * n;
-        for (int64_t i = 0; i < n; ++i) {
-          target[i] = add ? target[i] + p_bias[i] : p_bias[i];
+  multiply_panels<Float>(
+      panels_, rows.const_data_ptr<float>(), rows.stride(0), rows.size(0), weight_.const_data_ptr<float>(), kDepth,
+      [&](int64_t row, int64_t output, Lanes<float> sum, int64_t start) {
+        const Target target{p_out + row * n + output, std::min(Panels::kLanes, n - output)};
+        if (start == 0 && p_bias != nullptr) {
+          sum = sum + Lanes<float>::loadu(p_bias + output);
         }
-      }
-    });
-  }
-  cblas_sgemm_compute(
-      kRowMajor, kNoTrans, kPacked, count, n, k, rows.const_data_ptr<float>(), static_cast<int>(rows.stride(0)),
-      reinterpret_cast<const float*>(weight_.const_data_ptr<uint8_t>()), k, add || bias_ ? 1.0F : 0.0F, p_out, n);
+        target.store(start > 0 || add ? target.load() + sum : sum);
+      });
 }
 
-void PackedLinear::by_int8(const at::Tensor& x, at::Tensor& out, bool add) const {
-  const at::Tensor rows = x.stride(1) == 1 ? x : x.contiguous();
+void PackedLinear::by_int8(const at::Tensor& rows, at::Tensor& out, bool add) const {
   const int64_t count = rows.size(0), stride = rows.stride(0), n = outputs_;
   if (count == 0) {
     return;
   }
-  at::Tensor whole = at::empty({count, features_}, rows.options().dtype(at::kByte));
+  const int64_t width = 4 * panels_.depth;
+  at::Tensor whole = at::empty({count, width}, rows.options().dtype(at::kByte));
   at::Tensor units = at::empty({count}, rows.options());
   const auto* p_rows = rows.const_data_ptr<float>();
   auto* p_whole = whole.data_ptr<uint8_t>();
@@ -198,48 +214,51 @@ void PackedLinear::by_int8(const at::Tensor& x, at::Tensor& out, bool add) const
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / features_), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* source = p_rows + row * stride;
-      uint8_t* target = p_whole + row * features_;
+      uint8_t* target = p_whole + row * width;
       const float largest = largest_of(source, features_);
       // not a number in, not a number out
       const bool finite = std::isfinite(largest);
       p_units[row] = finite ? largest / kLargest : std::numeric_limits<float>::quiet_NaN();
       const float inverse = finite && largest > 0 ? kLargest / largest : 0.0F;
       if (!finite) {
-        std::fill(target, target + features_, static_cast<uint8_t>(kMiddle));
+        std::fill(target, target + width, static_cast<uint8_t>(kMiddle));
         continue;
       }
       for (int64_t i = 0; i < features_; ++i) {
         // cutting off what is above zero rounds halves up
         target[i] = static_cast<uint8_t>(static_cast<int32_t>(source[i] * inverse + (kMiddle + 0.5F)));
       }
+      // what they are multiplied with is zero
+      std::fill(target + features_, target + width, static_cast<uint8_t>(kMiddle));
     }
   });
-  const at::Tensor sums = call(
-      "onednn::qlinear_pointwise", "",
-      {whole, 1.0, kMiddle, weight_, scales_, zero_points_, c10::IValue(), 1.0, int64_t(0), at::kFloat, "none", no_scalars(), ""});
-  const auto* p_sums = sums.const_data_ptr<float>();
   const auto* p_bias = bias_ ? bias_->const_data_ptr<float>() : nullptr;
   auto* p_out = out.data_ptr<float>();
-  at::parallel_for(0, count, std::max<int64_t>(1, kGrain / n), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float unit = p_units[row];
-      const float* sum = p_sums + row * n;
-      float* target = p_out + row * n;
-      for (int64_t i = 0; i < n; ++i) {
-        const float value = sum[i] * unit + (p_bias == nullptr ? 0.0F : p_bias[i]);
-        target[i] = add ? target[i] + value : value;
-      }
-    }
-  });
+  const auto* p_scales = scales_.const_data_ptr<float>();
+  const auto* p_middles = middles_.const_data_ptr<int32_t>();
+  multiply_panels<Int8>(
+      panels_, reinterpret_cast<const int32_t*>(p_whole), panels_.depth, count, weight_.const_data_ptr<int32_t>(),
+      panels_.depth, [&](int64_t row, int64_t output, const Lanes<int32_t>& sum, int64_t) {
+        const Target target{p_out + row * n + output, std::min(Panels::kLanes, n - output)};
+        const auto exact = at::vec::convert<float>(sum - Lanes<int32_t>::loadu(p_middles + output));
+        auto value = exact * Lanes<float>(p_units[row]) * Lanes<float>::loadu(p_scales + output);
+        if (p_bias != nullptr) {
+          value = value + Lanes<float>::loadu(p_bias + output);
+        }
+        target.store(add ? target.load() + value : value);
+      });
 }
 
 std::string PackedLinear::kind() const {
-  return kind_ == Kind::kMkl ? "mkl" : kind_ == Kind::kOneDnn ? "onednn" : "int8";
+  return kind_ == Kind::kFloat ? "float32" : "int8";
 }
 
 int64_t PackedLinear::bytes() const {
-  const int64_t size = kind_ == Kind::kInt8 ? 1 : kind_ == Kind::kMkl ? 0 : 4;
-  return kind_ == Kind::kMkl ? weight_.numel() : outputs_ * features_ * size;
+  return panels_.units() * 4;
+}
+
+void PackedLinear::move_to(const at::Tensor& memory) {
+  weight_ = memory.view(weight_.scalar_type()).copy_(weight_);
 }
 
 }  // namespace spear_fast

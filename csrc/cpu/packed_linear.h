@@ -7,14 +7,19 @@
 #include <optional>
 #include <string>
 
+#include "panels.h"
+
 namespace spear_fast {
 
-// y = x @ weight.T + bias for x [rows, features], float32; the product is a library's, what surrounds it is here
+// y = x @ weight.T + bias for x [rows, features], float32
+//
+// float32: exact. int8: weights rounded to 8 bits with a scale for each output, and x to 8 bits with one for each row; their
+// sums are whole numbers. Either way a row of y depends on that row of x alone, to the last bit.
 class PackedLinear : public torch::CustomClassHolder {
  public:
-  enum class Kind { kMkl, kOneDnn, kInt8 };
+  enum class Kind { kFloat, kInt8 };
 
-  // weight: [outputs, features], float32. bias: [outputs] or none. kind: "float32", "mkl", "onednn" or "int8"
+  // weight: [outputs, features], float32. bias: [outputs] or none. kind: "float32" or "int8"
   PackedLinear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, const std::string& kind);
 
   // returns [rows, outputs]
@@ -30,18 +35,22 @@ class PackedLinear : public torch::CustomClassHolder {
   // bytes of the weights as they are laid out
   int64_t bytes() const;
 
+  // moves them into `memory`, that many bytes, which it holds on to
+  void move_to(const at::Tensor& memory);
+
  private:
   void check(const at::Tensor& x) const;
-  at::Tensor by_onednn(const at::Tensor& x, const std::optional<at::Tensor>& to) const;
-  void by_mkl(const at::Tensor& x, at::Tensor& out, bool add) const;
-  void by_int8(const at::Tensor& x, at::Tensor& out, bool add) const;
+  void multiply(const at::Tensor& x, at::Tensor& out, bool add) const;
+  void by_floats(const at::Tensor& rows, at::Tensor& out, bool add) const;
+  void by_int8(const at::Tensor& rows, at::Tensor& out, bool add) const;
 
   Kind kind_;
   int64_t outputs_, features_;
+  Panels panels_;
   at::Tensor weight_;
   std::optional<at::Tensor> bias_;
-  // of int8: what a unit of each output is worth
-  at::Tensor scales_, zero_points_;
+  // of int8: what a unit of each output is worth, and what its sum is too large by
+  at::Tensor scales_, middles_;
 };
 
 }  // namespace spear_fast

@@ -15,7 +15,7 @@ from torch import Tensor
 from spear_fast import ops
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.encoder import packed_bounds
-from spear_fast.decoding.linear import rounded_rows, unit
+from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult
 
@@ -66,9 +66,8 @@ def attended(
         return out
     start = torch.tensor([decoder.start_id])
     inputs = torch.cat([torch.cat((start, tokens[:-1].cpu())) for tokens in hypotheses if len(tokens)])
-    spare = rounded_rows(count) - count
-    bounds, longest = packed_bounds(torch.tensor(widths), spare)
-    bounds, inputs = bounds.to(device), torch.cat((inputs, inputs.new_zeros(spare))).to(device)
+    bounds, longest = packed_bounds(torch.tensor(widths))
+    bounds, inputs = bounds.to(device), inputs.to(device)
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     lengths = torch.tensor([length], device=device)
     x = decoder.embedding[inputs]
@@ -88,7 +87,7 @@ def attended(
         x = layer.cross_output(seen.view(len(x), -1), x)
         x = layer.feed_forward(unit(x), x)
     parts = []
-    for some in query[:, :count].split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
+    for some in query.split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
         weights = ops.decode_cross_attention(some.contiguous(), *memory, return_weights=True)[1]
         precise = torch.promote_types(weights.dtype, torch.float32)
         parts.append(weights[0, :, :, 1 : 1 + length].to(precise).mean(dim=1).float())

@@ -104,7 +104,7 @@ class Decoder:
 
         token_embedding: `[vocabulary, dim]`, also the logits' matrix. start_token: `[dim]`.
         early_exit: the number of layers below it and the head: feed-forward with residual, norm, linear.
-        weights: "int8" rounds the products' weights, and what they are multiplied with, to 8 bits; float32 on x86 CPUs.
+        weights: "int8" rounds the products' weights, and what they are multiplied with, to 8 bits; for float32 on CPUs.
 
         Raises ValueError when the transformer has no cross-attention, or when its weights cannot be held so.
         """
@@ -144,6 +144,11 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether products give a row the same bits whatever rows, and however many, are beside it."""
+        return self.logits.packed is not None
 
     def is_stale(self) -> bool:
         """Returns whether a parameter that was packed has since been changed, moved or replaced; see `Watch`."""

@@ -7,22 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast import ops
-from spear_fast.decoding.linear import (
-    FeedForward,
-    Linear,
-    Weights,
-    check_weights,
-    rounded_rows,
-)
+from spear_fast.decoding.linear import FeedForward, Linear, Weights, check_weights
 from spear_fast.decoding.transfer import to_device
 from spear_fast.decoding.watch import Watch
 
-# length of the utterances that spare rows make up
-SPARE = 64
 # source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
 ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -86,11 +77,8 @@ class Encoder:
 
         ids: `[tokens]`, int64, in the vocabulary. lengths: `[utterances]`, int64, on the host; they sum up to `tokens`.
         """
-        count = len(ids)
-        # products that are planned for each number of rows are asked for few such numbers
-        spare = rounded_rows(count) - count if self.layers[0].query.packed is not None else 0
-        bounds, longest = packed_bounds(lengths, spare)
-        bounds, ids = to_device(bounds, ids.device), F.pad(ids, (0, spare))
+        bounds, longest = packed_bounds(lengths)
+        bounds = to_device(bounds, ids.device)
         x = self.embedding[ids]
         for layer in self.layers:
             normed = ops.rms_norm(x, layer.attention_gamma)
@@ -109,7 +97,7 @@ class Encoder:
             )
             x = layer.output(attended.flatten(1), x)
             x = layer.feed_forward(ops.rms_norm(x, layer.feed_forward_gamma), x)
-        return ops.rms_norm(x[:count], self.gamma)
+        return ops.rms_norm(x, self.gamma)
 
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
@@ -123,12 +111,11 @@ def tokens_together(device: torch.device) -> int:
     return ENCODE_TOKENS.get(device.type, ENCODE_TOKENS["cuda"])
 
 
-def packed_bounds(lengths: Tensor, spare: int) -> tuple[Tensor, int]:
+def packed_bounds(lengths: Tensor) -> tuple[Tensor, int]:
     """Returns the cumulative lengths of sequences one behind the other, `[n + 1]` int32, and the longest length.
 
-    lengths: `[sequences]` int64, on the host. spare: rows behind them that nobody reads, as sequences of their own.
+    lengths: `[sequences]` int64, on the host.
     """
-    lengths = torch.cat((lengths, torch.full((spare // SPARE,), SPARE), torch.tensor([spare % SPARE])))
     bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     bounds[1:] = lengths.cumsum(0)
     return bounds, int(lengths.max())

@@ -60,7 +60,8 @@ class Engine:
         default as many as the kind of device likes.
     guided: whether requests may have a `cond_scale` above 1; each step then also decodes without the source.
     deterministic: the same bits for a request alone and in any company or order, by an engine of the same plan: sources
-        are encoded one by one, and every step works on all places, free ones too.
+        are encoded one by one, and where a product's bits depend on its number of rows, as on GPUs, every step works on
+        all places, free ones too.
 
     Use it as a context manager, or call `close`. One thread at a time makes steps: whoever asks for results, or, after
     `start`, a thread of the engine's own.

@@ -14,7 +14,7 @@ from spear_fast.ops import extension
 # halves of the feed-forward are padded to it, as a GPU's products need; zeros change nothing: their gate is gelu(0) = 0
 ALIGNMENT = 16
 
-# how weights are held: as they are, or rounded to 8 bits with a scale for each output, on x86 CPUs
+# how weights are held: as they are, or rounded to 8 bits with a scale for each output, on CPUs
 Weights = Literal["exact", "int8"]
 
 
@@ -34,17 +34,6 @@ def check_weights(weights: str, weight: Tensor) -> None:
             f"weights='int8' needs a float32 model on a CPU and the C++ extension, got {weight.dtype} on "
             f"{weight.device.type}{'' if extension.missing() is None else f' and {extension.missing()}'}."
         )
-    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
-        raise ValueError("weights='int8' needs a torch with oneDNN's quantized products, and this one has none.")
-
-
-def rounded_rows(count: int) -> int:
-    """Returns `count` rounded up to one of eight sizes between powers of two, and to a multiple of 8.
-
-    Each number of rows has a product planned and kept for it: with any number they would be without end.
-    """
-    step = max(8, (1 << max(count - 1, 0).bit_length()) // 16)
-    return -(-count // step) * step
 
 
 class Linear:

@@ -2,8 +2,9 @@
 
 Utterances stand in the first places: where one leaves and none waits, the last one moves into its place, so that a step
 works on whole buffers' beginnings and on nothing idle. With `fixed` all places take part in every step, so that a
-product always has the same number of rows; under guidance it is so too, because the buffers have a second half. Where
-steps are recorded as graphs some free places take part. A free place counts as done: nothing is selected there.
+product always has the same number of rows, unless its bits do not depend on that; under guidance it is so too, because
+the buffers have a second half. Where steps are recorded as graphs some free places take part. A free place counts as
+done: nothing is selected there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Tensor
 from spear_fast.decoding.alignment import aligned
 from spear_fast.decoding.decoder import Decoder, ProjectedMemory
 from spear_fast.decoding.graphs import graphs_for, rounded_places
-from spear_fast.decoding.linear import rounded_rows
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.result import DecodingResult, walked_back
 from spear_fast.decoding.settings import Settings, first_scores
@@ -68,7 +68,7 @@ class Slots:
     ) -> None:
         self.decoder = decoder
         self.count, self.beams, self.limit, self.guided = count, beams, limit, guided
-        self.fixed = fixed or guided
+        self.fixed = guided or (fixed and not decoder.row_by_row)
         self.seats: list[Seat] = []
         # not twice for a little more
         positions = limit if limit <= 2 * FIRST_CAPACITY else FIRST_CAPACITY
@@ -215,8 +215,7 @@ class Slots:
     def _project(self, place: int, memory: Tensor) -> None:
         """Writes the cross-attention keys and values of an utterance, once for all of its hypotheses."""
         decoder = self.decoder
-        spare = rounded_rows(len(memory)) - len(memory)
-        projected = decoder.memory_key_value(F.pad(memory.to(decoder.dtype), (0, 0, 0, spare)))[: len(memory)]
+        projected = decoder.memory_key_value(memory.to(decoder.dtype))
         projected = projected.view(len(memory), len(decoder.layers), 2, decoder.heads, decoder.head_dim)
         for i in range(len(decoder.layers)):
             for j, buffer in enumerate((self.all.memory.keys[i], self.all.memory.values[i])):
