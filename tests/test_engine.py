@@ -12,6 +12,7 @@ from engine_models import alone, ask, engine_of, sources, tiny_model
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding import linear
+from spear_fast.decoding.slots import Slots
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,27 @@ def test_a_looping_row_holds_up_nobody(model):
             ticket.result()
         assert not looping.done()
         assert looping.result().tokens.shape[-1] >= 59
+
+
+def test_who_comes_takes_the_place_of_who_left_and_nobody_is_moved(model, monkeypatch):
+    moved = []
+    move = Slots._move
+    monkeypatch.setattr(Slots, "_move", lambda self, seat, *places: moved.append(places) or move(self, seat, *places))
+    # one after the other ends, from the first place on; those that take their places end together
+    lengths = [1, 2, 3, 4, 12, 11, 10, 9]
+    asked = [
+        (source, DecodingOptions(method="greedy", max_length=n, min_length=n - 1))
+        for source, n in zip(sorted(sources(8, seed=5), key=len, reverse=True), lengths, strict=True)
+    ]
+    with engine_of(model, slots=4, beams=1, max_length=12) as engine:
+        tickets = [engine.submit(*each) for each in asked[:4]]
+        for ticket in tickets:
+            ticket.result()
+        # nobody waited: the last ones closed up
+        assert moved == [(3, 0), (2, 1)]
+        moved.clear()
+        assert len(list(engine.run(asked))) == 8
+    assert not moved
 
 
 def test_results_come_as_they_are_finished(model):

@@ -181,7 +181,7 @@ class Engine:
     def in_flight(self) -> int:
         """Requests that are being decoded."""
         slots = self._slots
-        return 0 if slots is None else sum(not seat.owner.settled for seat in slots.seats)
+        return 0 if slots is None else sum(not seat.owner.settled for seat in slots.taken)
 
     def start(self) -> Engine:
         """Lets a thread of its own make the steps, so that tickets are done without anybody asking; for servers."""
@@ -304,7 +304,7 @@ class Engine:
 
     def _evicted(self) -> list[_Request]:
         """Takes all requests out of the places and off the way, and lets go of the buffers; returns them."""
-        requests = [*(seat.owner for seat in (self._slots.seats if self._slots is not None else ())), *self._moving]
+        requests = [*(seat.owner for seat in (self._slots.taken if self._slots is not None else ())), *self._moving]
         self._slots, self._moving = None, []
         return requests
 

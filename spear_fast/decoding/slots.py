@@ -1,10 +1,10 @@
 """The engine's buffers: a place for each utterance in flight, planned once, filled and freed one by one.
 
-Utterances stand in the first places: where one leaves and none waits, the last one moves into its place, so that a step
-works on whole buffers' beginnings and on nothing idle. With `fixed` all places take part in every step, so that a
-product always has the same number of rows, unless its bits do not depend on that; under guidance it is so too, because
-the buffers have a second half. Where steps are recorded as graphs some free places take part. A free place counts as
-done: nothing is selected there.
+Utterances stand in the first places: where one leaves, the next one that comes takes its place, and where none comes
+the last one moves there, so that a step works on whole buffers' beginnings and on nothing idle. With `fixed` all places
+take part in every step, so that a product always has the same number of rows, unless its bits do not depend on that;
+under guidance it is so too, because the buffers have a second half. Where steps are recorded as graphs some free places
+take part. A free place counts as done: nothing is selected there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Seat:
 class Slots:
     """Buffers for `count` utterances of `beams` hypotheses, up to `limit` inputs and `source` memory positions each.
 
-    seats: the places in use, which are the first ones.
+    seats: what is known of the first places; None where an utterance has left and no other has come yet.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Slots:
         self.decoder = decoder
         self.count, self.beams, self.limit, self.guided = count, beams, limit, guided
         self.fixed = guided or (fixed and not decoder.row_by_row)
-        self.seats: list[Seat] = []
+        self.seats: list[Seat | None] = []
         # not twice for a little more
         positions = limit if limit <= 2 * FIRST_CAPACITY else FIRST_CAPACITY
         device = decoder.device
@@ -120,12 +120,18 @@ class Slots:
         self._graphs = graphs_for(device)
 
     @property
+    def taken(self) -> list[Seat]:
+        """The places in use, in order."""
+        return [seat for seat in self.seats if seat is not None]
+
+    @property
     def used(self) -> int:
-        return len(self.seats)
+        return len(self.taken)
 
     def view(self) -> View:
         """Returns the places that the next step works on."""
-        used = self.count if self.fixed else self.used
+        self._close_up()
+        used = self.count if self.fixed else len(self.seats)
         if self._graphs is not None:
             used = rounded_places(used, self.count)
         if used not in self._views:
@@ -147,10 +153,12 @@ class Slots:
 
     def proceed(self) -> None:
         """Makes as many steps as pass between two looks at who is done."""
-        for _ in range(interval(self.decoder.device, min(seat.made for seat in self.seats))):
+        self._close_up()
+        seats = self.taken
+        for _ in range(interval(self.decoder.device, min(seat.made for seat in seats))):
             self._reserve()
-            self._step(self.view(), [seat.options for seat in self.seats])
-            for seat in self.seats:
+            self._step(self.view(), [seat.options for seat in seats])
+            for seat in seats:
                 seat.made += 1
 
     def _step(self, view: View, options: list[DecodingOptions]) -> None:
@@ -166,7 +174,7 @@ class Slots:
         """Makes room for a step, doubling: its input, and the ancestor of the next; one buffer after the other."""
         whole = self.all
         capacity = whole.ancestors.shape[2]
-        needed = min(max(seat.made for seat in self.seats) + 2, self.limit)
+        needed = min(max(seat.made for seat in self.taken) + 2, self.limit)
         if needed <= capacity:
             return
         more = min(max(needed, 2 * capacity), self.limit) - capacity
@@ -189,10 +197,12 @@ class Slots:
         seeds: Sequence[int],
     ) -> None:
         """Gives utterances places: for each its owner, the encoder's output `[n, dim]`, its options and its seed."""
-        whole, decoder, first, device = self.all, self.decoder, self.used, self.decoder.device
-        for place, memory in enumerate(memories, start=first):
+        whole, decoder, device = self.all, self.decoder, self.decoder.device
+        vacant = [place for place, seat in enumerate(self.seats) if seat is None]
+        places = [*vacant, *range(len(self.seats), self.count)][: len(owners)]
+        for place, memory in zip(places, memories, strict=True):
             self._project(place, memory)
-        rows = slice(first, first + len(owners))
+        rows = to_device(torch.tensor(places), device)
         settings = Settings.of(options, decoder.eos_id)
         whole.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories]), device)
         whole.real_settings[rows] = to_device(settings.reals.to(whole.real_settings.dtype), device)
@@ -206,11 +216,11 @@ class Slots:
         whole.pool_scores[rows] = -torch.inf
         own = torch.arange(self.beams, dtype=torch.uint8, device=device)
         for half in range(2 if self.guided else 1):
-            both = slice(half * self.count + rows.start, half * self.count + rows.stop)
-            whole.lengths[both] = 0
-            whole.ancestors[both, :, 0] = own
-        for owner, memory, each in zip(owners, memories, options, strict=True):
-            self.seats.append(Seat(owner, each, len(memory)))
+            whole.lengths[rows + half * self.count] = 0
+            whole.ancestors[rows + half * self.count, :, 0] = own
+        self.seats += [None] * (max(places, default=-1) + 1 - len(self.seats))
+        for place, owner, memory, each in zip(places, owners, memories, options, strict=True):
+            self.seats[place] = Seat(owner, each, len(memory))
 
     def _project(self, place: int, memory: Tensor) -> None:
         """Writes the cross-attention keys and values of an utterance, once for all of its hypotheses."""
@@ -223,30 +233,40 @@ class Slots:
 
     def harvest(self) -> list[tuple[Any, DecodingResult]]:
         """Frees the places of all that are done; returns owners and results, each of one utterance, on the CPU."""
-        places = [place for place, done in enumerate(self.all.done[: self.used].tolist()) if done]
+        done = self.all.done[: len(self.seats)].tolist()
+        places = [place for place, seat in enumerate(self.seats) if seat is not None and done[place]]
         if not places:
             return []
-        owners = [self.seats[place].owner for place in places]
-        results = self._results(places)
-        self._release(places)
-        return list(zip(owners, results, strict=True))
+        seats = [seat for seat in map(self.seats.__getitem__, places) if seat is not None]
+        results = self._results(places, seats)
+        self._vacate(places)
+        return [(seat.owner, result) for seat, result in zip(seats, results, strict=True)]
 
     def drop(self, unwanted: Callable[[Any], bool]) -> None:
         """Frees the places of unwanted owners."""
-        self._release([place for place, seat in enumerate(self.seats) if unwanted(seat.owner)])
+        self._vacate([place for place, seat in enumerate(self.seats) if seat is not None and unwanted(seat.owner)])
 
-    def _release(self, places: Sequence[int]) -> None:
-        # from behind: the last place in use is then never one that is to be freed as well
-        for place in sorted(places, reverse=True):
-            last = self.used - 1
-            if place != last:
-                self._move(last, place)
-            self.seats[place] = self.seats[last]
-            self.seats.pop()
-            self.all.done[last] = True
+    def _vacate(self, places: Sequence[int]) -> None:
+        for place in places:
+            self.seats[place] = None
+            self.all.done[place] = True
 
-    def _move(self, origin: int, target: int) -> None:
-        whole, beams, seat = self.all, self.beams, self.seats[origin]
+    def _close_up(self) -> None:
+        """Moves the last utterances into the places that nobody has taken."""
+        for place in range(len(self.seats)):
+            while self.seats and self.seats[-1] is None:
+                self.seats.pop()
+            if place >= len(self.seats):
+                break
+            if self.seats[place] is None:
+                last = self.seats.pop()
+                assert last is not None
+                self._move(last, len(self.seats), place)
+                self.seats[place] = last
+                self.all.done[len(self.seats)] = True
+
+    def _move(self, seat: Seat, origin: int, target: int) -> None:
+        whole, beams = self.all, self.beams
         written = min(seat.made + 1, self.limit)
         for half in range(2 if self.guided else 1):
             source, goal = half * self.count + origin, half * self.count + target
@@ -261,11 +281,11 @@ class Slots:
         for name in ROWS:
             getattr(whole, name)[target] = getattr(whole, name)[origin]
 
-    def _results(self, places: Sequence[int]) -> list[DecodingResult]:
+    def _results(self, places: Sequence[int], seats: Sequence[Seat]) -> list[DecodingResult]:
         index, whole = to_device(torch.tensor(places), self.decoder.device), self.all
         names = ("scores", "finished", "pool_scores", "pool_slots", "pool_ends", "pool_finished", "pool_last_logprobs")
         histories = ("tokens", "parents", "logprobs")
-        steps = max(self.seats[place].made for place in places)
+        steps = max(seat.made for seat in seats)
         taken = {name: getattr(whole, name)[index] for name in (*names, "lengths")}
         taken |= {name: getattr(whole, name)[index, :steps] for name in histories}
         rows = to_host(taken)
@@ -273,16 +293,17 @@ class Slots:
             walked_back(
                 {name: values[i] for name, values in rows.items()},
                 {name: rows[name][i] for name in histories},
-                self.seats[place].options,
+                seat.options,
                 eos_id=self.decoder.eos_id,
                 pad_id=self.decoder.pad_id,
             )
-            for i, place in enumerate(places)
+            for i, seat in enumerate(seats)
         ]
-        return [self._aligned(place, result) for place, result in zip(places, results, strict=True)]
+        each = zip(places, seats, results, strict=True)
+        return [self._aligned(place, seat, result) for place, seat, result in each]
 
-    def _aligned(self, place: int, result: DecodingResult) -> DecodingResult:
-        seat, memory = self.seats[place], self.all.memory
+    def _aligned(self, place: int, seat: Seat, result: DecodingResult) -> DecodingResult:
+        memory = self.all.memory
         if not seat.options.aligns:
             return result
         keys, values = ([each[place : place + 1] for each in buffers] for buffers in (memory.keys, memory.values))
