@@ -24,7 +24,7 @@ from spear_fast.decoding import (
 )
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.inputs import Inputs, Modality, Source
-from spear_fast.transformer import Transformer, is_packable
+from spear_fast.transformer import Transformer, unpackable
 
 # decoders packed from a model's weights, outside the model so that copies, pickles and state dicts do not carry them
 _ENCODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Encoder]] = weakref.WeakKeyDictionary()
@@ -43,7 +43,10 @@ class Generation(Inputs):
         """Returns the packed encoder of a modality, packed again whenever a weight has changed.
 
         weights: "int8" for products of 8 bits; see `Decoder.from_modules`.
+
+        Raises ValueError where a module has been replaced or has a hook: its work would be left out.
         """
+        _check_packable("source_transformer", self.source_transformer)
         packed, kind = _ENCODERS.setdefault(self, {}), (source_type, weights)
         if kind not in packed or packed[kind].is_stale():
             embedding: Tensor = self.token_emb[source_type].weight  # type: ignore[assignment]
@@ -52,6 +55,7 @@ class Generation(Inputs):
 
     def decoder(self, target_type: Modality, weights: Weights = "exact") -> Decoder:
         """Returns the packed decoder of a modality, packed again whenever a weight has changed; see `encoder`."""
+        _check_packable("target_transformer", self.target_transformer)
         packed, kind = _DECODERS.setdefault(self, {}), (target_type, weights)
         if kind not in packed or packed[kind].is_stale():
             early_exit = None
@@ -212,7 +216,7 @@ class Generation(Inputs):
             source_ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
             self._check_decoding(target_type, options)
             result = decode_ids(
-                self.encoder(source_type) if is_packable(self.source_transformer) else None,
+                self.encoder(source_type) if unpackable(self.source_transformer) is None else None,
                 self.decoder(target_type),
                 self._embeddable(source_ids, mask, source_type),
                 mask,
@@ -230,3 +234,12 @@ class Generation(Inputs):
             kept = result.lengths + result.finished
             returned = (*returned, torch.arange(target.shape[-1], device=target.device) < kept.flatten()[:, None])
         return returned if len(returned) > 1 else target
+
+
+def _check_packable(name: str, transformer: Transformer) -> None:
+    beyond = unpackable(transformer)
+    if beyond is not None:
+        raise ValueError(
+            f"in the model's {name} {beyond}, which decoding from packed weights would leave out; merge adapters "
+            "into the weights (PEFT: merge_and_unload()) and remove hooks."
+        )

@@ -232,9 +232,14 @@ _OWN = (
 )  # fmt: skip
 
 
-def is_packable(transformer: Transformer) -> bool:
-    """Returns whether its weights say all that it does: no module has been replaced, as adapters do, or is watched."""
-    return all(
-        type(module) in _OWN and not module._forward_hooks and not module._forward_pre_hooks
-        for module in transformer.modules()
-    )
+def unpackable(transformer: Transformer) -> str | None:
+    """Returns what a transformer does beyond what its weights say, None for nothing.
+
+    That is a module that has been replaced, as adapters do, or one that calls a hook.
+    """
+    for name, module in transformer.named_modules():
+        if type(module) not in _OWN:
+            return f"{name} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'it'} has a forward hook"
+    return None

@@ -104,6 +104,25 @@ def test_modules_that_were_replaced_or_are_watched_encode_by_themselves(how):
     assert seen == [1]
 
 
+def test_what_packed_weights_would_leave_out_is_refused():
+    """Decoding reads the target's weights, an engine the source's too: adapters and hooks would do nothing, unsaid."""
+    model, ids = tiny_model(), padded(sources(2, seed=8))
+    for side in ("source", "target"):
+        attention = getattr(model, f"{side}_transformer").layers[0][0]
+        attention.to_q[0] = Adapter(attention.to_q[0])
+        with pytest.raises(ValueError, match=rf"{side}_transformer layers.0.0.to_q.0 is a Adapter, which .* merge"):
+            model.engine()
+        if side == "target":
+            with pytest.raises(ValueError, match="merge_and_unload"):
+                generated(model, ids, "greedy")
+        attention.to_q[0] = attention.to_q[0].linear
+        hook = attention.to_out.register_forward_hook(lambda *given: None)
+        with pytest.raises(ValueError, match=rf"{side}_transformer layers.0.0.to_out has a forward hook"):
+            model.engine()
+        hook.remove()
+        model.engine().close()
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_many_ids_are_encoded_in_groups(model, how, monkeypatch):
     ids = padded(sources(9, seed=4))
