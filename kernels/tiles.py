@@ -1,8 +1,9 @@
 """The one table of hardware numbers: how large a tile each Triton kernel works on, with how many warps and stages.
 
 A kernel asks `tile()` when it is launched; `python -m spear_fast.kernels.audit` compiles every kernel at every row for
-sm_80, sm_90 and sm_100 and fails on spilled registers, too much shared memory or a missing matrix instruction. To add a
-kernel, add its rows to TABLE under a name of its own and declare it to the audit (declaration.py).
+sm_80, sm_90 and sm_100 and fails on spilled registers, too much shared memory or a missing matrix instruction. Versions
+of Triton take registers differently: these rows pass under 3.6 and 3.9. To add a kernel, add its rows to TABLE under a
+name of its own and declare it to the audit (declaration.py).
 
 Rows of architecture 80 also serve the consumer cards 8.6, 8.9 and 12.x, with 99 KB of shared memory: the audit holds
 them to that. Rows of architecture 0 are for Triton's interpreter on the CPU: small, so that small tests cross the edges
