@@ -201,6 +201,7 @@ def extension_settings() -> dict:
         "-Wno-unknown-pragmas",
         # gcc 12 thinks that its own AVX-512 header reads what it has not written
         "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
         *omp_compile,
     ]
     sanitize_compile, sanitize_link = sanitizers()

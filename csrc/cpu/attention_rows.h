@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "exponential.h"
 #include "lanes.h"
 
 namespace spear_fast {
@@ -131,17 +132,17 @@ inline void score_rows(
     acc_t* scores, int64_t score_stride) {
   for (int64_t start = 0; start < count; start += kTile) {
     const int64_t length = std::min(kTile, count - start);
-    // four rows and no remainder of one where that is possible: 2 + 2 rather than 3 + 1
     const auto block = [&](int64_t row, auto size_of_block) {
       score_block<acc_t, decltype(size_of_block)::value>(
           queries + row * query_stride, query_stride, keys + start, length, row == 0 ? count - start : 0, size,
           scores + row * score_stride + start, score_stride);
     };
-    if (rows % 3 == 1) {
-      for_row_blocks<2>(rows, block);
-    } else {
-      for_row_blocks<3>(rows, block);
-    }
+#if defined(CPU_CAPABILITY_AVX512)
+    for_row_blocks<4>(rows, block);
+#else
+    // half the registers; no remainder of one where that is possible: 2 + 2 rather than 3 + 1
+    rows % 3 == 1 ? for_row_blocks<2>(rows, block) : for_row_blocks<3>(rows, block);
+#endif
   }
 }
 
@@ -165,35 +166,29 @@ template <typename acc_t>
 inline acc_t exponentiate(acc_t* scores, int64_t count) {
   constexpr int64_t width = Lanes<acc_t>::size();
   const int64_t whole = count / width * width;
-  acc_t largest = -std::numeric_limits<acc_t>::infinity();
-  Lanes<acc_t> largest_lanes(largest);
+  Lanes<acc_t> largest_lanes(-std::numeric_limits<acc_t>::infinity());
   for (int64_t i = 0; i < whole; i += width) {
     largest_lanes = at::vec::maximum(largest_lanes, Lanes<acc_t>::loadu(scores + i));
   }
-  alignas(64) acc_t lanes[width];
-  largest_lanes.store(lanes);
-  for (const acc_t lane : lanes) {
-    largest = std::max(largest, lane);
+  if (whole < count) {
+    const auto rest = Lanes<acc_t>::loadu(scores + whole, count - whole);
+    largest_lanes = at::vec::maximum(largest_lanes, Lanes<acc_t>::set(largest_lanes, rest, count - whole));
   }
-  for (int64_t i = whole; i < count; ++i) {
-    largest = std::max(largest, scores[i]);
-  }
+  const auto larger = [](Lanes<acc_t>& a, Lanes<acc_t>& b) { return at::vec::maximum(a, b); };
+  const Lanes<acc_t> largest(at::vec::vec_reduce_all<acc_t>(larger, largest_lanes));
   Lanes<acc_t> sums(0);
   for (int64_t i = 0; i < whole; i += width) {
-    const auto weight = (Lanes<acc_t>::loadu(scores + i) - Lanes<acc_t>(largest)).exp();
+    const auto weight = exponential(Lanes<acc_t>::loadu(scores + i) - largest);
     weight.store(scores + i);
     sums = sums + weight;
   }
-  sums.store(lanes);
-  acc_t sum = 0;
-  for (const acc_t lane : lanes) {
-    sum += lane;
+  if (whole < count) {
+    const auto weight = exponential(Lanes<acc_t>::loadu(scores + whole, count - whole) - largest);
+    weight.store(scores + whole, count - whole);
+    sums = sums + Lanes<acc_t>::set(Lanes<acc_t>(0), weight, count - whole);
   }
-  for (int64_t i = whole; i < count; ++i) {
-    scores[i] = std::exp(scores[i] - largest);
-    sum += scores[i];
-  }
-  return sum;
+  const auto sum = [](Lanes<acc_t>& a, Lanes<acc_t>& b) { return a + b; };
+  return at::vec::vec_reduce_all<acc_t>(sum, sums);
 }
 
 }  // namespace spear_fast

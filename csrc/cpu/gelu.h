@@ -24,7 +24,7 @@ inline std::pair<Lanes<float>, Lanes<float>> normal_distribution(const Lanes<flo
   static constexpr float kBelow[] = {1.022101007e-2F, 1.012063697e-1F, 4.674308896e-1F,
                                      1.199293494F,    1.672388554F,    1.0F};
   // beyond 14 the exponential is zero, and the polynomials' quotient stays a number
-  const Lanes<float> distance = at::vec::minimum(gate.abs(), Lanes<float>(14.0F));
+  const Lanes<float> distance = at::vec::clamp_max(gate.abs(), Lanes<float>(14.0F));
   const Lanes<float> bell = exponential(distance * distance * Lanes<float>(-0.5F));
   const Lanes<float> tail = bell * (polynomial(distance, kAbove) / polynomial(distance, kBelow));
   const Lanes<float> below = Lanes<float>::blendv(tail, Lanes<float>(1.0F) - tail, gate > Lanes<float>(0.0F));

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "../select/buffers.h"
+#include "exponential.h"
 #include "lanes.h"
 
 namespace spear_fast {
@@ -134,18 +135,14 @@ inline acc_t sum_exponentials(const acc_t* row, int64_t size, acc_t most) {
   Lanes<acc_t> sums(0);
   int64_t i = 0;
   for (; i + step <= size; i += step) {
-    sums = sums + (Lanes<acc_t>::loadu(row + i) - top).exp();
+    sums = sums + exponential(Lanes<acc_t>::loadu(row + i) - top);
   }
-  alignas(64) acc_t lanes[step];
-  sums.store(lanes);
-  acc_t sum = 0;
-  for (const acc_t lane : lanes) {
-    sum += lane;
+  if (i < size) {
+    const auto rest = exponential(Lanes<acc_t>::loadu(row + i, size - i) - top);
+    sums = sums + Lanes<acc_t>::set(Lanes<acc_t>(0), rest, size - i);
   }
-  for (; i < size; ++i) {
-    sum += std::exp(row[i] - most);
-  }
-  return sum;
+  const auto sum = [](Lanes<acc_t>& a, Lanes<acc_t>& b) { return a + b; };
+  return at::vec::vec_reduce_all<acc_t>(sum, sums);
 }
 
 // row = log_softmax(row)
