@@ -1,4 +1,5 @@
 // every C++ implementation is registered here; the schemas are defined by the families in spear_fast/ops
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "cpu/decoder_layers.h"
@@ -17,6 +18,12 @@ TORCH_LIBRARY_FRAGMENT(spear_fast, library) {
   library.class_<DecoderLayers>("DecoderLayers")
       .def(torch::init<DecoderLayers::Linears, std::vector<at::Tensor>, at::Tensor, int64_t, int64_t>())
       .def("step", &DecoderLayers::step);
+  // of the calling thread, which takes the number for all when a library first asks: torch's own, and this one
+  library.def("set_num_threads(int count) -> ()", [](int64_t count) {
+    at::internal::lazy_init_num_threads();
+    at::get_num_threads();
+    at::set_num_threads(static_cast<int>(count));
+  });
 }
 
 TORCH_LIBRARY_IMPL(spear_fast, CPU, library) {

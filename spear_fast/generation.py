@@ -86,13 +86,15 @@ class Generation(Inputs):
         guided: bool = False,
         deterministic: bool = False,
         weights: Weights = "exact",
+        workers: int | None = None,
     ) -> Engine:
         """Returns an engine that decodes many requests at once with this model's weights as they are now.
 
         slots: utterances in flight; beams, max_length, max_source: the most that a request may want; budget: bytes for
         the buffers; see `Plan.of`. guided, deterministic: see `Engine`. weights: "int8" makes the products of 8 bits,
-        on CPUs: several times as fast, and no longer exact. Sources are ids `[n]`, with the end-of-sequence where
-        the model sets one automatically: `encode` adds it, an engine takes them as they are.
+        on CPUs: several times as fast, and no longer exact. workers: on a CPU, that share places and threads, see
+        `Plan.of`. Sources are ids `[n]`, with the end-of-sequence where the model sets one automatically: `encode` adds
+        it, an engine takes them as they are.
         """
         decoder = self.decoder(target_type, weights)
         plan = Plan.of(
@@ -103,6 +105,7 @@ class Generation(Inputs):
             max_source=max_source,
             budget=budget,
             guided=guided,
+            workers=workers,
         )
         return Engine(self.encoder(source_type, weights), decoder, plan, guided=guided, deterministic=deterministic)
 

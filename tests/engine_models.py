@@ -30,10 +30,12 @@ def sources(count: int, seed: int = 0, longest: int = 30) -> list[torch.Tensor]:
     return [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in lengths]
 
 
-def engine_of(model, *, slots: int, beams: int, max_length: int, max_source: int = 30, **settings) -> Engine:
+def engine_of(
+    model, *, slots: int, beams: int, max_length: int, max_source: int = 30, workers: int | None = None, **settings
+) -> Engine:
     decoder = model.decoder("text")
-    guided = settings.get("guided", False)
-    plan = Plan.of(decoder, slots=slots, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
+    sizes = dict(slots=slots, beams=beams, max_length=max_length, max_source=max_source, workers=workers)
+    plan = Plan.of(decoder, guided=settings.get("guided", False), **sizes)
     return Engine(model.encoder("speech"), decoder, plan, **settings)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.slots import Slots
+from spear_fast.decoding.workers import MOST_THREADS, Workers, workers_for
 
-# places where nobody says how many, by type of device: a CPU's products are at their best from about a hundred rows
+# places where nobody says how many; on a CPU for each worker: products are at their best from about a hundred rows
 DEFAULT_SLOTS = {"cpu": 32, "cuda": 128}
 # share of a GPU's free memory that the buffers may take: activations and the encoder need some too
 SHARE = 0.8
@@ -20,6 +22,7 @@ class Plan:
     """Sizes of an engine's buffers. slots: utterances in flight. beams: most hypotheses of each.
 
     max_length: most generated tokens. max_source: most source tokens. slot_bytes: what a place takes, worked out.
+    workers: that share the places and torch's threads, see `Workers`.
     """
 
     slots: int
@@ -27,6 +30,7 @@ class Plan:
     max_length: int
     max_source: int
     slot_bytes: int
+    workers: int = 1
 
     @property
     def bytes(self) -> int:
@@ -44,23 +48,30 @@ class Plan:
         max_source: int = 2048,
         budget: int | None = None,
         guided: bool = False,
+        workers: int | None = None,
     ) -> Plan:
         """Returns the plan for so many places, or for as many as fit.
 
         budget: bytes that the buffers may take; by default a share of a GPU's free memory, and no limit on a CPU.
-        Buffers grow with what is decoded, up to the plan. Raises ValueError for a budget that not even one place, or
-        not the wanted `slots`, fits into.
+        Buffers grow with what is decoded, up to the plan. workers: on a CPU, by default as many as torch's threads are
+        best shared by. Raises ValueError for a budget that not even one place, or not the wanted `slots`, fits into,
+        and for workers elsewhere.
         """
+        if workers is not None and (workers < 1 or (workers > 1 and not decoder.row_by_row)):
+            raise ValueError(
+                "workers must be 1 but for float32 models on a CPU with the C++ extension, there 1 or more, "
+                f"got {workers}."
+            )
         each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
         budget = free_bytes(decoder.device) if budget is None else budget
-        wanted = slots or DEFAULT_SLOTS.get(decoder.device.type, DEFAULT_SLOTS["cpu"])
+        wanted = slots or _default_slots(decoder.device)
         fitting = wanted if budget is None else min(wanted, budget // each)
         if fitting < (slots or 1):
             raise ValueError(
                 f"{slots or 1} utterances with {beams} beams, {max_length} tokens and {max_source} source tokens take "
                 f"{(slots or 1) * each:,} bytes, and the budget is {budget:,}; lower one of them or raise the budget."
             )
-        return cls(fitting, beams, max_length, max_source, each)
+        return cls(fitting, beams, max_length, max_source, each, workers or _workers(decoder, fitting, beams))
 
     @classmethod
     def for_all(
@@ -72,24 +83,41 @@ class Plan:
         """
         each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
         budget = free_bytes(decoder.device)
-        fitting = count if budget is None else min(count, budget // each)
-        return cls(max(1, fitting), beams, max_length, max_source, each)
+        fitting = max(1, count if budget is None else min(count, budget // each))
+        return cls(fitting, beams, max_length, max_source, each, _workers(decoder, fitting, beams))
 
     def halved(self) -> Plan:
         return replace(self, slots=max(1, self.slots // 2))
 
-    def make(self, decoder: Decoder, *, guided: bool = False, fixed: bool = False) -> Slots:
+    def make(self, decoder: Decoder, *, guided: bool = False, fixed: bool = False) -> Slots | Workers:
         """Returns the buffers; see `Slots`."""
-        # the last token is an input too, in the step behind the end
-        return Slots(
-            decoder,
-            count=self.slots,
-            beams=self.beams,
-            limit=self.max_length + 1,
-            source=self.max_source,
-            guided=guided,
-            fixed=fixed,
-        )
+        workers = min(self.workers, self.slots)
+        bounds = [self.slots * i // workers for i in range(workers + 1)]
+        parts = [
+            Slots(
+                decoder,
+                count=end - begin,
+                beams=self.beams,
+                # the last token is an input too, in the step behind the end
+                limit=self.max_length + 1,
+                source=self.max_source,
+                guided=guided,
+                fixed=fixed,
+            )
+            for begin, end in pairwise(bounds)
+        ]
+        return Workers(parts, torch.get_num_threads()) if workers > 1 else parts[0]
+
+
+def _default_slots(device: torch.device) -> int:
+    if device.type == "cpu":
+        return DEFAULT_SLOTS["cpu"] * -(-torch.get_num_threads() // MOST_THREADS)
+    return DEFAULT_SLOTS["cuda"]
+
+
+def _workers(decoder: Decoder, slots: int, beams: int) -> int:
+    # where a row's bits depend on how many rows there are, all stay together
+    return workers_for(torch.get_num_threads(), slots, beams) if decoder.row_by_row else 1
 
 
 def free_bytes(device: torch.device) -> int | None:

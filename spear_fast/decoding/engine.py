@@ -27,6 +27,7 @@ from spear_fast.decoding.request import Ticket
 from spear_fast.decoding.result import DecodingResult
 from spear_fast.decoding.settings import new_seed
 from spear_fast.decoding.slots import Slots
+from spear_fast.decoding.workers import Workers
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Engine:
         # one source at a time: the first always fits
         most = tokens_together(decoder.device) if encode_tokens is None else encode_tokens
         self.encode_tokens = 0 if deterministic else most
-        self._slots: Slots | None = None
+        self._slots: Slots | Workers | None = None
         # (minus the source's length, number): the longest first, the earlier one among equals
         self._waiting: list[tuple[int, int, _Request]] = []
         self._encoded: deque[_Request] = deque()
@@ -269,7 +270,7 @@ class Engine:
         slots.proceed()
         return [(request.ticket, result) for request, result in slots.harvest()]
 
-    def _admit(self, slots: Slots) -> None:
+    def _admit(self, slots: Slots | Workers) -> None:
         free = slots.count - slots.used
         while len(self._encoded) < free and self._waiting:
             self._encode()
@@ -305,6 +306,8 @@ class Engine:
     def _evicted(self) -> list[_Request]:
         """Takes all requests out of the places and off the way, and lets go of the buffers; returns them."""
         requests = [*(seat.owner for seat in (self._slots.taken if self._slots is not None else ())), *self._moving]
+        if isinstance(self._slots, Workers):
+            self._slots.close()
         self._slots, self._moving = None, []
         return requests
 
