@@ -265,7 +265,7 @@ CASES = {
     for case in (
         Case("b8-beam4", peers=(REFERENCE, *_FLOAT32), wanted={REFERENCE: 18.0}),
         Case("b8-greedy", beam=1, peers=(REFERENCE, *_FLOAT32)),
-        Case("b1-beam4", batch=1, peers=(REFERENCE, *_FLOAT32), wanted={CTRANSLATE2: 1.1}),
+        Case("b1-beam4", batch=1, peers=(REFERENCE, *_FLOAT32, CTRANSLATE2_INT8), wanted={CTRANSLATE2: 1.1}),
         Case(
             "b32-beam4",
             batch=32,
