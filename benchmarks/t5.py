@@ -124,14 +124,14 @@ def translator(model: Any, compute_type: str, device: str, threads: int) -> tupl
 
 
 def by_ctranslate2(
-    case: Case, model: Any, sources: Sequence[Sequence[int]], compute_type: str, device: str
-) -> Callable:
+    case: Case, sources: Sequence[Sequence[int]], compute_type: str, device: str, threads: int
+) -> Callable[[], list[int]]:
     """Returns what decodes all sources by CTranslate2, and returns how many tokens each got, its end not counted.
 
     Sources of several lengths go through its own batching: sorted, `slots` at a time, those that have ended taken out;
     its search then stops at the best hypothesis' end.
     """
-    run, tokens = translator(model, compute_type, device, torch.get_num_threads())
+    run, tokens = translator(t5(case), compute_type, device, threads)
     named = [[tokens[i] for i in source] for source in sources]
     bounds: dict[str, Any] = {"min_decoding_length": case.tokens, "max_decoding_length": case.tokens}
     if case.ends:

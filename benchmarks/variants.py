@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import t5
+from benchmarks.apart import apart
 from benchmarks.cases import (
     CTRANSLATE2,
     CTRANSLATE2_INT8,
@@ -185,9 +186,11 @@ class Generation:
         return [(source + t5.SPECIAL).tolist() for source in self.sources]
 
     def _ctranslate2(self, compute_type: str) -> Callable[[], Any]:
+        threads = torch.get_num_threads()
         if self.device.type == "cuda":
             compute_type = compute_type.replace("float32", "bfloat16")
-        return t5.by_ctranslate2(self.case, t5.t5(self.case), self._ids(), compute_type, self.device.type)
+            return t5.by_ctranslate2(self.case, self._ids(), compute_type, "cuda", threads)
+        return apart(t5.by_ctranslate2, self.case, self._ids(), compute_type, "cpu", threads)
 
     def _transformers(self, *, static: bool = False) -> Callable[[], Any]:
         model = t5.t5(self.case, self.device).to(self.dtype)

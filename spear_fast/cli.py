@@ -164,7 +164,7 @@ def _add_label(commands: Any) -> None:
         type=_positive,
         metavar="N",
         help="source tokens that are worked on together, taken as 256 an utterance (8192; on a GPU 65536); on a CPU of "
-        "many cores 8192 for every four of them keep all busy",
+        "many cores 4096 for each of them keep all busy",
     )
     shards = size.add_mutually_exclusive_group()
     shards.add_argument("--num-shards", type=_positive, metavar="N", help="files to write")

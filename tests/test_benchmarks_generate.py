@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from benchmarks import generate, rows, t5
+from benchmarks import generate, rows, t5, variants
 from benchmarks.cases import CASES, CTRANSLATE2, ENGINE, OURS, STANDARD, Case
 from benchmarks.machine import CPU, commit, processor
 from benchmarks.variants import Generation
@@ -96,8 +96,7 @@ def test_an_attention_that_is_a_little_wrong_is_not_timed(op):
 
 def test_in_mixed_batches_the_engine_is_what_is_aimed_with(monkeypatch):
     """Others go on until the last one of a batch has ended."""
-    monkeypatch.setattr(t5, "by_ctranslate2", lambda *arguments: lambda: None)
-    monkeypatch.setattr(t5, "t5", lambda case: None)
+    monkeypatch.setattr(variants, "apart", lambda *arguments: lambda: None)
     for name, aiming in (("tiny", {OURS, STANDARD, ENGINE}), ("tiny-mixed", {ENGINE})):
         case = replace(CASES[name], peers=(CTRANSLATE2,), wanted={CTRANSLATE2: 1e9})
         found, _ = generate.measure(case, 1, device=CPU, dtype=torch.float32, peers=True, quick=True)
@@ -122,7 +121,7 @@ def test_the_counting_t5_ends_where_its_source_asks():
     pytest.importorskip("transformers")
     case = CASES["tiny-mixed"]
     ends = list(range(case.ends[0], case.ends[1] + 1))
-    decode = t5.by_ctranslate2(case, t5.t5(case), t5.asking(case, ends, [3] * len(ends)), "float32", "cpu")
+    decode = t5.by_ctranslate2(case, t5.asking(case, ends, [3] * len(ends)), "float32", "cpu", 1)
     # the step that ends a text counts, as ours does
     assert [tokens + 1 for tokens in decode()] == ends
 

@@ -22,10 +22,22 @@ def model():
     return tiny_model()
 
 
-def test_threads_are_shared_by_fours_where_there_are_rows_for_it():
-    assert [workers_for(threads, 32, 4) for threads in (1, 2, 4, 5, 8, 64)] == [1, 1, 1, 2, 2, 2]
-    assert [workers_for(64, slots, 4) for slots in (1, 16, 32, 256, 1000)] == [1, 1, 2, 16, 16]
-    assert workers_for(64, 3, 64) == 3
+def test_each_thread_is_a_worker_where_there_are_rows_for_it():
+    assert [workers_for(threads, 32, 4) for threads in (1, 2, 3, 64)] == [1, 2, 1, 1]
+    assert [workers_for(64, slots, 4) for slots in (1, 256, 1023, 1024)] == [1, 1, 1, 64]
+    assert workers_for(4, 3, 200) == 1
+
+
+@needs_extension
+def test_there_are_places_for_every_thread_by_default(model):
+    before = torch.get_num_threads()
+    try:
+        for threads, slots in ((1, 32), (2, 32), (4, 64)):
+            torch.set_num_threads(threads)
+            plan = Plan.of(model.decoder("text"), beams=4)
+            assert (plan.slots, plan.workers) == (slots, threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_extension

@@ -9,9 +9,9 @@ import torch
 
 from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.slots import Slots
-from spear_fast.decoding.workers import MOST_THREADS, Workers, workers_for
+from spear_fast.decoding.workers import ROWS_OF_WORKER, Workers, workers_for
 
-# places where nobody says how many; on a CPU for each worker: products are at their best from about a hundred rows
+# places where nobody says how many; on a CPU at least, and as many as every thread needs to be a worker of its own
 DEFAULT_SLOTS = {"cpu": 32, "cuda": 128}
 # share of a GPU's free memory that the buffers may take: activations and the encoder need some too
 SHARE = 0.8
@@ -64,7 +64,7 @@ class Plan:
             )
         each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
         budget = free_bytes(decoder.device) if budget is None else budget
-        wanted = slots or _default_slots(decoder.device)
+        wanted = slots or _default_slots(decoder.device, beams)
         fitting = wanted if budget is None else min(wanted, budget // each)
         if fitting < (slots or 1):
             raise ValueError(
@@ -109,9 +109,9 @@ class Plan:
         return Workers(parts, torch.get_num_threads()) if workers > 1 else parts[0]
 
 
-def _default_slots(device: torch.device) -> int:
+def _default_slots(device: torch.device, beams: int) -> int:
     if device.type == "cpu":
-        return DEFAULT_SLOTS["cpu"] * -(-torch.get_num_threads() // MOST_THREADS)
+        return max(DEFAULT_SLOTS["cpu"], ROWS_OF_WORKER * torch.get_num_threads() // beams)
     return DEFAULT_SLOTS["cuda"]
 
 
