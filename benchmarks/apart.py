@@ -2,16 +2,14 @@
 
 Libraries that bring OpenMP share one count of threads in a process: once there are more than processors, threads no
 longer wait for work but go to sleep, and whatever computes with torch becomes up to twice as slow, for good. So a peer
-with threads of its own runs apart. There its threads wait actively, which makes it faster, up to 1.6 times; and it is
-stopped while nobody asks, so that they take no time from others.
+with threads of its own runs apart, and is told to let them wait awake for a while, with which CTranslate2 on two cores
+is up to 1.6 times as fast as without (and half as fast where they may wait so for ever).
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,7 +17,8 @@ from typing import Any
 
 import torch
 
-WAITING = {"OMP_WAIT_POLICY": "ACTIVE"}
+# for GNU's OpenMP
+WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "100000"}
 
 
 def apart(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[], Any]:
@@ -45,32 +44,18 @@ def apart(make: Callable[..., Callable[[], Any]], *arguments: Any) -> Callable[[
             error, result = here.recv()
         except EOFError:
             raise RuntimeError("the process of a peer has ended unasked") from None
-        _signal(process, "SIGSTOP")
         if error is not None:
             raise RuntimeError(error)
         return result
 
     def run() -> Any:
-        _signal(process, "SIGCONT")
         here.send(True)
         return answer()
 
     # whoever lets go of it lets the process end
-    weakref.finalize(run, _end, process, here)
+    weakref.finalize(run, here.close)
     answer()
     return run
-
-
-def _end(process: Any, pipe: Connection) -> None:
-    pipe.close()
-    _signal(process, "SIGCONT")
-
-
-def _signal(process: Any, name: str) -> None:
-    # some systems cannot stop a process
-    if hasattr(signal, name):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, getattr(signal, name))
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
