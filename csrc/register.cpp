@@ -4,6 +4,7 @@
 
 #include "cpu/decoder_layers.h"
 #include "cpu/packed_linear.h"
+#include "cpu/pages.h"
 #include "ops.h"
 
 TORCH_LIBRARY_FRAGMENT(spear_fast, library) {
@@ -18,6 +19,7 @@ TORCH_LIBRARY_FRAGMENT(spear_fast, library) {
   library.class_<DecoderLayers>("DecoderLayers")
       .def(torch::init<DecoderLayers::Linears, std::vector<at::Tensor>, at::Tensor, int64_t, int64_t>())
       .def("step", &DecoderLayers::step);
+  library.def("give_memory_back() -> ()", &spear_fast::give_memory_back);
   // of the calling thread, which takes the number for all when a library first asks: torch's own, and this one
   library.def("set_num_threads(int count) -> ()", [](int64_t count) {
     at::internal::lazy_init_num_threads();

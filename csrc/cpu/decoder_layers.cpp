@@ -5,17 +5,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cmath>
 #include <cstring>
 
 #include "../ops.h"
+#include "pages.h"
 #include "rows.h"
 
 namespace spear_fast {
@@ -71,23 +66,13 @@ void add_row(at::Tensor x, const at::Tensor& row) {
   }
 }
 
-// weights one behind the other, in the order in which a step reads them, on large pages where the system has them: the
-// processor then finds their addresses, and reads ahead, without a stop every 4 KB
+// weights one behind the other, in the order in which a step reads them, so that they fill large pages
 void lay_together(const std::vector<c10::intrusive_ptr<PackedLinear>>& linears) {
   int64_t bytes = 0;
   for (const auto& each : linears) {
     bytes += each->bytes();
   }
-  const at::Tensor memory = at::empty({bytes}, at::kByte);
-#if defined(__linux__)
-  constexpr uintptr_t page = 2 << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(memory.data_ptr()) + bytes) / page * page;
-  if (begin < end) {
-    // where it is refused small pages do
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
+  const at::Tensor memory = whole_pages(bytes);
   int64_t offset = 0;
   for (const auto& each : linears) {
     const int64_t size = each->bytes();
@@ -119,10 +104,8 @@ DecoderLayers::DecoderLayers(
   }
   logits_ = linears.back();
   lay_together(linears);
-#if defined(__GLIBC__)
-  // what packing held in between, a third of the weights, would otherwise be kept for allocations that do not come
-  malloc_trim(0);
-#endif
+  // what packing held in between is a third of the weights
+  give_memory_back();
 }
 
 at::Tensor DecoderLayers::step(

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 
+#include "pages.h"
 #include "panels.h"
 #include "rows.h"
 
@@ -130,7 +131,7 @@ PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Ten
   }
   if (kind_ == Kind::kFloat) {
     panels_ = Panels(outputs_, features_);
-    weight_ = at::empty({panels_.units()}, weight.options());
+    weight_ = whole_pages(bytes()).view(at::kFloat);
     panels_.fill(weight_.data_ptr<float>(), [&](int64_t output, int64_t i) { return p_dense[output * features_ + i]; });
     return;
   }
@@ -140,7 +141,7 @@ PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Ten
   scales_.narrow(0, 0, outputs_).copy_(largest.div(kLargest));
   const at::Tensor whole = dense.div(largest.div(kLargest).unsqueeze(1)).round().clamp(-kLargest, kLargest).to(at::kChar);
   panels_ = Panels(outputs_, (features_ + 3) / 4);
-  weight_ = at::empty({panels_.units()}, weight.options().dtype(at::kInt));
+  weight_ = whole_pages(bytes()).view(at::kInt);
   const auto* p_whole = whole.const_data_ptr<int8_t>();
   panels_.fill(weight_.data_ptr<int32_t>(), [&](int64_t output, int64_t i) {
     int8_t four[4] = {};

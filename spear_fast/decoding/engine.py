@@ -280,9 +280,13 @@ class Engine:
         if memories:
             options, seeds = zip(*((request.options, request.seed) for request in self._moving), strict=True)
             slots.admit(self._moving, memories, options, seeds)
+        admitted = len(self._moving)
         for request in self._moving:
             request.memory = None
         self._moving = []
+        if 2 * admitted >= slots.count and self.decoder.native is not None:
+            # what encoding so many held in between would be kept beside the caches, which fill up from now on
+            torch.ops.spear_fast.give_memory_back()
 
     def _encode(self) -> None:
         """Encodes the longest that wait, as many as `encode_tokens` hold and at least one."""
