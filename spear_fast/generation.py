@@ -92,7 +92,7 @@ class Generation(Inputs):
 
         slots: utterances in flight; beams, max_length, max_source: the most that a request may want; budget: bytes for
         the buffers; see `Plan.of`. guided, deterministic: see `Engine`. weights: "int8" makes the products of 8 bits,
-        on CPUs: several times as fast, and no longer exact. workers: on a CPU, that share places and threads, see
+        on x86 CPUs: faster, and no longer exact. workers: on a CPU, that share places and threads, see
         `Plan.of`. Sources are ids `[n]`, with the end-of-sequence where the model sets one automatically: `encode` adds
         it, an engine takes them as they are.
         """

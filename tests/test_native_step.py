@@ -12,10 +12,13 @@ from torch import Tensor
 from spear_fast import DecodingOptions, ops
 from spear_fast.decoding import Decoder, decode
 from spear_fast.decoding import step as stepping
+from spear_fast.decoding.linear import packs
 from spear_fast.decoding.slots import Slots
 from spear_fast.ops import extension
 
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+pytestmark = pytest.mark.skipif(
+    not packs(torch.zeros(1)), reason=extension.missing() or "the extension was built without vectors"
+)
 
 # panels of unequal widths, a depth in two parts, rows in several groups, nothing
 SIZES = [(1, 8, 8), (3, 32, 21), (33, 17, 5), (200, 64, 48), (7, 344, 512), (19, 1365, 70), (390, 24, 260), (0, 16, 4)]
@@ -195,6 +198,19 @@ def test_int8_weights_decode_nearly_the_same() -> None:
     torch.testing.assert_close(
         ours.token_logprobs[same][:, 0, 0], theirs.token_logprobs[same][:, 0, 0], rtol=0.05, atol=0.1
     )
+
+
+def test_a_build_without_vectors_leaves_the_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {**extension.facts(), "capability": "DEFAULT", "machine": "x86_64"}
+    monkeypatch.setattr(extension, "facts", lambda: built)
+    _, decoder, memory, mask = decoders(False)
+    assert decoder.native is None
+    assert not decoder.row_by_row
+    assert decode(decoder, memory, mask, DecodingOptions(beam_size=2, max_length=3)).tokens.numel()
+    with pytest.raises(ValueError, match=r"built for AVX2 or AVX512, got .* an extension built for DEFAULT"):
+        decoders(False, "int8")
+    built["machine"] = "aarch64"
+    assert decoders(False)[1].native is not None
 
 
 def test_int8_weights_are_refused_where_they_cannot_be() -> None:

@@ -104,7 +104,8 @@ class Decoder:
 
         token_embedding: `[vocabulary, dim]`, also the logits' matrix. start_token: `[dim]`.
         early_exit: the number of layers below it and the head: feed-forward with residual, norm, linear.
-        weights: "int8" rounds the products' weights, and what they are multiplied with, to 8 bits; for float32 on CPUs.
+        weights: "int8" rounds the products' weights, and what they are multiplied with, to 8 bits; of float32 models on
+            x86 CPUs.
 
         Raises ValueError when the transformer has no cross-attention, or when its weights cannot be held so.
         """

@@ -14,13 +14,17 @@ from spear_fast.ops import extension
 # halves of the feed-forward are padded to it, as a GPU's products need; zeros change nothing: their gate is gelu(0) = 0
 ALIGNMENT = 16
 
-# how weights are held: as they are, or rounded to 8 bits with a scale for each output, on CPUs
+# how weights are held: as they are, or rounded to 8 bits with a scale for each output, on x86 CPUs
 Weights = Literal["exact", "int8"]
 
 
 def packs(weight: Tensor) -> bool:
-    """Returns whether the extension takes this weight to pack it: float32 on a CPU."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and extension.missing() is None
+    """Returns whether the extension takes this weight to pack it: float32 on a CPU, whose vectors it was built for."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or extension.missing() is not None:
+        return False
+    built = extension.facts()
+    # of x86 without AVX2 there are no vectors to multiply with: torch has better ones, chosen when it runs
+    return built["capability"] != "DEFAULT" or built["machine"] not in ("x86_64", "AMD64")
 
 
 def check_weights(weights: str, weight: Tensor) -> None:
@@ -29,10 +33,13 @@ def check_weights(weights: str, weight: Tensor) -> None:
         raise ValueError(f"weights must be 'exact' or 'int8', got {weights!r}.")
     if weights == "exact":
         return
-    if not packs(weight):
+    missing = extension.missing()
+    capability = None if missing is not None else extension.facts()["capability"]
+    if not packs(weight) or capability == "DEFAULT":
+        built = missing or f"an extension built for {capability}"
         raise ValueError(
-            f"weights='int8' needs a float32 model on a CPU and the C++ extension, got {weight.dtype} on "
-            f"{weight.device.type}{'' if extension.missing() is None else f' and {extension.missing()}'}."
+            "weights='int8' needs a float32 model on a CPU and the C++ extension built for AVX2 or AVX512, got "
+            f"{weight.dtype} on {weight.device.type} and {built}."
         )
 
 

@@ -24,7 +24,7 @@ class LabelOptions:
     max_source_tokens: a longer source is a failed row.
     batch_tokens: source tokens that are worked on together, taken as 256 an utterance: 8192 are 32 utterances, each of
         which leaves its place to the next one as soon as it is done.
-    dtype: of weights and activations; "int8" is float32 with the weights' products made of 8 bits, on CPUs.
+    dtype: of weights and activations; "int8" is float32 with the weights' products made of 8 bits, on x86 CPUs.
     num_shards: files to write; by default one for every `rows_per_shard` rows.
     """
 
