@@ -39,6 +39,9 @@ def test_there_are_places_for_every_thread_by_default(model):
             torch.set_num_threads(threads)
             plan = Plan.of(model.decoder("text"), beams=4)
             assert (plan.slots, plan.workers) == (slots, threads)
+        # rounded up: a row less would leave all threads to one worker
+        plan = Plan.of(model.decoder("text"), beams=5)
+        assert (plan.slots, plan.workers) == (52, 4)
     finally:
         torch.set_num_threads(before)
 

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
-
 #include <cmath>
 #include <cstring>
 

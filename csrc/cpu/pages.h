@@ -21,11 +21,14 @@ namespace spear_fast {
 // back to the system: temporary ones of a step then take half again as much.
 inline at::Tensor whole_pages(int64_t bytes) {
 #if defined(__linux__)
+  if (bytes == 0) {
+    return at::empty({0}, at::kByte);
+  }
   constexpr size_t large = 2 << 20;
   const auto size = (static_cast<size_t>(bytes) + large - 1) / large * large;
   // one more, so that the beginning can be at a large page's; what nobody touches takes no memory
   void* whole = mmap(nullptr, size + large, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (bytes > 0 && whole != MAP_FAILED) {
+  if (whole != MAP_FAILED) {
     auto* first = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(whole) + large - 1) / large * large);
     // the last page is a small one where it would be mostly empty; refused is as well
     madvise(first, static_cast<size_t>(bytes) / large * large, MADV_HUGEPAGE);

@@ -7,13 +7,12 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
-#include "attention_rows.h"
 #include "lanes.h"
 
 namespace spear_fast {
@@ -129,11 +128,12 @@ template <typename Arithmetic, int WIDTH, int... ROW>
   }
 }
 
+// calls body with a count of 1 to MOST as a constant
 template <int MOST, typename Body>
-inline void with_width(int64_t width, const Body& body) {
+inline void with_constant(int64_t count, const Body& body) {
   if constexpr (MOST > 1) {
-    if (width < MOST) {
-      return with_width<MOST - 1>(width, body);
+    if (count < MOST) {
+      return with_constant<MOST - 1>(count, body);
     }
   }
   body(std::integral_constant<int, MOST>{});
@@ -150,7 +150,7 @@ inline void multiply_panels(
   if (rows == 0 || shape.outputs == 0) {
     return;
   }
-  const int64_t parts = std::max<int64_t>(1, (shape.depth + chunk - 1) / chunk);
+  const int64_t parts = (shape.depth + chunk - 1) / chunk;
   const int64_t part = (shape.depth + parts - 1) / parts;
   // few panels for many threads: these share the rows too
   const int64_t shares = (at::get_num_threads() + shape.count - 1) / shape.count;
@@ -158,14 +158,14 @@ inline void multiply_panels(
   const int64_t groups = (rows + group - 1) / group;
   const int64_t work = (std::min(rows, group) + kReading) * shape.depth * kPanelVectors * Panels::kLanes;
   at::parallel_for(
-      0, groups * shape.count, std::max<int64_t>(1, kPanelGrain / std::max<int64_t>(1, work)),
+      0, groups * shape.count, std::max<int64_t>(1, kPanelGrain / work),
       [&](int64_t first_task, int64_t last_task) {
         alignas(64) typename Arithmetic::unit_t sums[kPanelRows * kPanelVectors * Panels::kLanes];
         for (int64_t task = first_task; task < last_task; ++task) {
           const int64_t panel = task % shape.count, first_row = task / shape.count * group;
           const int64_t count = std::min(group, rows - first_row);
           const int64_t vector = shape.begin(panel), lanes = Panels::kLanes;
-          with_width<kPanelVectors>(shape.begin(panel + 1) - vector, [&](auto width) {
+          with_constant<kPanelVectors>(shape.begin(panel + 1) - vector, [&](auto width) {
             constexpr int WIDTH = decltype(width)::value;
             for (int64_t start = 0; start < shape.depth; start += part) {
               const int64_t depth = std::min(part, shape.depth - start);
@@ -179,7 +179,7 @@ inline void multiply_panels(
                 const int64_t row = count * block / blocks, size = count * (block + 1) / blocks - row;
                 const Ahead<typename Arithmetic::unit_t> ahead{
                     next + size_ahead * block / blocks, next + size_ahead * (block + 1) / blocks, lines};
-                with_width<kPanelRows>(size, [&](auto each) {
+                with_constant<kPanelRows>(size, [&](auto each) {
                   panel_block<Arithmetic, WIDTH>(
                       std::make_integer_sequence<int, decltype(each)::value>(), a + (first_row + row) * a_row + start, a_row,
                       here, depth, ahead, sums);

@@ -111,7 +111,7 @@ class Plan:
 
 def _default_slots(device: torch.device, beams: int) -> int:
     if device.type == "cpu":
-        return max(DEFAULT_SLOTS["cpu"], ROWS_OF_WORKER * torch.get_num_threads() // beams)
+        return max(DEFAULT_SLOTS["cpu"], -(-ROWS_OF_WORKER * torch.get_num_threads() // beams))
     return DEFAULT_SLOTS["cuda"]
 
 

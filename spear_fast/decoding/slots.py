@@ -253,17 +253,16 @@ class Slots:
 
     def _close_up(self) -> None:
         """Moves the last utterances into the places that nobody has taken."""
-        for place in range(len(self.seats)):
-            while self.seats and self.seats[-1] is None:
-                self.seats.pop()
-            if place >= len(self.seats):
-                break
-            if self.seats[place] is None:
-                last = self.seats.pop()
-                assert last is not None
-                self._move(last, len(self.seats), place)
-                self.seats[place] = last
-                self.all.done[len(self.seats)] = True
+        if None not in self.seats:
+            return
+        seated = [(place, seat) for place, seat in enumerate(self.seats) if seat is not None]
+        vacant = [place for place in range(len(seated)) if self.seats[place] is None]
+        # as many are behind the first places as are free among them
+        for target, (origin, seat) in zip(vacant, reversed(seated), strict=False):
+            self._move(seat, origin, target)
+            self.seats[target] = seat
+            self.all.done[origin] = True
+        del self.seats[len(seated) :]
 
     def _move(self, seat: Seat, origin: int, target: int) -> None:
         whole, beams = self.all, self.beams
