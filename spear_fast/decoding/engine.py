@@ -49,6 +49,9 @@ class _Request:
         return self.ticket.done()
 
 
+# utterances that come at once whose encoding leaves memory that is worth giving back; it takes milliseconds
+MANY = 8
+
 Outcomes = list[tuple[Ticket, DecodingResult | BaseException]]
 
 
@@ -284,7 +287,7 @@ class Engine:
         for request in self._moving:
             request.memory = None
         self._moving = []
-        if 2 * admitted >= slots.count and self.decoder.native is not None:
+        if admitted >= max(MANY, slots.count // 2) and self.decoder.native is not None:
             # what encoding so many held in between would be kept beside the caches, which fill up from now on
             torch.ops.spear_fast.give_memory_back()
 

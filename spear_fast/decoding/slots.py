@@ -234,10 +234,10 @@ class Slots:
     def harvest(self) -> list[tuple[Any, DecodingResult]]:
         """Frees the places of all that are done; returns owners and results, each of one utterance, on the CPU."""
         done = self.all.done[: len(self.seats)].tolist()
-        places = [place for place, seat in enumerate(self.seats) if seat is not None and done[place]]
-        if not places:
+        found = [(place, seat) for place, seat in enumerate(self.seats) if seat is not None and done[place]]
+        if not found:
             return []
-        seats = [seat for seat in map(self.seats.__getitem__, places) if seat is not None]
+        places, seats = zip(*found, strict=True)
         results = self._results(places, seats)
         self._vacate(places)
         return [(seat.owner, result) for seat, result in zip(seats, results, strict=True)]
