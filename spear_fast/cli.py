@@ -1,4 +1,4 @@
-"""The command line: `spear-fast label | info | import-pt | export-pt | bench`.
+"""The command line: `spear-fast label | generate | info | import-pt | export-pt | bench`.
 
 Results go to standard output, progress and errors to standard error. Exit status: 0 all done; 3 done, but some rows
 failed (see failed.jsonl); 2 nothing could be done; 130 or 143 interrupted, to be resumed with the same command.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from spear_fast.cli_arguments import device_of, finite, positive
 
 EXIT_DONE, EXIT_ERROR, EXIT_SOME_FAILED, EXIT_INTERRUPTED = 0, 2, 3, 130
 # what `bench` measures
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"spear-fast {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_label(commands)
+    _add_generate(commands)
     _add_info(commands)
     _add_import(commands)
     _add_export(commands)
@@ -102,26 +104,6 @@ def _command(commands: Any, name: str, run: Any, text: str, epilog: str | None =
     parser.set_defaults(run=run)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}")
-    return value
 
 
 def _add_label(commands: Any) -> None:
@@ -139,9 +121,9 @@ def _add_label(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder; one that was begun is gone on with")
     search = parser.add_argument_group("search")
-    search.add_argument("--beam-size", type=_positive, default=4, metavar="N")
-    search.add_argument("--max-length", type=_positive, default=512, metavar="N", help="tokens of a label (512)")
-    search.add_argument("--length-penalty", type=_finite, default=1.0, metavar="X", help="exponent of the length (1.0)")
+    search.add_argument("--beam-size", type=positive, default=4, metavar="N")
+    search.add_argument("--max-length", type=positive, default=512, metavar="N", help="tokens of a label (512)")
+    search.add_argument("--length-penalty", type=finite, default=1.0, metavar="X", help="exponent of the length (1.0)")
     search.add_argument(
         "--early-stopping",
         choices=("true", "false", "never"),
@@ -149,31 +131,31 @@ def _add_label(commands: Any) -> None:
         help="stop a search at the first full pool, by an estimate (default), or only when nothing can improve",
     )
     search.add_argument(
-        "--repetition-penalty", type=_finite, default=1.0, metavar="X", help="above 1: less of what was said (1.0)"
+        "--repetition-penalty", type=finite, default=1.0, metavar="X", help="above 1: less of what was said (1.0)"
     )
     search.add_argument(
         "--no-repeat-ngram-size", type=int, default=0, metavar="N", help="no n tokens come twice (0: may)"
     )
     search.add_argument(
-        "--coverage-penalty", type=_finite, default=0.0, metavar="X", help="against skipped speech, at the end (0.0)"
+        "--coverage-penalty", type=finite, default=0.0, metavar="X", help="against skipped speech, at the end (0.0)"
     )
     size = parser.add_argument_group("sizes")
-    size.add_argument("--max-source-tokens", type=_positive, default=4096, metavar="N", help="longer ones fail (4096)")
+    size.add_argument("--max-source-tokens", type=positive, default=4096, metavar="N", help="longer ones fail (4096)")
     size.add_argument(
         "--batch-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="source tokens that are worked on together, taken as 256 an utterance (8192; on a GPU 65536); on a CPU of "
         "many cores 4096 for each of them keep all busy",
     )
     shards = size.add_mutually_exclusive_group()
-    shards.add_argument("--num-shards", type=_positive, metavar="N", help="files to write")
-    shards.add_argument("--rows-per-shard", type=_positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
+    shards.add_argument("--num-shards", type=positive, metavar="N", help="files to write")
+    shards.add_argument("--rows-per-shard", type=positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
-    machine.add_argument("--threads", type=_positive, metavar="N", help="threads of torch on the CPU")
-    machine.add_argument("--workers", type=_positive, metavar="N", help="threads that read and tokenize audio")
+    machine.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU")
+    machine.add_argument("--workers", type=positive, metavar="N", help="threads that read and tokenize audio")
     parser.add_argument("--retry-failed", action="store_true", help="label the shards that hold failed rows again")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--json", action="store_true", help="print events and the summary as JSON lines")
@@ -189,7 +171,7 @@ def run_label(arguments: argparse.Namespace) -> int:
     from spear_fast.labelling.progress import make_reporter
     from spear_fast.labelling.stopping import StopSignal
 
-    device = _device(arguments.device)
+    device = device_of(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     options = LabelOptions(
@@ -233,17 +215,11 @@ def run_label(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if summary.failed else EXIT_DONE
 
 
-def _device(name: str) -> Any:
-    import torch
+def _add_generate(commands: Any) -> None:
+    from spear_fast import cli_generate
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
+    parser = _command(commands, "generate", cli_generate.run, cli_generate.DESCRIPTION, cli_generate.STATUS)
+    cli_generate.add_arguments(parser)
 
 
 def _add_info(commands: Any) -> None:
@@ -266,8 +242,8 @@ def _add_import(commands: Any) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="folder of .pt files: speech ids, -1, text ids")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--model", metavar="DIR_OR_CHECKPOINT", help="the model that made the rows, for its sizes; or:")
-    parser.add_argument("--num-speech-ids", type=_positive, metavar="N", help="its num_semantic_token_ids")
-    parser.add_argument("--num-text-ids", type=_positive, metavar="N", help="its num_text_token_ids")
+    parser.add_argument("--num-speech-ids", type=positive, metavar="N", help="its num_semantic_token_ids")
+    parser.add_argument("--num-text-ids", type=positive, metavar="N", help="its num_text_token_ids")
     parser.add_argument("--quiet", action="store_true", help="print errors only")
 
 

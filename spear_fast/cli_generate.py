@@ -1,0 +1,318 @@
+"""`spear-fast generate`: text to speech tokens, or speech tokens to text, for people at a terminal and for pipes."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spear_fast import cli_inputs, cli_outputs
+from spear_fast.cli_arguments import device_of, finite, positive
+from spear_fast.cli_inputs import Input
+from spear_fast.cli_outputs import Hypothesis
+
+if TYPE_CHECKING:
+    from spear_fast.inputs import Modality
+
+DESCRIPTION = "Turn text into semantic speech tokens, or speech tokens into text; results come as they are finished."
+STATUS = (
+    "Inputs are arguments, the lines of standard input, or the rows of --file. "
+    "exit status: 0 all done, 3 some inputs failed (standard error says why), 2 error, 130 interrupted"
+)
+DONE, ERROR, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
+
+# what the command line calls the model's two vocabularies
+MODALITIES: dict[str, Modality] = {"text": "text", "tokens": "speech"}
+BATCH_SIZE = {"cpu": 32, "cuda": 128}
+# inputs read ahead, for each that is decoded: sources of about equal length are encoded together
+AHEAD = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help='text, or ids such as "12 5 7"; one input each')
+    parser.add_argument("--file", type=Path, metavar="FILE", help="txt, jsonl (id; text or tokens), npy or parquet")
+    parser.add_argument("--input-format", choices=cli_inputs.FORMATS, help="of --file, or of standard input (txt)")
+    parser.add_argument("--model", required=True, metavar="DIR_OR_CHECKPOINT", help="model folder or checkpoint file")
+    parser.add_argument("--from", dest="source", choices=MODALITIES, help="what the inputs are (told by the first one)")
+    parser.add_argument("--to", dest="target", choices=MODALITIES, help="what to generate (the other one)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=".txt, .jsonl or .npy (standard output, as txt)")
+    parser.add_argument("--format", choices=cli_outputs.FORMATS, help="of the output (told by the name of --out)")
+    parser.add_argument("--unordered", action="store_true", help="write each result once it is finished; use jsonl")
+    search = parser.add_argument_group("decoding")
+    method = search.add_mutually_exclusive_group()
+    method.add_argument("--beam", type=positive, metavar="N", help="beam search with N hypotheses (4)")
+    method.add_argument("--greedy", action="store_true", help="take the likeliest token")
+    method.add_argument("--sample", action="store_true", help="draw tokens")
+    search.add_argument("--temperature", type=finite, metavar="X", help="of sampling (1.0)")
+    search.add_argument("--top-k", type=positive, metavar="N", help="draw from the N likeliest tokens")
+    search.add_argument("--top-p", type=finite, metavar="X", help="draw from the likeliest tokens that hold X")
+    search.add_argument("--seed", type=int, metavar="N", help="of the draws; the same seed gives the same results")
+    search.add_argument("--n-best", type=positive, default=1, metavar="N", help="results of each input, best first (1)")
+    search.add_argument("--max-length", type=positive, default=512, metavar="N", help="most generated tokens (512)")
+    search.add_argument("--max-source", type=positive, default=2048, metavar="N", help="longer inputs fail (2048)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=positive, metavar="N", help="inputs decoded at once (32; on a GPU 128)")
+    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
+    machine.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generates, and returns the exit status."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            print("spear-fast: interrupted; the results that are written are whole", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.inputs and arguments.file is not None:
+        raise ValueError("inputs come as arguments or from --file, got both; leave one of them out.")
+    kind = cli_outputs.format_of(arguments.out, arguments.format)
+    if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"--out {arguments.out} is in a folder that does not exist; make the folder first.")
+    if arguments.out is not None and arguments.file is not None and arguments.out.resolve() == arguments.file.resolve():
+        raise ValueError(f"--out must be another file than --file, got {arguments.out} for both.")
+    options = _options(arguments)
+    inputs, total = _inputs(arguments)
+    # the first input tells the direction, and whether the source can be read, before a model is loaded
+    first = list(itertools.islice(inputs, 1))
+    if not first:
+        raise ValueError("there is no input: the source is empty; give at least one text or list of ids.")
+    source, target = direction(first[0], arguments.source, arguments.target)
+    generation = _Generation(arguments, source, target, options, total)
+    try:
+        with cli_outputs.opened(arguments.out, kind, arguments.n_best) as write:
+            generation.run(itertools.chain(first, inputs), write)
+    finally:
+        generation.close()
+    if not generation.failed:
+        return DONE
+    return SOME_FAILED if generation.failed < generation.written else ERROR
+
+
+def _inputs(arguments: argparse.Namespace) -> tuple[Iterator[Input], int | None]:
+    """Returns the inputs, and how many they are where that is known beforehand."""
+    if arguments.file is not None:
+        return cli_inputs.from_file(arguments.file, arguments.input_format), None
+    if arguments.inputs and arguments.inputs != ["-"]:
+        return cli_inputs.from_arguments(arguments.inputs), len(arguments.inputs)
+    return cli_inputs.from_standard_input(arguments.input_format), None
+
+
+def direction(first: Input, source: str | None, target: str | None) -> tuple[str, str]:
+    """Returns what goes in and what comes out, "text" or "tokens" each: as given, else told by the first input."""
+    if source is None and target is not None:
+        source = "tokens" if target == "text" else "text"
+    if source is None:
+        written = first.text is not None and cli_inputs.as_ids(first.text) is None
+        source = "text" if written else "tokens"
+    return source, target or ("tokens" if source == "text" else "text")
+
+
+def _options(arguments: argparse.Namespace) -> Any:
+    from spear_fast import DecodingOptions
+
+    method: Any = "sample" if arguments.sample else "greedy" if arguments.greedy else "beam"
+    if method != "sample":
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            if getattr(arguments, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is for draws; add --sample, or leave it out.")
+    beams = arguments.beam or max(4, arguments.n_best)
+    if method == "greedy" and arguments.n_best > 1:
+        raise ValueError(f"--n-best must be 1 with --greedy, got {arguments.n_best}; search with --beam, or --sample.")
+    if method == "beam" and arguments.n_best > beams:
+        raise ValueError(f"--n-best must be at most --beam, {beams}, got {arguments.n_best}; raise --beam.")
+    return DecodingOptions(
+        method=method,
+        beam_size=beams,
+        temperature=1.0 if arguments.temperature is None else arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        max_length=arguments.max_length,
+        num_return_sequences=arguments.n_best,
+    )
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+
+
+class _Generation:
+    """One run: inputs through an engine, results to a writer.
+
+    written: inputs whose result, or failure, has been handed over. failed: how many of them failed.
+    """
+
+    def __init__(
+        self, arguments: argparse.Namespace, source: str, target: str, options: Any, total: int | None
+    ) -> None:
+        import torch
+        from tqdm import tqdm
+
+        from spear_fast import load_model
+
+        device = device_of(arguments.device)
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        self._model = load_model(arguments.model)
+        dtype = torch.float32 if arguments.dtype == "int8" else getattr(torch, arguments.dtype)
+        for name, child in self._model.named_children():
+            if name != "wav2vec":
+                child.to(device=device, dtype=dtype)
+        self._source, self._target = source, target
+        if source == "text":
+            _check_tokenizer(self._model)
+        self._options, self._ordered = options, not arguments.unordered
+        # torch's own generator starts with the same seed in every process
+        self._seed = torch.Generator().seed() if arguments.seed is None else arguments.seed
+        batch = arguments.batch_size or BATCH_SIZE.get(device.type, 32)
+        slots = batch if total is None else min(batch, total)
+        self._engine = self._model.engine(
+            source_type=MODALITIES[source],
+            target_type=MODALITIES[target],
+            slots=slots,
+            beams=options.hypotheses,
+            max_length=options.max_length,
+            max_source=arguments.max_source,
+            weights="int8" if arguments.dtype == "int8" else "exact",
+            # what stands beside an input must not change its result
+            deterministic=True,
+        )
+        self._ahead = AHEAD * slots
+        self._finished: deque[Any] = deque()
+        self.written = self.failed = 0
+        shown = sys.stderr is not None and sys.stderr.isatty()
+        # on one terminal the bar would stand between the results
+        shown = shown and not (arguments.out is None and sys.stdout is not None and sys.stdout.isatty())
+        self._bar = tqdm(total=total, unit=" inputs", file=sys.stderr, disable=not shown)
+
+    def run(self, inputs: Iterator[Input], write: cli_outputs.Writer) -> None:
+        """Decodes the inputs as they come and writes what is finished, in their order unless told not to."""
+        reader = cli_inputs.Reader(inputs, self._ahead)
+        outcomes: dict[int, tuple[Input, list[Hypothesis] | _Failure]] = {}
+        taken, ended = 0, False
+        while not ended or self.written < taken:
+            while not ended and taken - self.written < self._ahead:
+                # with nothing to decode there is nothing else to do than to wait for input
+                entry = reader.next(wait=taken - self.written == len(outcomes))
+                if entry is None:
+                    ended = reader.ended
+                    break
+                failure = self._submit(taken, entry)
+                if failure is not None:
+                    outcomes[taken] = entry, failure
+                taken += 1
+            if self.written + len(outcomes) < taken:
+                self._engine.step()
+            while self._finished:
+                request = self._finished.popleft()
+                index, entry = request.tag
+                outcomes[index] = entry, self._outcome(request)
+            ready = sorted(outcomes) if not self._ordered else []
+            while self._ordered and self.written + len(ready) in outcomes:
+                ready.append(self.written + len(ready))
+            for index in ready:
+                self._write(write, *outcomes.pop(index))
+
+    def _say(self, message: str) -> None:
+        # without a file tqdm would write to standard output
+        if sys.stderr is not None:
+            self._bar.write(f"spear-fast: {message}", file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._engine.close()
+
+    def _submit(self, index: int, entry: Input) -> _Failure | None:
+        import torch
+
+        if entry.problem is not None:
+            return _Failure(entry.problem)
+        try:
+            ids = self._ids(entry)
+        except ValueError as error:
+            return _Failure(str(error))
+        options = self._options
+        if options.method == "sample":
+            # of its own: an input that fails, or is left out, changes no other result
+            options = replace(options, generator=torch.Generator().manual_seed((self._seed + index) % 2**63))
+        self._engine.submit(ids, options, tag=(index, entry), callback=self._finished.append)
+        return None
+
+    def _ids(self, entry: Input) -> Any:
+        """Returns the ids `[n]` int64 that the engine takes, the end of sequence included. Raises ValueError."""
+        import torch
+
+        modality = MODALITIES[self._source]
+        tokens = entry.tokens
+        if tokens is None and self._source == "tokens":
+            tokens = cli_inputs.as_ids(entry.text or "")
+            if tokens is None:
+                raise ValueError("the input is no list of ids, as the first one was; use --from text for all of them.")
+        if tokens is None:
+            tokens = self._read(entry)
+        size = self._model.eos_id[modality]
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ValueError(f"ids must be from 0 to {size - 1}, got {wrong}; are they another tokenizer's?")
+        end = [size] if self._model.autoset_eos_id[modality] else []
+        return torch.tensor([*tokens, *end], dtype=torch.int64)
+
+    def _read(self, entry: Input) -> list[int]:
+        """Returns the ids of a text. Raises ValueError where there are none; says what the tokenizer leaves out."""
+        text = entry.text or ""
+        encoding = self._model.tokenizer.encode(text)
+        if not encoding.ids:
+            raise ValueError("the model's tokenizer knows nothing of the text; is it another alphabet?")
+        read = {i for start, stop in encoding.offsets for i in range(start, stop)}
+        missing = [letter for i, letter in enumerate(text) if i not in read and not letter.isspace()]
+        if missing:
+            self._say(f"input {entry.id}: the model's tokenizer leaves out {' '.join(dict.fromkeys(missing))}")
+        return encoding.ids
+
+    def _outcome(self, request: Any) -> list[Hypothesis] | _Failure:
+        error = request.exception()
+        if error is not None:
+            return _Failure(" ".join(str(error).split()) or type(error).__name__)
+        result = request.result()
+        tokenizer = self._model.tokenizer if self._target == "text" else None
+        found = []
+        for rank in range(result.tokens.shape[1]):
+            length, finished = int(result.lengths[0, rank]), bool(result.finished[0, rank])
+            tokens = result.tokens[0, rank, :length].tolist()
+            found.append(
+                Hypothesis(
+                    tokens=tokens,
+                    text=None if tokenizer is None else tokenizer.decode(tokens),
+                    score=float(result.scores[0, rank]),
+                    mean_logprob=float(result.sum_logprobs[0, rank]) / max(1, length + finished),
+                    finished=finished,
+                )
+            )
+        return found
+
+    def _write(self, write: cli_outputs.Writer, entry: Input, outcome: list[Hypothesis] | _Failure) -> None:
+        self.written += 1
+        self._bar.update()
+        if isinstance(outcome, _Failure):
+            self.failed += 1
+            self._say(f"input {entry.id} failed: {outcome.reason}")
+            write(entry.id, [])
+        else:
+            write(entry.id, outcome)
+
+
+def _check_tokenizer(model: Any) -> None:
+    if model.tokenizer is None:
+        raise ValueError("the model has no text tokenizer to read text with; give a model folder with tokenizer.json.")

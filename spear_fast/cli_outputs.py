@@ -1,0 +1,94 @@
+"""What `spear-fast generate` writes: lines of text or ids, JSON lines, or one array."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+FORMATS = ("txt", "jsonl", "npy")
+# fills rows of an array behind their last id
+FILLING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """tokens: without pads and end of sequence. text: None unless the model writes text. mean_logprob: nats a token."""
+
+    tokens: list[int]
+    text: str | None
+    score: float
+    mean_logprob: float
+    finished: bool
+
+
+class Writer(Protocol):
+    """Takes the hypotheses of one input after the other, best first; none for an input that failed."""
+
+    def __call__(self, identifier: str, hypotheses: Sequence[Hypothesis]) -> None: ...
+
+
+def format_of(out: Path | None, wanted: str | None) -> str:
+    """Returns the format of the output. Raises ValueError where neither name nor option says which."""
+    if wanted is None and out is not None:
+        wanted = out.suffix.lower().removeprefix(".")
+        if wanted not in FORMATS:
+            raise ValueError(f"--out must end in .txt, .jsonl or .npy, got {out}; or pass --format.")
+    if wanted == "npy" and out is None:
+        raise ValueError("--format npy needs a file; name one with --out.")
+    return wanted or "txt"
+
+
+@contextmanager
+def opened(out: Path | None, kind: str, n_best: int) -> Iterator[Writer]:
+    """Gives what writes a format to a file, by default to standard output.
+
+    An input that failed leaves its lines or rows empty, so that lines of input and output belong together; `n_best`
+    says how many those are.
+    """
+    if kind == "npy" and out is not None:
+        rows: list[list[int]] = []
+        yield lambda _, hypotheses: rows.extend([each.tokens for each in hypotheses] or [[]] * n_best)
+        _save(out, rows)
+        return
+
+    def write(file: IO[str] | None, identifier: str, hypotheses: Sequence[Hypothesis]) -> None:
+        if kind == "jsonl":
+            lines = [_json_line(identifier, rank, each) for rank, each in enumerate(hypotheses, 1)]
+        else:
+            lines = [_line(each) for each in hypotheses] or [""] * n_best
+        # a closed standard output is None, and print says nothing then
+        print("".join(f"{line}\n" for line in lines), end="", file=file, flush=True)
+
+    if out is None:
+        yield lambda *result: write(sys.stdout, *result)
+        return
+    with out.open("w", encoding="utf-8") as file:
+        yield lambda *result: write(file, *result)
+
+
+def _line(hypothesis: Hypothesis) -> str:
+    if hypothesis.text is None:
+        return " ".join(map(str, hypothesis.tokens))
+    return " ".join(hypothesis.text.splitlines())
+
+
+def _json_line(identifier: str, rank: int, hypothesis: Hypothesis) -> str:
+    row = {"id": identifier, "rank": rank, **asdict(hypothesis)}
+    if hypothesis.text is None:
+        del row["text"]
+    return json.dumps(row)
+
+
+def _save(out: Path, rows: Sequence[list[int]]) -> None:
+    import numpy as np
+
+    array = np.full((len(rows), max(map(len, rows), default=0)), FILLING, dtype=np.int64)
+    for line, row in zip(array, rows, strict=True):
+        line[: len(row)] = row
+    with out.open("wb") as file:
+        np.save(file, array)
