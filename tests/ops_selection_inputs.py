@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from spear_fast.ops.selection_settings import EarlyStopping, Method, Real, Whole
+from spear_fast.ops.selection_params import EarlyStopping, FloatParam, IntParam, SelectionMethod
 
 PLAIN: dict = {"temperature": 1.0, "guidance": 1.0, "length_penalty": 1.0, "repetition_penalty": 1.0, "patience": 1.0,
-         "top_p": 1.0, "method": Method.BEAM, "max_length": 10_000, "min_length": 0, "eos_id": -1,
+         "top_p": 1.0, "method": SelectionMethod.BEAM, "max_length": 10_000, "min_length": 0, "eos_id": -1,
          "no_repeat_ngram_size": 0, "early_stopping": EarlyStopping.AT_BOUND, "top_k": 0, "prefix": ()}  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class Buffers:
     parents: Tensor
     logprobs: Tensor
     pool_scores: Tensor
-    pool_slots: Tensor
+    pool_beams: Tensor
     pool_ends: Tensor
     pool_finished: Tensor
     pool_last_logprobs: Tensor
@@ -62,7 +62,7 @@ def new_buffers(
         parents=torch.zeros(history, dtype=torch.uint8),
         logprobs=torch.zeros(history, dtype=precise),
         pool_scores=torch.full(pair, -torch.inf, dtype=precise),
-        pool_slots=torch.zeros(pair, dtype=torch.int64),
+        pool_beams=torch.zeros(pair, dtype=torch.int64),
         pool_ends=torch.zeros(pair, dtype=torch.int64),
         pool_finished=torch.zeros(pair, dtype=torch.bool),
         pool_last_logprobs=torch.zeros(pair, dtype=precise),
@@ -74,10 +74,10 @@ def new_buffers(
 
 
 def settings_of(rows: list[dict], beams: int, precise: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Real settings, whole settings and prefix; each row holds what differs from PLAIN and a beam of all slots."""
+    """Float params, int params and prefix; each row holds what differs from PLAIN and a beam of all slots."""
     longest = max([len(row.get("prefix", ())) for row in rows], default=0)
-    real = torch.zeros(len(rows), len(Real), dtype=precise)
-    whole = torch.zeros(len(rows), len(Whole), dtype=torch.int32)
+    float_params = torch.zeros(len(rows), len(FloatParam), dtype=precise)
+    int_params = torch.zeros(len(rows), len(IntParam), dtype=torch.int32)
     prefix = torch.zeros(len(rows), longest, dtype=torch.int32)
     for i, row in enumerate(rows):
         values = {**PLAIN, "beam_size": beams, **row}
@@ -85,15 +85,17 @@ def settings_of(rows: list[dict], beams: int, precise: torch.dtype = torch.float
         values["prefix_length"] = len(given)
         prefix[i, : len(given)] = torch.tensor(given, dtype=torch.int32)
         for name, value in values.items():
-            (real if name.upper() in Real.__members__ else whole)[i, column_of(name)] = value
-    return real, whole, prefix
+            (float_params if name.upper() in FloatParam.__members__ else int_params)[i, column_of(name)] = value
+    return float_params, int_params, prefix
 
 
 def column_of(name: str) -> int:
-    return Real[name.upper()] if name.upper() in Real.__members__ else Whole[name.upper()]
+    return FloatParam[name.upper()] if name.upper() in FloatParam.__members__ else IntParam[name.upper()]
 
 
-def random_rows(generator: torch.Generator, utterances: int, beams: int, vocab: int, method: Method) -> list[dict]:
+def random_rows(
+    generator: torch.Generator, utterances: int, beams: int, vocab: int, method: SelectionMethod
+) -> list[dict]:
     """Settings for each utterance; about half of them plain."""
 
     def one_of(*choices):
@@ -102,7 +104,7 @@ def random_rows(generator: torch.Generator, utterances: int, beams: int, vocab: 
     return [
         {
             "method": method,
-            "temperature": one_of(1.0, 0.5, 1.7) if method is Method.BEAM else one_of(1.0, 0.0, 1.7),
+            "temperature": one_of(1.0, 0.5, 1.7) if method is SelectionMethod.BEAM else one_of(1.0, 0.0, 1.7),
             "guidance": one_of(1.0, 1.0, 2.5),
             "length_penalty": one_of(1.0, 0.0, 0.6, 2.0, -1.0),
             "repetition_penalty": one_of(1.0, 1.0, 1.3, 0.8),
@@ -157,7 +159,7 @@ def random_state(
     filled = torch.where(whole(3, (utterances,)) == 0, filled, torch.zeros_like(filled))
     pool = (-normal(*pair).abs()).sort(descending=True).values
     buffers.pool_scores.copy_(pool.masked_fill(torch.arange(beams) >= filled[:, None], -torch.inf))
-    buffers.pool_slots.copy_(whole(beams, pair))
+    buffers.pool_beams.copy_(whole(beams, pair))
     buffers.pool_ends.copy_(whole(capacity, pair))
     buffers.pool_finished.copy_(whole(2, pair))
     buffers.pool_last_logprobs.copy_(-normal(*pair).abs())
@@ -165,7 +167,7 @@ def random_state(
     buffers.done.copy_(whole(5, (utterances,)) == 0)
     buffers.finished.copy_(whole(4, pair) == 0)
     logits = [normal(utterances, beams, vocab + 5 * strided).mul(3).to(dtype)[..., :vocab] for _ in range(3)]
-    method = Method.BEAM if op == "beam_step" else Method.SAMPLE
+    method = SelectionMethod.BEAM if op == "beam_step" else SelectionMethod.SAMPLE
     rows = random_rows(generator, utterances, beams, vocab, method)
     if plain:
         rows = [{"method": method, "eos_id": vocab - 1} for _ in rows]

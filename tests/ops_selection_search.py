@@ -11,7 +11,7 @@ from plain_selection import Ended, Tokens
 from torch import Tensor
 
 from spear_fast.ops import providers
-from spear_fast.ops.selection_settings import Method
+from spear_fast.ops.selection_params import SelectionMethod
 
 
 class Table:
@@ -55,7 +55,7 @@ def assert_addressable(buffers: Buffers, utterance: int, slot: int, tokens: Toke
 
 def run(
     provider: str,
-    method: Method,
+    method: SelectionMethod,
     tables: list[Callable],
     rows: list[dict],
     beams: int,
@@ -71,10 +71,10 @@ def run(
     guided: the logits are spread over a null half, so that the mix at each utterance's guidance gives the table's.
     filtered: the table's logits come as filtered ones too.
     """
-    op = "beam_step" if method is Method.BEAM else "sample_step"
+    op = "beam_step" if method is SelectionMethod.BEAM else "sample_step"
     utterances, vocab = len(tables), len(tables[0](()))
     buffers = new_buffers(utterances, beams, capacity, guided=guided, precise=torch.promote_types(dtype, torch.float32))
-    if method is Method.SAMPLE:
+    if method is SelectionMethod.SAMPLE:
         buffers.scores.zero_()
     settings = settings_of([{"method": method, **each} for each in rows], beams, buffers.scores.dtype)
     starts = starts or [0] * utterances
@@ -93,9 +93,9 @@ def run(
         null = torch.sin(17 * logits) if guided else None
         # null + (given - null) * scale is the table's again
         given = torch.where(scale == 1, logits, null + (logits - null) / scale) if guided else logits
-        extra = [logits.to(dtype)] if filtered else [None] * (method is Method.SAMPLE)
+        extra = [logits.to(dtype)] if filtered else [None] * (method is SelectionMethod.SAMPLE)
         arguments = [given.to(dtype), null if null is None else null.to(dtype), *extra, *settings]
-        state = buffers.beam() if method is Method.BEAM else buffers.sample()
+        state = buffers.beam() if method is SelectionMethod.BEAM else buffers.sample()
         call(op, provider, arguments, state)
         if buffers.done.all() and time >= max(starts):
             break
@@ -109,7 +109,7 @@ def pool_of(buffers: Buffers, utterance: int, eos_id: int) -> list[Ended]:
     for place, score in enumerate(buffers.pool_scores[utterance].tolist()):
         if score == -torch.inf:
             continue
-        slot, count = (int(each[utterance, place]) for each in (buffers.pool_slots, buffers.pool_ends))
+        slot, count = (int(each[utterance, place]) for each in (buffers.pool_beams, buffers.pool_ends))
         finished = bool(buffers.pool_finished[utterance, place])
         tokens = traced(buffers, utterance, slot, count) + ((eos_id,) if finished else ())
         found.append(Ended(tokens, finished, score))

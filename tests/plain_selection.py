@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ops_selection_inputs import PLAIN
 
-from spear_fast.ops.selection_settings import EarlyStopping
+from spear_fast.ops.selection_params import EarlyStopping
 
 Tokens = tuple[int, ...]
 LogitsOf = Callable[[Tokens], Sequence[float]]

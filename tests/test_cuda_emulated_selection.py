@@ -13,7 +13,7 @@ from spear_fast.ops import providers
 from spear_fast.ops.cuda.beam_step import beam_step
 from spear_fast.ops.cuda.sample_step import sample_step
 from spear_fast.ops.reference import selection as reference
-from spear_fast.ops.selection_settings import Method
+from spear_fast.ops.selection_params import SelectionMethod
 
 __all__ = ["emulator"]
 
@@ -84,7 +84,7 @@ def test_ties_go_to_the_lower_beam_and_id():
 def drawn_by(function, logits, settings):
     """Returns the tokens that a step draws for logits `[utterances, beams, vocabulary]`."""
     buffers = new_buffers(logits.shape[0], logits.shape[1], 2)
-    rows = [{"method": Method.SAMPLE, **settings}] * logits.shape[0]
+    rows = [{"method": SelectionMethod.SAMPLE, **settings}] * logits.shape[0]
     function(logits, None, None, *settings_of(rows, logits.shape[1]), *buffers.sample())
     return buffers.tokens[:, 0]
 

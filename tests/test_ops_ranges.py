@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spear_fast.ops import providers, ranges
 from spear_fast.ops.reference import ranges as reference
-from spear_fast.ops.selection_settings import Whole
+from spear_fast.ops.selection_params import IntParam
 
 
 def first_above(limit):
@@ -55,10 +55,10 @@ WRONG = [
     ("cross_entropy", {"ignored": "none"}, 2, first_above(6), "labels must lie in 0..6, got 7; "),
     ("cross_entropy", {}, 2, first_above(-2), "labels must lie in 0..6, got -1; "),
     ("cross_entropy_backward", {"ignored": "none"}, 3, first_above(6), "labels must lie in 0..6, got 7; "),
-    ("beam_step", {"plain": True}, 3, column(Whole.BEAM_SIZE, 4), "beam_size must lie in 1..3, got 4; "),
-    ("beam_step", {"plain": True}, 3, column(Whole.EOS_ID, 11), "eos_id must lie in -1..10, got 11; "),
+    ("beam_step", {"plain": True}, 3, column(IntParam.BEAM_SIZE, 4), "beam_size must lie in 1..3, got 4; "),
+    ("beam_step", {"plain": True}, 3, column(IntParam.EOS_ID, 11), "eos_id must lie in -1..10, got 11; "),
     ("beam_step", {}, 7, lambda lengths: torch.full_like(lengths, 9), "lengths must lie in 0..8, got 9; "),
-    ("sample_step", {"plain": True}, 4, column(Whole.PREFIX_LENGTH, 1), "prefix_length must lie in 0..0, got 1; "),
+    ("sample_step", {"plain": True}, 4, column(IntParam.PREFIX_LENGTH, 1), "prefix_length must lie in 0..0, got 1; "),
     ("sample_step", {}, 9, lambda lengths: torch.full_like(lengths, -1), "lengths must lie in 0..8, got -1; "),
 ]
 

@@ -14,7 +14,7 @@ from ops_selection_search import Table, call, logprob_sums, pool_of, run
 from plain_selection import slow_beam_search, slow_sample
 
 from spear_fast.ops.reference import selection as reference
-from spear_fast.ops.selection_settings import EarlyStopping, Method
+from spear_fast.ops.selection_params import EarlyStopping, SelectionMethod
 
 OPS = ("beam_step", "sample_step")
 CASES = runnable(*OPS)
@@ -92,9 +92,9 @@ def any_rows(seed, count, beams, vocab, method):
 def test_whole_searches(provider, seed, beams, vocab, guided):
     """Utterances of one batch with settings of their own, begun at different times, find what each finds alone."""
     count = 4
-    rows = any_rows(seed, count, beams, vocab, Method.BEAM)
+    rows = any_rows(seed, count, beams, vocab, SelectionMethod.BEAM)
     tables = [Table(vocab, seed + i) for i in range(count)]
-    buffers = run(provider, Method.BEAM, tables, rows, beams, 8, starts=[0, 3, 1, 0], guided=guided)
+    buffers = run(provider, SelectionMethod.BEAM, tables, rows, beams, 8, starts=[0, 3, 1, 0], guided=guided)
     for i, row in enumerate(rows):
         wanted = slow_beam_search(tables[i], **{"beam_size": beams, **row})
         found = pool_of(buffers, i, row["eos_id"])
@@ -109,12 +109,12 @@ def test_whole_searches(provider, seed, beams, vocab, guided):
 @given(seed=st.integers(0, 2**20), beams=st.integers(1, 5), vocab=st.integers(2, 7), filtered=st.booleans())
 def test_whole_draws(provider, seed, beams, vocab, filtered):
     count = 4
-    rows = any_rows(seed, count, beams, vocab, Method.SAMPLE)
+    rows = any_rows(seed, count, beams, vocab, SelectionMethod.SAMPLE)
     for row in rows:
         # an n-gram ban can leave nothing to draw from, see below
         row["no_repeat_ngram_size"] = 3 if row["no_repeat_ngram_size"] and vocab > 5 else 0
     tables = [Table(vocab, seed + i) for i in range(count)]
-    buffers = run(provider, Method.SAMPLE, tables, rows, beams, 8, starts=[2, 0, 1, 0], guided=not filtered,
+    buffers = run(provider, SelectionMethod.SAMPLE, tables, rows, beams, 8, starts=[2, 0, 1, 0], guided=not filtered,
                   filtered=filtered)  # fmt: skip
     sums = logprob_sums(buffers)
     for i, row in enumerate(rows):
@@ -133,7 +133,7 @@ def test_draws_follow_the_distribution(provider):
     """Chi-squared of first tokens over many seeds; the limit is passed once in 30,000."""
     vocab, count = 6, 4000
     logits, buffers = torch.randn(vocab) * 2, new_buffers(count // 2, 2, 1)
-    settings = settings_of([{"method": Method.SAMPLE, "temperature": 1.5}] * (count // 2), 2)
+    settings = settings_of([{"method": SelectionMethod.SAMPLE, "temperature": 1.5}] * (count // 2), 2)
     call("sample_step", provider, [logits.expand(count // 2, 2, vocab), None, None, *settings], buffers.sample())
     chances = (logits / 1.5).softmax(0) * count
     seen = buffers.tokens.flatten().long().bincount(minlength=vocab)
@@ -171,7 +171,7 @@ def test_a_step_by_hand(provider):
     assert buffers.parents[0, 2].tolist() == [0, 0]
     torch.testing.assert_close(buffers.logprobs[0, 2], torch.tensor([half, quarter]))
     torch.testing.assert_close(buffers.pool_scores, torch.tensor([[(-1 + half) / 9, -torch.inf]]))
-    assert (buffers.pool_slots[0, 0], buffers.pool_ends[0, 0], buffers.pool_finished[0, 0]) == (1, 2, True)
+    assert (buffers.pool_beams[0, 0], buffers.pool_ends[0, 0], buffers.pool_finished[0, 0]) == (1, 2, True)
     torch.testing.assert_close(buffers.pool_last_logprobs[0, 0], torch.tensor(half))
     assert buffers.ended.tolist() == [1]
     assert not buffers.done.any()
@@ -201,7 +201,7 @@ def test_nan_ends_its_utterance_alone(provider, sign):
 @pytest.mark.parametrize("provider", BEAM)
 def test_what_is_done_or_another_method_stays(provider):
     arguments = random_state("beam_step", 3, plain=True)
-    arguments[3][0, 0] = Method.SAMPLE
+    arguments[3][0, 0] = SelectionMethod.SAMPLE
     arguments[-1][:] = torch.tensor([False, True, False])
     arguments[3][2, 1] = 2
     before = [each.clone() for each in arguments[5:]]
@@ -218,7 +218,7 @@ def test_what_is_done_or_another_method_stays(provider):
 def test_nothing_left_ends_a_hypothesis(provider):
     """Every token came before and none may come again: the hypothesis ends with a score that says so."""
     rows = [{"no_repeat_ngram_size": 1, "temperature": temperature} for temperature in (0.0, 1.0)]
-    buffers = run(provider, Method.SAMPLE, [Table(3, 1)] * 2, rows, 1, 6)
+    buffers = run(provider, SelectionMethod.SAMPLE, [Table(3, 1)] * 2, rows, 1, 6)
     assert sorted(buffers.tokens[0, :3, 0].tolist()) == [0, 1, 2]
     assert buffers.lengths.flatten().tolist() == [4, 4]
     assert buffers.finished.all()
@@ -237,7 +237,7 @@ def test_early_stopping_and_patience_differ(provider):
         "never": {"early_stopping": EarlyStopping.NEVER},
     }.items():
         rows = [{"eos_id": 3, "max_length": 20, "length_penalty": 2.0, **setting}] * 8
-        buffers = run(provider, Method.BEAM, [Table(4, seed) for seed in range(8)], rows, 2, 20)
+        buffers = run(provider, SelectionMethod.BEAM, [Table(4, seed) for seed in range(8)], rows, 2, 20)
         lengths[name] = buffers.lengths[:, 0].tolist()
     assert sum(lengths["impatient"]) < sum(lengths["at once"]) < sum(lengths["patient"])
     assert sum(lengths["at once"]) < sum(lengths["at bound"]) < sum(lengths["never"])

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
 from spear_fast.ops.checks import remembering
-from spear_fast.ops.selection_settings import COLDEST, EarlyStopping, Method, Real, Whole
+from spear_fast.ops.selection_params import COLDEST, EarlyStopping, FloatParam, IntParam, SelectionMethod
 
 OPS = ("beam_step", "sample_step")
 PUBLIC = {op: getattr(ops, op) for op in OPS}
@@ -54,9 +54,9 @@ def test_fake_tensors_are_left_alone(op):
 
 
 NAMES = {
-    "beam_step": "logits null_logits real_settings whole_settings prefix inputs scores lengths ancestors tokens "
-    "parents logprobs pool_scores pool_slots pool_ends pool_finished pool_last_logprobs ended done".split(),
-    "sample_step": "logits null_logits filtered real_settings whole_settings prefix seeds inputs scores lengths "
+    "beam_step": "logits null_logits float_params int_params prefix inputs scores lengths ancestors tokens "
+    "parents logprobs pool_scores pool_beams pool_ends pool_finished pool_last_logprobs ended done".split(),
+    "sample_step": "logits null_logits filtered float_params int_params prefix seeds inputs scores lengths "
     "ancestors tokens parents logprobs finished done".split(),
 }
 
@@ -75,13 +75,13 @@ WRONG = [
     ("logits", lambda t: t[..., :0], "vocabulary must be at least 1"),
     ("null_logits", lambda t: t[..., :5], "null_logits must be [4, 3, 11] like logits, got [4, 3, 5]"),
     ("null_logits", lambda t: t.half(), "null_logits must be torch.float32 on cpu like logits, got torch.float16"),
-    ("real_settings", lambda t: t[:, :3], "real_settings must be [4 utterances, 6], got [4, 3]"),
-    ("real_settings", lambda t: t.double(), "real_settings must be torch.float32, got torch.float64"),
-    ("whole_settings", lambda t: t.long(), "whole_settings must be torch.int32, got torch.int64"),
-    ("whole_settings", setting(Whole.BEAM_SIZE, 4), "beam_size must lie in 1..3, got 4"),
-    ("whole_settings", setting(Whole.BEAM_SIZE, 0), "beam_size must lie in 1..3, got 0"),
-    ("whole_settings", setting(Whole.EOS_ID, 11), "eos_id must lie in -1..10, got 11"),
-    ("whole_settings", setting(Whole.PREFIX_LENGTH, 9), "prefix_length must lie in 0.."),
+    ("float_params", lambda t: t[:, :3], "float_params must be [4 utterances, 6], got [4, 3]"),
+    ("float_params", lambda t: t.double(), "float_params must be torch.float32, got torch.float64"),
+    ("int_params", lambda t: t.long(), "int_params must be torch.int32, got torch.int64"),
+    ("int_params", setting(IntParam.BEAM_SIZE, 4), "beam_size must lie in 1..3, got 4"),
+    ("int_params", setting(IntParam.BEAM_SIZE, 0), "beam_size must lie in 1..3, got 0"),
+    ("int_params", setting(IntParam.EOS_ID, 11), "eos_id must lie in -1..10, got 11"),
+    ("int_params", setting(IntParam.PREFIX_LENGTH, 9), "prefix_length must lie in 0.."),
     ("prefix", lambda t: t[1:], "prefix must be [4 utterances, longest prefix], got [3,"),
     ("inputs", lambda t: t.int(), "inputs must be torch.int64, got torch.int32"),
     ("scores", lambda t: t[:, 1:], "scores must be [utterances, beams] = [4, 3], got [4, 2]"),
@@ -142,18 +142,18 @@ def test_what_was_refused_is_refused_again():
             ops.beam_step(*arguments)
 
 
-HEADER = Path(__file__).parent.parent / "csrc" / "select" / "settings.h"
+HEADER = Path(__file__).parent.parent / "csrc" / "select" / "params.h"
 
 
-@pytest.mark.parametrize("columns", [Real, Whole, Method, EarlyStopping])
+@pytest.mark.parametrize("columns", [FloatParam, IntParam, SelectionMethod, EarlyStopping])
 def test_the_columns_are_those_of_the_header(columns):
     """One name and one place for each, in Python and in C++."""
     enumerations = re.findall(r"enum (\w+) {([^}]*)}", HEADER.read_text())
-    listed = {name.removesuffix("Setting"): re.findall(r"k(\w+)", body) for name, body in enumerations}
+    listed = {name: re.findall(r"k(\w+)", body) for name, body in enumerations}
     wanted = [member.name.title().replace("_", "") for member in columns]
     found = listed[columns.__name__]
     assert found[: len(wanted)] == wanted
-    assert found[len(wanted) :] == ([f"{columns.__name__}s"] if columns in (Real, Whole) else [])
+    assert found[len(wanted) :] == ([f"{columns.__name__}s"] if columns in (FloatParam, IntParam) else [])
     assert [int(member) for member in columns] == list(range(len(wanted)))
     (coldest,) = re.findall(r"kColdest = ([\d.e-]+);", HEADER.read_text())
     assert float(coldest) == COLDEST

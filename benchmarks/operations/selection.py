@@ -48,7 +48,7 @@ def _state(model: Model, batch: int, beams: int, generated: int, device: torch.d
         "parents": torch.randint(beams, history, dtype=torch.uint8),
         "logprobs": -torch.rand(history),
         "pool_scores": pool.contiguous(),
-        "pool_slots": torch.zeros(pair, dtype=torch.int64),
+        "pool_beams": torch.zeros(pair, dtype=torch.int64),
         "pool_ends": torch.zeros(pair, dtype=torch.int64),
         "pool_finished": torch.zeros(pair, dtype=torch.bool),
         "pool_last_logprobs": torch.zeros(pair),
@@ -61,18 +61,18 @@ def _state(model: Model, batch: int, beams: int, generated: int, device: torch.d
 
 
 def _settings(batch: int, beams: int, capacity: int, device: torch.device, **changed: float) -> tuple[Tensor, ...]:
-    """Returns real settings, whole settings and an empty prefix, the same for each utterance."""
-    from spear_fast.ops.selection_settings import EarlyStopping, Method, Real, Whole
+    """Returns float params, int params and an empty prefix, the same for each utterance."""
+    from spear_fast.ops.selection_params import EarlyStopping, FloatParam, IntParam, SelectionMethod
 
     values = {
         "TEMPERATURE": 1.0, "GUIDANCE": 1.0, "LENGTH_PENALTY": LENGTH_PENALTY, "REPETITION_PENALTY": 1.0,
-        "PATIENCE": 1.0, "TOP_P": 1.0, "METHOD": Method.BEAM, "BEAM_SIZE": beams, "MAX_LENGTH": capacity,
+        "PATIENCE": 1.0, "TOP_P": 1.0, "METHOD": SelectionMethod.BEAM, "BEAM_SIZE": beams, "MAX_LENGTH": capacity,
         "MIN_LENGTH": 0, "EOS_ID": EOS, "NO_REPEAT_NGRAM_SIZE": 0, "EARLY_STOPPING": EarlyStopping.AT_BOUND,
         "PREFIX_LENGTH": 0, "TOP_K": 0, **changed,
     }  # fmt: skip
-    real = torch.tensor([[float(values[column.name]) for column in Real]], device=device).repeat(batch, 1)
-    whole = torch.tensor([[int(values[column.name]) for column in Whole]], dtype=torch.int32, device=device)
-    return real, whole.repeat(batch, 1), torch.zeros(batch, 0, dtype=torch.int32, device=device)
+    float_params = torch.tensor([[float(values[column.name]) for column in FloatParam]], device=device).repeat(batch, 1)
+    int_params = torch.tensor([[int(values[column.name]) for column in IntParam]], dtype=torch.int32, device=device)
+    return float_params, int_params.repeat(batch, 1), torch.zeros(batch, 0, dtype=torch.int32, device=device)
 
 
 def beam_step(name: str, model: Model, batch: int, beams: int, generated: int, *, sets: tuple[str, ...]) -> OpCase:
@@ -113,7 +113,7 @@ def beam_step(name: str, model: Model, batch: int, beams: int, generated: int, *
 def torch_beam_step(
     logits: Tensor, _null: None, _real: Tensor, _whole: Tensor, _prefix: Tensor, inputs: Tensor, scores: Tensor,
     lengths: Tensor, ancestors: Tensor, tokens: Tensor, parents: Tensor, logprobs: Tensor, pool_scores: Tensor,
-    pool_slots: Tensor, pool_ends: Tensor, pool_finished: Tensor, pool_last_logprobs: Tensor, ended: Tensor,
+    pool_beams: Tensor, pool_ends: Tensor, pool_finished: Tensor, pool_last_logprobs: Tensor, ended: Tensor,
     done: Tensor,
 ) -> None:  # fmt: skip
     """A step of plain beam search with a pool of ended hypotheses, as one writes it in torch."""
@@ -131,7 +131,7 @@ def torch_beam_step(
     merged = torch.cat((pool_scores, (values / scale).masked_fill(~enters, -torch.inf)), 1)
     best, order = merged.sort(dim=1, descending=True, stable=True)
     for pool, new in (
-        (pool_slots, slots),
+        (pool_beams, slots),
         (pool_ends, (length - 1).expand_as(slots)),
         (pool_finished, ends),
         (pool_last_logprobs, steps),
@@ -159,9 +159,9 @@ def sample_step(name: str, model: Model, batch: int, beams: int, generated: int,
     vocabulary, capacity = model.vocabulary, _capacity(generated)
 
     def inputs(dtype: torch.dtype, device: torch.device) -> tuple:
-        from spear_fast.ops.selection_settings import Method
+        from spear_fast.ops.selection_params import SelectionMethod
 
-        changed = {"METHOD": Method.SAMPLE, "TEMPERATURE": TEMPERATURE, "TOP_K": TOP_K, "TOP_P": TOP_P}
+        changed = {"METHOD": SelectionMethod.SAMPLE, "TEMPERATURE": TEMPERATURE, "TOP_K": TOP_K, "TOP_P": TOP_P}
         state = _state(model, batch, beams, generated, device)
         names = (
             "seeds",

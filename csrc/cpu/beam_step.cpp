@@ -55,8 +55,8 @@ void search(const at::Tensor& logits, const std::optional<at::Tensor>& null_logi
       }
       const int size = b.size_of(u);
       const int64_t steps = b.lengths[u * b.beams];
-      const acc_t guidance = b.real_of(u, kGuidance);
-      const acc_t temperature = std::max(b.real_of(u, kTemperature), acc_t(kColdest));
+      const acc_t guidance = b.float_param(u, kGuidance);
+      const acc_t temperature = std::max(b.float_param(u, kTemperature), acc_t(kColdest));
       const bool restricted = is_restricted<acc_t>(b, u, steps);
       Best<acc_t> best(candidates.data(), 2 * size);
       for (int beam = 0; beam < size; ++beam) {
@@ -82,20 +82,20 @@ void search(const at::Tensor& logits, const std::optional<at::Tensor>& null_logi
 }  // namespace
 
 void beam_step_cpu(
-    const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const at::Tensor& real_settings,
-    const at::Tensor& whole_settings, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores,
+    const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const at::Tensor& float_params,
+    const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores,
     at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs,
-    at::Tensor& pool_scores, at::Tensor& pool_slots, at::Tensor& pool_ends, at::Tensor& pool_finished,
+    at::Tensor& pool_scores, at::Tensor& pool_beams, at::Tensor& pool_ends, at::Tensor& pool_finished,
     at::Tensor& pool_last_logprobs, at::Tensor& ended, at::Tensor& done) {
   const char* op = "beam_step";
-  check_selection(op, logits, real_settings, whole_settings, prefix, scores, lengths, ancestors, tokens, done);
-  check_same(op, scores, {&inputs, &scores, &pool_scores, &pool_slots, &pool_ends, &pool_finished, &pool_last_logprobs});
+  check_selection(op, logits, float_params, int_params, prefix, scores, lengths, ancestors, tokens, done);
+  check_same(op, scores, {&inputs, &scores, &pool_scores, &pool_beams, &pool_ends, &pool_finished, &pool_last_logprobs});
   check_same(op, tokens, {&tokens, &parents, &logprobs});
   check_same(op, done, {&done, &ended});
   check_same(op, lengths, {&lengths});
   check_same(op, ancestors, {&ancestors});
-  check_same(op, real_settings, {&real_settings});
-  check_same(op, whole_settings, {&whole_settings});
+  check_same(op, float_params, {&float_params});
+  check_same(op, int_params, {&int_params});
   check_same(op, prefix, {&prefix});
   TORCH_CHECK(
       !null_logits || (null_logits->sizes() == logits.sizes() && null_logits->scalar_type() == logits.scalar_type()),
@@ -106,10 +106,10 @@ void beam_step_cpu(
     using acc_t = accumulate_t<scalar_t>;
     BeamBuffers<acc_t> b;
     fill_buffers<acc_t>(
-        b, logits, real_settings, whole_settings, prefix, inputs, scores, lengths, ancestors, tokens, parents, logprobs,
+        b, logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens, parents, logprobs,
         done);
     b.pool_scores = pool_scores.data_ptr<acc_t>();
-    b.pool_slots = pool_slots.data_ptr<int64_t>();
+    b.pool_beams = pool_beams.data_ptr<int64_t>();
     b.pool_ends = pool_ends.data_ptr<int64_t>();
     b.pool_finished = pool_finished.data_ptr<bool>();
     b.pool_last_logprobs = pool_last_logprobs.data_ptr<acc_t>();

@@ -83,7 +83,7 @@ void sample(
       if (!is_live<acc_t>(b, u, kSample)) {
         continue;
       }
-      const acc_t temperature = b.real_of(u, kTemperature);
+      const acc_t temperature = b.float_param(u, kTemperature);
       for (int beam = 0; beam < b.size_of(u); ++beam) {
         if (b.finished[u * b.beams + beam]) {
           continue;
@@ -91,7 +91,7 @@ void sample(
         const int64_t steps = b.lengths[u * b.beams + beam];
         mix_row(
             row_of<scalar_t>(logits, u, beam), row_of<scalar_t>(null_logits, u, beam), b.vocab,
-            b.real_of(u, kGuidance), acc_t(1), exact.data());
+            b.float_param(u, kGuidance), acc_t(1), exact.data());
         const acc_t* values = exact.data();
         if (filtered) {
           mix_row<scalar_t, acc_t>(row_of<scalar_t>(filtered, u, beam), nullptr, b.vocab, 1, 1, source.data());
@@ -103,7 +103,7 @@ void sample(
         if (temperature > acc_t(kColdest) && !nothing_left) {
           mix_row<acc_t, acc_t>(allowed.data(), nullptr, b.vocab, 1, temperature, source.data());
           const double total = weigh(
-              source.data(), b.vocab, source[token], b.whole_of(u, kTopK), b.real_of(u, kTopP), weights.data(), heap);
+              source.data(), b.vocab, source[token], b.int_param(u, kTopK), b.float_param(u, kTopP), weights.data(), heap);
           // not of NaN
           if (total > 0) {
             token = draw_token(weights.data(), 0, b.vocab, 0.0, uniform_number(b.seeds[u], steps, beam) * total);
@@ -122,18 +122,18 @@ void sample(
 
 void sample_step_cpu(
     const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const std::optional<at::Tensor>& filtered,
-    const at::Tensor& real_settings, const at::Tensor& whole_settings, const at::Tensor& prefix,
+    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix,
     const at::Tensor& seeds, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors,
     at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& finished, at::Tensor& done) {
   const char* op = "sample_step";
-  check_selection(op, logits, real_settings, whole_settings, prefix, scores, lengths, ancestors, tokens, done);
+  check_selection(op, logits, float_params, int_params, prefix, scores, lengths, ancestors, tokens, done);
   check_same(op, scores, {&inputs, &scores, &finished});
   check_same(op, tokens, {&tokens, &parents, &logprobs});
   check_same(op, done, {&done, &seeds});
   check_same(op, lengths, {&lengths});
   check_same(op, ancestors, {&ancestors});
-  check_same(op, real_settings, {&real_settings});
-  check_same(op, whole_settings, {&whole_settings});
+  check_same(op, float_params, {&float_params});
+  check_same(op, int_params, {&int_params});
   check_same(op, prefix, {&prefix});
   std::optional<at::Tensor> rows[3] = {logits, null_logits, filtered};
   for (auto& row : rows) {
@@ -146,7 +146,7 @@ void sample_step_cpu(
     using acc_t = accumulate_t<scalar_t>;
     SampleBuffers<acc_t> b;
     fill_buffers<acc_t>(
-        b, logits, real_settings, whole_settings, prefix, inputs, scores, lengths, ancestors, tokens, parents, logprobs,
+        b, logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens, parents, logprobs,
         done);
     b.seeds = seeds.const_data_ptr<int64_t>();
     b.finished = finished.data_ptr<bool>();

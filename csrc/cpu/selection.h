@@ -14,14 +14,14 @@
 namespace spear_fast {
 
 inline void check_selection(
-    const char* op, const at::Tensor& logits, const at::Tensor& real, const at::Tensor& whole, const at::Tensor& prefix,
-    const at::Tensor& scores, const at::Tensor& lengths, const at::Tensor& ancestors, const at::Tensor& tokens,
-    const at::Tensor& done) {
+    const char* op, const at::Tensor& logits, const at::Tensor& float_params, const at::Tensor& int_params,
+    const at::Tensor& prefix, const at::Tensor& scores, const at::Tensor& lengths, const at::Tensor& ancestors,
+    const at::Tensor& tokens, const at::Tensor& done) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
-      logits.dim() == 3 && logits.size(1) >= 1 && logits.size(1) <= 256 && logits.size(2) >= 1 && real.dim() == 2 &&
-          real.size(0) == logits.size(0) && real.size(1) == kReals && whole.dim() == 2 &&
-          whole.size(0) == logits.size(0) && whole.size(1) == kWholes && prefix.dim() == 2 &&
+      logits.dim() == 3 && logits.size(1) >= 1 && logits.size(1) <= 256 && logits.size(2) >= 1 &&
+          float_params.dim() == 2 && float_params.size(0) == logits.size(0) && float_params.size(1) == kFloatParams &&
+          int_params.dim() == 2 && int_params.size(0) == logits.size(0) && int_params.size(1) == kIntParams && prefix.dim() == 2 &&
           prefix.size(0) == logits.size(0) && lengths.dim() == 2 && lengths.size(1) == logits.size(1) &&
           (lengths.size(0) == logits.size(0) || lengths.size(0) == 2 * logits.size(0)) && tokens.dim() == 3 &&
           tokens.size(0) == logits.size(0) && tokens.size(2) == logits.size(1) && ancestors.dim() == 3 &&
@@ -41,7 +41,7 @@ inline void check_same(const char* op, const at::Tensor& like, std::initializer_
 
 template <typename acc_t>
 void fill_buffers(
-    Buffers<acc_t>& b, const at::Tensor& logits, const at::Tensor& real, const at::Tensor& whole,
+    Buffers<acc_t>& b, const at::Tensor& logits, const at::Tensor& float_params, const at::Tensor& int_params,
     const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors,
     at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& done) {
   b.utterances = logits.size(0);
@@ -50,8 +50,8 @@ void fill_buffers(
   b.capacity = tokens.size(1);
   b.halves = lengths.size(0) == 2 * logits.size(0) && logits.size(0) ? 2 : 1;
   b.prefix_width = static_cast<int>(prefix.size(1));
-  b.real = real.const_data_ptr<acc_t>();
-  b.whole = whole.const_data_ptr<int32_t>();
+  b.float_params = float_params.const_data_ptr<acc_t>();
+  b.int_params = int_params.const_data_ptr<int32_t>();
   b.prefix = prefix.const_data_ptr<int32_t>();
   b.inputs = inputs.data_ptr<int64_t>();
   b.scores = scores.data_ptr<acc_t>();
@@ -71,9 +71,9 @@ void check_utterance(const char* op, const Buffers<acc_t>& b, int64_t utterance)
         least <= value && value <= limit, op, ": ", name, " must lie in ", least, "..", limit, ", got ", value,
         " for utterance ", utterance, "; correct the utterance's settings");
   };
-  within("beam_size", b.whole_of(utterance, kBeamSize), 1, b.beams);
-  within("eos_id", b.whole_of(utterance, kEosId), -1, b.vocab - 1);
-  within("prefix_length", b.whole_of(utterance, kPrefixLength), 0, b.prefix_width);
+  within("beam_size", b.int_param(utterance, kBeamSize), 1, b.beams);
+  within("eos_id", b.int_param(utterance, kEosId), -1, b.vocab - 1);
+  within("prefix_length", b.int_param(utterance, kPrefixLength), 0, b.prefix_width);
 }
 
 inline void check_steps(const char* op, int64_t steps, int64_t capacity) {

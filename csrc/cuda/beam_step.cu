@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) beam_step(BeamStep a) {
   BeamBuffers<float> b;
   fill_buffers(a, b);
   b.pool_scores = a.pool_scores;
-  b.pool_slots = reinterpret_cast<int64_t*>(a.pool_slots);
+  b.pool_beams = reinterpret_cast<int64_t*>(a.pool_beams);
   b.pool_ends = reinterpret_cast<int64_t*>(a.pool_ends);
   b.pool_finished = a.pool_finished;
   b.pool_last_logprobs = a.pool_last_logprobs;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) beam_step(BeamStep a) {
     return;
   }
   const int size = b.size_of(utterance), wanted = 2 * size;
-  const float guidance = b.real_of(utterance, kGuidance), asked = b.real_of(utterance, kTemperature);
+  const float guidance = b.float_param(utterance, kGuidance), asked = b.float_param(utterance, kTemperature);
   const float temperature = asked > static_cast<float>(kColdest) ? asked : static_cast<float>(kColdest);
   const bool restricted = is_restricted<float>(b, utterance, steps);
   float* likely = a.values + utterance * 2 * a.beams * a.vocab;

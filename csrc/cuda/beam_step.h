@@ -7,8 +7,8 @@ namespace spear_fast {
 struct BeamStep {
   const void* logits;
   const void* null_logits;
-  const float* real_settings;
-  const int* whole_settings;
+  const float* float_params;
+  const int* int_params;
   const int* prefix;
   long long* inputs;
   float* scores;
@@ -18,7 +18,7 @@ struct BeamStep {
   unsigned char* parents;
   float* logprobs;
   float* pool_scores;
-  long long* pool_slots;
+  long long* pool_beams;
   long long* pool_ends;
   bool* pool_finished;
   float* pool_last_logprobs;

@@ -98,8 +98,8 @@ __device__ inline int warp_draw(const float* weights, int vocab, double uniform)
 __device__ inline int draw_allowed(
     const SampleBuffers<float>& b, long long utterance, int beam, long long steps, float best, float* values,
     float* allowed) {
-  const float temperature = b.real_of(utterance, kTemperature), top_p = b.real_of(utterance, kTopP);
-  const int vocab = b.vocab, top_k = b.whole_of(utterance, kTopK);
+  const float temperature = b.float_param(utterance, kTemperature), top_p = b.float_param(utterance, kTopP);
+  const int vocab = b.vocab, top_k = b.int_param(utterance, kTopK);
   const float top = temperature != 1 ? best / temperature : best;
   for (int token = static_cast<int>(threadIdx.x % kWarp); token < vocab; token += kWarp) {
     values[token] = temperature != 1 ? allowed[token] / temperature : allowed[token];
@@ -128,7 +128,7 @@ __device__ inline void sample_hypothesis(
   const int lane = static_cast<int>(threadIdx.x % kWarp), vocab = b.vocab;
   float* values = a.values + (utterance * a.beams + beam) * 2 * a.vocab;
   float* allowed = values + vocab;
-  const MixedLogits<scalar_t> mixed(a, utterance, beam, b.real_of(utterance, kGuidance));
+  const MixedLogits<scalar_t> mixed(a, utterance, beam, b.float_param(utterance, kGuidance));
   const Normaliser normaliser = fill_row(mixed, 1, vocab, values);
   if (a.filtered != nullptr) {
     const scalar_t* filtered =
@@ -147,7 +147,7 @@ __device__ inline void sample_hypothesis(
   best = warp_best(best);
   int token = best.index;
   const bool nothing_left = best.value == minus_infinity();
-  if (b.real_of(utterance, kTemperature) > static_cast<float>(kColdest) && !nothing_left) {
+  if (b.float_param(utterance, kTemperature) > static_cast<float>(kColdest) && !nothing_left) {
     const int drawn = draw_allowed(b, utterance, beam, steps, best.value, values, allowed);
     token = drawn < 0 ? token : drawn;
   }

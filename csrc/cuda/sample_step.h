@@ -8,8 +8,8 @@ struct SampleStep {
   const void* logits;
   const void* null_logits;
   const void* filtered;
-  const float* real_settings;
-  const int* whole_settings;
+  const float* float_params;
+  const int* int_params;
   const int* prefix;
   const long long* seeds;
   long long* inputs;

@@ -53,8 +53,8 @@ __device__ inline void fill_buffers(const Arguments& a, Buffers<float>& b) {
   b.vocab = static_cast<int>(a.vocab);
   b.halves = static_cast<int>(a.halves);
   b.prefix_width = static_cast<int>(a.prefix_width);
-  b.real = a.real_settings;
-  b.whole = a.whole_settings;
+  b.float_params = a.float_params;
+  b.int_params = a.int_params;
   b.prefix = a.prefix;
   b.inputs = reinterpret_cast<int64_t*>(a.inputs);
   b.scores = a.scores;

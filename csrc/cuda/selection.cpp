@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../select/settings.h"
+#include "../select/params.h"
 #include "beam_step.h"
 #include "launch.h"
 #include "sample_step.h"
@@ -46,7 +46,7 @@ void fill_logits(
 template <typename Arguments>
 void fill_common(
     const char* op, Arguments& a, const at::Tensor& logits, const std::optional<at::Tensor>& null_logits,
-    const at::Tensor& real_settings, const at::Tensor& whole_settings, const at::Tensor& prefix, at::Tensor& inputs,
+    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs,
     at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents,
     at::Tensor& logprobs, at::Tensor& done) {
   TORCH_CHECK(
@@ -58,8 +58,8 @@ void fill_common(
   const Shape pair = {utterances, beams}, history = {utterances, capacity, beams};
   fill_logits(op, logits, logits, a.logits, a.logits_utterance, a.logits_beam, a.logits_token);
   fill_logits(op, null_logits, logits, a.null_logits, a.null_utterance, a.null_beam, a.null_token);
-  a.real_settings = memory_of<float>(op, real_settings, "real_settings", {utterances, kReals}, at::kFloat, logits);
-  a.whole_settings = memory_of<int>(op, whole_settings, "whole_settings", {utterances, kWholes}, at::kInt, logits);
+  a.float_params = memory_of<float>(op, float_params, "float_params", {utterances, kFloatParams}, at::kFloat, logits);
+  a.int_params = memory_of<int>(op, int_params, "int_params", {utterances, kIntParams}, at::kInt, logits);
   a.prefix = memory_of<int>(op, prefix, "prefix", {utterances, prefix.size(1)}, at::kInt, logits);
   a.inputs = memory_of<long long>(op, inputs, "inputs", pair, at::kLong, logits);
   a.scores = memory_of<float>(op, scores, "scores", pair, at::kFloat, logits);
@@ -79,20 +79,20 @@ void fill_common(
 }
 
 void beam_step_cuda(
-    const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const at::Tensor& real_settings,
-    const at::Tensor& whole_settings, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores,
+    const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const at::Tensor& float_params,
+    const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores,
     at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs,
-    at::Tensor& pool_scores, at::Tensor& pool_slots, at::Tensor& pool_ends, at::Tensor& pool_finished,
+    at::Tensor& pool_scores, at::Tensor& pool_beams, at::Tensor& pool_ends, at::Tensor& pool_finished,
     at::Tensor& pool_last_logprobs, at::Tensor& ended, at::Tensor& done) {
   constexpr const char* op = "beam_step";
   const c10::DeviceGuard guard(logits.device());
   BeamStep a{};
   fill_common(
-      op, a, logits, null_logits, real_settings, whole_settings, prefix, inputs, scores, lengths, ancestors, tokens,
+      op, a, logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens,
       parents, logprobs, done);
   const Shape pair = {a.utterances, a.beams};
   a.pool_scores = memory_of<float>(op, pool_scores, "pool_scores", pair, at::kFloat, logits);
-  a.pool_slots = memory_of<long long>(op, pool_slots, "pool_slots", pair, at::kLong, logits);
+  a.pool_beams = memory_of<long long>(op, pool_beams, "pool_beams", pair, at::kLong, logits);
   a.pool_ends = memory_of<long long>(op, pool_ends, "pool_ends", pair, at::kLong, logits);
   a.pool_finished = memory_of<bool>(op, pool_finished, "pool_finished", pair, at::kBool, logits);
   a.pool_last_logprobs = memory_of<float>(op, pool_last_logprobs, "pool_last_logprobs", pair, at::kFloat, logits);
@@ -111,14 +111,14 @@ void beam_step_cuda(
 
 void sample_step_cuda(
     const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const std::optional<at::Tensor>& filtered,
-    const at::Tensor& real_settings, const at::Tensor& whole_settings, const at::Tensor& prefix,
+    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix,
     const at::Tensor& seeds, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors,
     at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& finished, at::Tensor& done) {
   constexpr const char* op = "sample_step";
   const c10::DeviceGuard guard(logits.device());
   SampleStep a{};
   fill_common(
-      op, a, logits, null_logits, real_settings, whole_settings, prefix, inputs, scores, lengths, ancestors, tokens,
+      op, a, logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens,
       parents, logprobs, done);
   fill_logits(op, filtered, logits, a.filtered, a.filtered_utterance, a.filtered_beam, a.filtered_token);
   a.seeds = memory_of<long long>(op, seeds, "seeds", {a.utterances}, at::kLong, logits);

@@ -17,7 +17,7 @@ struct Next {
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline acc_t length_divisor(const Buffers<acc_t>& b, int64_t utterance, int64_t length) {
   const int64_t counted = length - b.prefix_of(utterance);
-  return power(acc_t(counted < 1 ? 1 : counted), b.real_of(utterance, kLengthPenalty));
+  return power(acc_t(counted < 1 ? 1 : counted), b.float_param(utterance, kLengthPenalty));
 }
 
 // puts a hypothesis behind all that are at least as good; drops the last one
@@ -33,13 +33,13 @@ SPEAR_FAST_HOST_DEVICE inline void enter_pool(
   int64_t place = first + size - 1;
   for (; place > first && is_better(score, b.pool_scores[place - 1]); --place) {
     b.pool_scores[place] = b.pool_scores[place - 1];
-    b.pool_slots[place] = b.pool_slots[place - 1];
+    b.pool_beams[place] = b.pool_beams[place - 1];
     b.pool_ends[place] = b.pool_ends[place - 1];
     b.pool_finished[place] = b.pool_finished[place - 1];
     b.pool_last_logprobs[place] = b.pool_last_logprobs[place - 1];
   }
   b.pool_scores[place] = score;
-  b.pool_slots[place] = slot;
+  b.pool_beams[place] = slot;
   b.pool_ends[place] = end;
   b.pool_finished[place] = finished;
   b.pool_last_logprobs[place] = last_logprob;
@@ -54,18 +54,18 @@ SPEAR_FAST_HOST_DEVICE inline bool cannot_improve(
     return true;
   }
   const int64_t size = b.size_of(utterance);
-  const acc_t patient = acc_t(size) * b.real_of(utterance, kPatience) + acc_t(0.5);
+  const acc_t patient = acc_t(size) * b.float_param(utterance, kPatience) + acc_t(0.5);
   int64_t enough = static_cast<int64_t>(patient < 1 ? acc_t(1) : patient > acc_t(1 << 30) ? acc_t(1 << 30) : patient);
   if (b.ended[utterance] < enough) {
     return false;
   }
-  const int mode = b.whole_of(utterance, kEarlyStopping);
+  const int mode = b.int_param(utterance, kEarlyStopping);
   if (mode == kAtOnce) {
     return true;
   }
   // sums are negative: where the penalty is positive, the longest hypothesis divides by most
-  const bool longest = mode == kNever && b.real_of(utterance, kLengthPenalty) > 0;
-  const acc_t divisor = length_divisor(b, utterance, longest ? b.whole_of(utterance, kMaxLength) : length);
+  const bool longest = mode == kNever && b.float_param(utterance, kLengthPenalty) > 0;
+  const acc_t divisor = length_divisor(b, utterance, longest ? b.int_param(utterance, kMaxLength) : length);
   return best / divisor <= b.pool_scores[utterance * b.beams + size - 1];
 }
 
@@ -76,7 +76,7 @@ template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline bool sort_out(
     const BeamBuffers<acc_t>& b, int64_t utterance, int64_t steps, const Candidate<acc_t>* candidates,
     const acc_t* likely, Next<acc_t>* next) {
-  const int size = b.size_of(utterance), eos = b.whole_of(utterance, kEosId);
+  const int size = b.size_of(utterance), eos = b.int_param(utterance, kEosId);
   const acc_t nothing = minus_infinite<acc_t>();
   const acc_t divisor = length_divisor(b, utterance, steps + 1);
   int going = 0;
@@ -98,7 +98,7 @@ SPEAR_FAST_HOST_DEVICE inline bool sort_out(
       next[going++] = {nothing, likely[index], index / b.vocab, eos};
     }
   }
-  const bool limit = steps + 1 >= b.whole_of(utterance, kMaxLength);
+  const bool limit = steps + 1 >= b.int_param(utterance, kMaxLength);
   if (limit) {
     for (int beam = 0; beam < size; ++beam) {
       if (next[beam].score != nothing) {

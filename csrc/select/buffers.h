@@ -4,7 +4,7 @@
 #pragma once
 
 #include "portable.h"
-#include "settings.h"
+#include "params.h"
 
 namespace spear_fast {
 
@@ -12,8 +12,8 @@ template <typename acc_t>
 struct Buffers {
   int64_t utterances, capacity;
   int beams, vocab, halves, prefix_width;
-  const acc_t* real;
-  const int32_t* whole;
+  const acc_t* float_params;
+  const int32_t* int_params;
   const int32_t* prefix;
   int64_t* inputs;
   acc_t* scores;
@@ -24,17 +24,19 @@ struct Buffers {
   acc_t* logprobs;
   bool* done;
 
-  SPEAR_FAST_HOST_DEVICE acc_t real_of(int64_t utterance, RealSetting which) const { return real[utterance * kReals + which]; }
-  SPEAR_FAST_HOST_DEVICE int whole_of(int64_t utterance, WholeSetting which) const {
-    return whole[utterance * kWholes + which];
+  SPEAR_FAST_HOST_DEVICE acc_t float_param(int64_t utterance, FloatParam which) const {
+    return float_params[utterance * kFloatParams + which];
+  }
+  SPEAR_FAST_HOST_DEVICE int int_param(int64_t utterance, IntParam which) const {
+    return int_params[utterance * kIntParams + which];
   }
   // hypotheses in use; settings out of range must not lead out of the buffers
   SPEAR_FAST_HOST_DEVICE int size_of(int64_t utterance) const {
-    const int size = whole_of(utterance, kBeamSize);
+    const int size = int_param(utterance, kBeamSize);
     return size < 1 ? 1 : size > beams ? beams : size;
   }
   SPEAR_FAST_HOST_DEVICE int prefix_of(int64_t utterance) const {
-    const int length = whole_of(utterance, kPrefixLength);
+    const int length = int_param(utterance, kPrefixLength);
     return length < prefix_width ? length : prefix_width;
   }
   SPEAR_FAST_HOST_DEVICE int64_t place(int64_t utterance, int64_t step, int beam) const {
@@ -45,7 +47,7 @@ struct Buffers {
 template <typename acc_t>
 struct BeamBuffers : Buffers<acc_t> {
   acc_t* pool_scores;
-  int64_t* pool_slots;
+  int64_t* pool_beams;
   int64_t* pool_ends;
   bool* pool_finished;
   acc_t* pool_last_logprobs;
@@ -60,8 +62,8 @@ struct SampleBuffers : Buffers<acc_t> {
 
 // whether an utterance is for this method, goes on, and has room for another token
 template <typename acc_t>
-SPEAR_FAST_HOST_DEVICE inline bool is_live(const Buffers<acc_t>& b, int64_t utterance, Method method) {
-  return !b.done[utterance] && b.whole_of(utterance, kMethod) == method;
+SPEAR_FAST_HOST_DEVICE inline bool is_live(const Buffers<acc_t>& b, int64_t utterance, SelectionMethod method) {
+  return !b.done[utterance] && b.int_param(utterance, kMethod) == method;
 }
 
 template <typename acc_t>

@@ -20,8 +20,8 @@ SPEAR_FAST_HOST_DEVICE inline int own_token(
 
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline bool is_restricted(const Buffers<acc_t>& b, int64_t utterance, int64_t steps) {
-  return b.real_of(utterance, kRepetitionPenalty) != 1 || b.whole_of(utterance, kNoRepeatNgramSize) > 0 ||
-      (b.whole_of(utterance, kEosId) >= 0 && steps < b.whole_of(utterance, kMinLength)) ||
+  return b.float_param(utterance, kRepetitionPenalty) != 1 || b.int_param(utterance, kNoRepeatNgramSize) > 0 ||
+      (b.int_param(utterance, kEosId) >= 0 && steps < b.int_param(utterance, kMinLength)) ||
       steps < b.prefix_of(utterance);
 }
 
@@ -60,7 +60,7 @@ SPEAR_FAST_HOST_DEVICE inline void restrict_values(
     target[token] = source[token];
   }
   group.sync();
-  const acc_t penalty = b.real_of(utterance, kRepetitionPenalty);
+  const acc_t penalty = b.float_param(utterance, kRepetitionPenalty);
   if (penalty != 1) {
     // from the source, so that a token which came often is penalised once
     for (int64_t i = group.thread(); i < steps; i += group.threads()) {
@@ -71,7 +71,7 @@ SPEAR_FAST_HOST_DEVICE inline void restrict_values(
     }
     group.sync();
   }
-  const int size = b.whole_of(utterance, kNoRepeatNgramSize);
+  const int size = b.int_param(utterance, kNoRepeatNgramSize);
   if (size > 0) {
     for (int64_t i = size - 1 + group.thread(); i < steps; i += group.threads()) {
       const int token = own_token(b, utterance, beam, i, steps, moves);
@@ -80,8 +80,8 @@ SPEAR_FAST_HOST_DEVICE inline void restrict_values(
       }
     }
   }
-  const int eos = b.whole_of(utterance, kEosId);
-  if (group.thread() == 0 && eos >= 0 && eos < b.vocab && steps < b.whole_of(utterance, kMinLength)) {
+  const int eos = b.int_param(utterance, kEosId);
+  if (group.thread() == 0 && eos >= 0 && eos < b.vocab && steps < b.int_param(utterance, kMinLength)) {
     target[eos] = nothing;
   }
   group.sync();

@@ -56,7 +56,7 @@ SPEAR_FAST_HOST_DEVICE inline void append_token(
       b.ancestors[row * b.capacity + steps + 1] = static_cast<uint8_t>(beam);
     }
   }
-  const int eos = b.whole_of(utterance, kEosId);
+  const int eos = b.int_param(utterance, kEosId);
   // where logits are NaN, or nothing may come, nothing sensible can follow
   if ((eos >= 0 && token == eos) || !(logprob > minus_infinite<acc_t>())) {
     b.finished[slot] = true;
@@ -68,7 +68,7 @@ template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline bool all_ended(const SampleBuffers<acc_t>& b, int64_t utterance) {
   for (int beam = 0; beam < b.size_of(utterance); ++beam) {
     const int64_t slot = utterance * b.beams + beam;
-    if (!b.finished[slot] && b.lengths[slot] < b.whole_of(utterance, kMaxLength)) {
+    if (!b.finished[slot] && b.lengths[slot] < b.int_param(utterance, kMaxLength)) {
       return false;
     }
   }

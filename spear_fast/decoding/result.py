@@ -107,7 +107,7 @@ def walked_back(
     if options.method == "beam":
         scores = row["pool_scores"][:count]
         taken = scores > -np.inf
-        slots, ends = row["pool_slots"][:count], np.where(taken, row["pool_ends"][:count], 0)
+        slots, ends = row["pool_beams"][:count], np.where(taken, row["pool_ends"][:count], 0)
         finished, last = row["pool_finished"][:count] & taken, row["pool_last_logprobs"][:count]
     else:
         used = options.hypotheses

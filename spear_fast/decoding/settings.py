@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.ops.selection_settings import EarlyStopping, Method, Real, Whole
+from spear_fast.ops.selection_params import EarlyStopping, FloatParam, IntParam, SelectionMethod
 
 EARLY_STOPPING = {True: EarlyStopping.AT_ONCE, False: EarlyStopping.AT_BOUND, "never": EarlyStopping.NEVER}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """reals: `[utterances, len(Real)]` float64. wholes: `[utterances, len(Whole)]` int32.
+    """float_params: `[utterances, len(FloatParam)]` float64. int_params: `[utterances, len(IntParam)]` int32.
 
     prefix: `[utterances, longest]` int32.
     """
 
-    reals: Tensor
-    wholes: Tensor
+    float_params: Tensor
+    int_params: Tensor
     prefix: Tensor
 
     @classmethod
@@ -31,47 +31,47 @@ class Settings:
         longest = max(len(each.prefix) for each in options)
         prefixes = [[*each.prefix, *(0 for _ in range(longest - len(each.prefix)))] for each in options]
         return cls(
-            reals=torch.tensor([_reals(each) for each in options], dtype=torch.float64),
-            wholes=torch.tensor([_wholes(each, eos_id) for each in options], dtype=torch.int32),
+            float_params=torch.tensor([_float_params(each) for each in options], dtype=torch.float64),
+            int_params=torch.tensor([_int_params(each, eos_id) for each in options], dtype=torch.int32),
             prefix=torch.tensor(prefixes, dtype=torch.int32).view(len(options), longest),
         )
 
 
-def first_scores(wholes: Tensor, beams: int) -> Tensor:
+def first_scores(int_params: Tensor, beams: int) -> Tensor:
     """Returns the scores `[utterances, beams]` before the first step, float64.
 
     The hypotheses of a beam start out the same, so that only one may have descendants.
     """
-    scores = torch.zeros(len(wholes), beams, dtype=torch.float64)
-    scores[:, 1:].masked_fill_((wholes[:, Whole.METHOD] == Method.BEAM)[:, None], -torch.inf)
+    scores = torch.zeros(len(int_params), beams, dtype=torch.float64)
+    scores[:, 1:].masked_fill_((int_params[:, IntParam.METHOD] == SelectionMethod.BEAM)[:, None], -torch.inf)
     return scores
 
 
-def _reals(options: DecodingOptions) -> list[float]:
+def _float_params(options: DecodingOptions) -> list[float]:
     columns = {
-        Real.TEMPERATURE: 0.0 if options.method == "greedy" else options.temperature,
-        Real.GUIDANCE: options.cond_scale,
-        Real.LENGTH_PENALTY: options.length_penalty,
-        Real.REPETITION_PENALTY: options.repetition_penalty,
-        Real.PATIENCE: options.patience,
-        Real.TOP_P: 1.0 if options.top_p is None else options.top_p,
+        FloatParam.TEMPERATURE: 0.0 if options.method == "greedy" else options.temperature,
+        FloatParam.GUIDANCE: options.cond_scale,
+        FloatParam.LENGTH_PENALTY: options.length_penalty,
+        FloatParam.REPETITION_PENALTY: options.repetition_penalty,
+        FloatParam.PATIENCE: options.patience,
+        FloatParam.TOP_P: 1.0 if options.top_p is None else options.top_p,
     }
-    return [columns[column] for column in Real]
+    return [columns[column] for column in FloatParam]
 
 
-def _wholes(options: DecodingOptions, eos_id: int | None) -> list[int]:
+def _int_params(options: DecodingOptions, eos_id: int | None) -> list[int]:
     columns = {
-        Whole.METHOD: Method.BEAM if options.method == "beam" else Method.SAMPLE,
-        Whole.BEAM_SIZE: options.hypotheses,
-        Whole.MAX_LENGTH: options.max_length,
-        Whole.MIN_LENGTH: options.min_length,
-        Whole.EOS_ID: -1 if eos_id is None else eos_id,
-        Whole.NO_REPEAT_NGRAM_SIZE: options.no_repeat_ngram_size,
-        Whole.EARLY_STOPPING: EARLY_STOPPING[options.early_stopping],
-        Whole.PREFIX_LENGTH: len(options.prefix),
-        Whole.TOP_K: options.top_k or 0,
+        IntParam.METHOD: SelectionMethod.BEAM if options.method == "beam" else SelectionMethod.SAMPLE,
+        IntParam.BEAM_SIZE: options.hypotheses,
+        IntParam.MAX_LENGTH: options.max_length,
+        IntParam.MIN_LENGTH: options.min_length,
+        IntParam.EOS_ID: -1 if eos_id is None else eos_id,
+        IntParam.NO_REPEAT_NGRAM_SIZE: options.no_repeat_ngram_size,
+        IntParam.EARLY_STOPPING: EARLY_STOPPING[options.early_stopping],
+        IntParam.PREFIX_LENGTH: len(options.prefix),
+        IntParam.TOP_K: options.top_k or 0,
     }
-    return [int(columns[column]) for column in Whole]
+    return [int(columns[column]) for column in IntParam]
 
 
 def new_seed(options: DecodingOptions) -> int:

@@ -26,7 +26,7 @@ from spear_fast.decoding.settings import Settings, first_scores
 from spear_fast.decoding.step import advance
 from spear_fast.decoding.transfer import to_device, to_host
 from spear_fast.decoding.view import ROWS, View
-from spear_fast.ops.selection_settings import Real, Whole
+from spear_fast.ops.selection_params import FloatParam, IntParam
 
 # positions that the buffers hold at first; they double whenever they are full
 FIRST_CAPACITY = 64
@@ -94,8 +94,8 @@ class Slots:
                 [empty(*memory) for _ in layers],
                 zeros(count, dtype=torch.int64),
             ),
-            real_settings=zeros(count, len(Real), dtype=precise),
-            whole_settings=zeros(count, len(Whole), dtype=torch.int32),
+            float_params=zeros(count, len(FloatParam), dtype=precise),
+            int_params=zeros(count, len(IntParam), dtype=torch.int32),
             prefix=zeros(count, limit, dtype=torch.int32),
             seeds=zeros(count, dtype=torch.int64),
             inputs=zeros(count, beams, dtype=torch.int64),
@@ -107,7 +107,7 @@ class Slots:
             logprobs=zeros(count, positions, beams, dtype=precise),
             finished=zeros(count, beams, dtype=torch.bool),
             pool_scores=zeros(count, beams, dtype=precise),
-            pool_slots=zeros(count, beams, dtype=torch.int64),
+            pool_beams=zeros(count, beams, dtype=torch.int64),
             pool_ends=zeros(count, beams, dtype=torch.int64),
             pool_finished=zeros(count, beams, dtype=torch.bool),
             pool_last_logprobs=zeros(count, beams, dtype=precise),
@@ -115,7 +115,7 @@ class Slots:
             done=torch.ones(count, dtype=torch.bool, device=device),
         )
         # a free place is of a kind that the ops know
-        self.all.whole_settings[:, Whole.BEAM_SIZE] = 1
+        self.all.int_params[:, IntParam.BEAM_SIZE] = 1
         self._views: dict[int, View] = {count: self.all}
         self._graphs = graphs_for(device)
 
@@ -205,13 +205,13 @@ class Slots:
         rows = to_device(torch.tensor(places), device)
         settings = Settings.of(options, decoder.eos_id)
         whole.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories]), device)
-        whole.real_settings[rows] = to_device(settings.reals.to(whole.real_settings.dtype), device)
-        whole.whole_settings[rows] = to_device(settings.wholes, device)
+        whole.float_params[rows] = to_device(settings.float_params.to(whole.float_params.dtype), device)
+        whole.int_params[rows] = to_device(settings.int_params, device)
         whole.prefix[rows, : settings.prefix.shape[1]] = to_device(settings.prefix, device)
         whole.seeds[rows] = to_device(torch.tensor(list(seeds)), device)
         whole.inputs[rows] = decoder.start_id
-        whole.scores[rows] = to_device(first_scores(settings.wholes, self.beams).to(whole.scores.dtype), device)
-        for name in ("finished", "pool_slots", "pool_ends", "pool_finished", "pool_last_logprobs", "ended", "done"):
+        whole.scores[rows] = to_device(first_scores(settings.int_params, self.beams).to(whole.scores.dtype), device)
+        for name in ("finished", "pool_beams", "pool_ends", "pool_finished", "pool_last_logprobs", "ended", "done"):
             getattr(whole, name)[rows] = 0
         whole.pool_scores[rows] = -torch.inf
         own = torch.arange(self.beams, dtype=torch.uint8, device=device)
@@ -282,7 +282,7 @@ class Slots:
 
     def _results(self, places: Sequence[int], seats: Sequence[Seat]) -> list[DecodingResult]:
         index, whole = to_device(torch.tensor(places), self.decoder.device), self.all
-        names = ("scores", "finished", "pool_scores", "pool_slots", "pool_ends", "pool_finished", "pool_last_logprobs")
+        names = ("scores", "finished", "pool_scores", "pool_beams", "pool_ends", "pool_finished", "pool_last_logprobs")
         histories = ("tokens", "parents", "logprobs")
         steps = max(seat.made for seat in seats)
         taken = {name: getattr(whole, name)[index] for name in (*names, "lengths")}

@@ -15,7 +15,7 @@ from spear_fast.decoding.state import DecodeState
 from spear_fast.decoding.transfer import to_device
 from spear_fast.decoding.view import View
 from spear_fast.ops import providers
-from spear_fast.ops.selection_settings import Real
+from spear_fast.ops.selection_params import FloatParam
 
 
 def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tensor:
@@ -35,11 +35,11 @@ def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) ->
     logits = newest_logits(decoder, view).view(*view.lengths.shape, -1)
     sighted, blind = logits.chunk(2) if view.guided else (logits, None)
     buffers = view.inputs, view.scores, view.lengths, view.ancestors, view.tokens, view.parents, view.logprobs
-    settings = view.real_settings, view.whole_settings, view.prefix
+    settings = view.float_params, view.int_params, view.prefix
     searching = [each.method == "beam" for each in options]
     if any(searching):
         ops.beam_step(
-            sighted, blind, *settings, *buffers, view.pool_scores, view.pool_slots, view.pool_ends, view.pool_finished,
+            sighted, blind, *settings, *buffers, view.pool_scores, view.pool_beams, view.pool_ends, view.pool_finished,
             view.pool_last_logprobs, view.ended, view.done,
         )  # fmt: skip
     if not all(searching):
@@ -84,7 +84,7 @@ def _filtered(sighted: Tensor, blind: Tensor | None, view: View, options: Sequen
         return None
     logits = sighted.to(view.scores.dtype)
     if blind is not None:
-        guidance = view.real_settings[:, Real.GUIDANCE, None, None]
+        guidance = view.float_params[:, FloatParam.GUIDANCE, None, None]
         logits = torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
     filtered = logits.clone()
     for function, own in places.items():

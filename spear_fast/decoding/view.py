@@ -19,8 +19,8 @@ class View:
     keys: list[Tensor]
     values: list[Tensor]
     memory: ProjectedMemory
-    real_settings: Tensor
-    whole_settings: Tensor
+    float_params: Tensor
+    int_params: Tensor
     prefix: Tensor
     seeds: Tensor
     inputs: Tensor
@@ -32,7 +32,7 @@ class View:
     logprobs: Tensor
     finished: Tensor
     pool_scores: Tensor
-    pool_slots: Tensor
+    pool_beams: Tensor
     pool_ends: Tensor
     pool_finished: Tensor
     pool_last_logprobs: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spear_fast.ops.reference import ranges as reference
 from spear_fast.ops.reference.ranges import check_offsets, check_range, check_selection
-from spear_fast.ops.selection_settings import Method, Whole
+from spear_fast.ops.selection_params import IntParam, SelectionMethod
 
 
 def check(op: str, first: Tensor, *others: Any) -> None:
@@ -77,34 +77,34 @@ def _cross_entropy_backward(
 
 def _check_live(
     op: str,
-    method: Method,
+    method: SelectionMethod,
     logits: Tensor,
-    whole: Tensor,
+    int_params: Tensor,
     prefix: Tensor,
     lengths: Tensor,
     tokens: Tensor,
     done: Tensor,
 ) -> None:
-    live = ~done & (whole[:, Whole.METHOD] == method)
+    live = ~done & (int_params[:, IntParam.METHOD] == method)
     slot = torch.arange(lengths.shape[1], device=lengths.device)
-    used = live[:, None] & (slot < whole[:, Whole.BEAM_SIZE, None])
-    check_selection(op, logits, live, whole, prefix, lengths[: len(done)].masked_fill(~used, 0), tokens)
+    used = live[:, None] & (slot < int_params[:, IntParam.BEAM_SIZE, None])
+    check_selection(op, logits, live, int_params, prefix, lengths[: len(done)].masked_fill(~used, 0), tokens)
 
 
 def _beam_step(
-    logits: Tensor, null_logits: Tensor | None, real_settings: Tensor, whole_settings: Tensor, prefix: Tensor,
+    logits: Tensor, null_logits: Tensor | None, float_params: Tensor, int_params: Tensor, prefix: Tensor,
     inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, *others: Tensor,
 ) -> None:  # fmt: skip
-    _check_live("beam_step", Method.BEAM, logits, whole_settings, prefix, lengths[:, :1], tokens, others[-1])
+    _check_live("beam_step", SelectionMethod.BEAM, logits, int_params, prefix, lengths[:, :1], tokens, others[-1])
 
 
 def _sample_step(
-    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, real_settings: Tensor, whole_settings: Tensor,
+    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, float_params: Tensor, int_params: Tensor,
     prefix: Tensor, seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor,
     parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
 ) -> None:  # fmt: skip
     lengths = lengths[: len(done)].masked_fill(finished, 0)
-    _check_live("sample_step", Method.SAMPLE, logits, whole_settings, prefix, lengths, tokens, done)
+    _check_live("sample_step", SelectionMethod.SAMPLE, logits, int_params, prefix, lengths, tokens, done)
 
 
 # op → what looks at the integers among its arguments

@@ -15,14 +15,14 @@ from spear_fast.ops.checks import refuse, remembering, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import selection as reference
 from spear_fast.ops.registry import define
-from spear_fast.ops.selection_settings import Real, Whole
+from spear_fast.ops.selection_params import FloatParam, IntParam
 
 
 def beam_step(
     logits: Tensor,
     null_logits: Tensor | None,
-    real_settings: Tensor,
-    whole_settings: Tensor,
+    float_params: Tensor,
+    int_params: Tensor,
     prefix: Tensor,
     inputs: Tensor,
     scores: Tensor,
@@ -32,26 +32,26 @@ def beam_step(
     parents: Tensor,
     logprobs: Tensor,
     pool_scores: Tensor,
-    pool_slots: Tensor,
+    pool_beams: Tensor,
     pool_ends: Tensor,
     pool_finished: Tensor,
     pool_last_logprobs: Tensor,
     ended: Tensor,
     done: Tensor,
 ) -> None:
-    """Writes a step of beam search into every utterance of `Method.BEAM` that is not done; the others stay as they are.
+    """Writes a step of beam search into every utterance of `SelectionMethod.BEAM` that is not done.
 
-    Of the best `2 * beam_size` candidates, those among the first `beam_size` that end enter the pool, and the best
-    `beam_size` that do not end go on. A hypothesis that reaches `max_length` competes for the pool as well, unfinished.
-    Ties go to the lower beam and id; NaN counts as the best, and what goes on with it ends the utterance. Candidates
-    are ranked by the sum of their log-probabilities, each with the penalty of a token that came before, -inf where a
-    ban forbids it; a forced prefix costs nothing. The pool ranks by that sum divided by `length ** length_penalty`,
-    where length counts the end of sequence but not the prefix.
+    The others stay as they are. Of the best `2 * beam_size` candidates, those among the first `beam_size` that end
+    enter the pool, and the best `beam_size` that do not end go on. A hypothesis that reaches `max_length` competes for
+    the pool as well, unfinished. Ties go to the lower beam and id; NaN counts as the best, and what goes on with it
+    ends the utterance. Candidates are ranked by the sum of their log-probabilities, each with the penalty of a token
+    that came before, -inf where a ban forbids it; a forced prefix costs nothing. The pool ranks by that sum divided by
+    `length ** length_penalty`, where length counts the end of sequence but not the prefix.
 
     logits, null_logits: `[utterances, beams, vocabulary]`, floating point; the latter, of the decoder without source,
         may be None.
-    real_settings: `[utterances, len(Real)]`, of the scores' dtype; see `Real`.
-    whole_settings: `[utterances, len(Whole)]`, int32; see `Whole`.
+    float_params: `[utterances, len(FloatParam)]`, of the scores' dtype; see `FloatParam`.
+    int_params: `[utterances, len(IntParam)]`, int32; see `IntParam`.
     prefix: `[utterances, longest prefix]`, int32; the tokens that every hypothesis starts with.
     inputs: `[utterances, beams]`, int64; becomes the chosen tokens.
     scores: `[utterances, beams]`, float32, or float64 like the logits; of the hypotheses; -inf where there is none.
@@ -61,7 +61,7 @@ def beam_step(
         the one behind them becomes each hypothesis' own slot.
     tokens, parents, logprobs: `[utterances, capacity, beams]`, int32, uint8, like the scores; what each step appended,
         to which hypothesis, and the model's log-probability of it at the temperature. Written at `lengths`.
-    pool_scores, pool_slots, pool_ends, pool_finished, pool_last_logprobs: `[utterances, beams]`, like the scores,
+    pool_scores, pool_beams, pool_ends, pool_finished, pool_last_logprobs: `[utterances, beams]`, like the scores,
         int64, int64, bool, like the scores; ended hypotheses, best first: score, -inf where there is none; the slot of
         the last token but the end of sequence, and the number of tokens up to there; whether an end of sequence
         follows, or the limit cut it; the log-probability of that end, 0 without one.
@@ -69,8 +69,8 @@ def beam_step(
     done: `[utterances]`, bool; becomes True where the search is over.
     """
     return _beam_step(
-        logits, null_logits, real_settings, whole_settings, prefix, inputs, scores, lengths, ancestors, tokens,
-        parents, logprobs, pool_scores, pool_slots, pool_ends, pool_finished, pool_last_logprobs, ended, done,
+        logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens,
+        parents, logprobs, pool_scores, pool_beams, pool_ends, pool_finished, pool_last_logprobs, ended, done,
     )  # fmt: skip
 
 
@@ -78,8 +78,8 @@ def sample_step(
     logits: Tensor,
     null_logits: Tensor | None,
     filtered: Tensor | None,
-    real_settings: Tensor,
-    whole_settings: Tensor,
+    float_params: Tensor,
+    int_params: Tensor,
     prefix: Tensor,
     seeds: Tensor,
     inputs: Tensor,
@@ -92,7 +92,7 @@ def sample_step(
     finished: Tensor,
     done: Tensor,
 ) -> None:
-    """Writes a token behind every hypothesis of `Method.SAMPLE` that has not ended: a draw, or the likeliest.
+    """Writes a token behind every hypothesis of `SelectionMethod.SAMPLE` that has not ended: a draw, or the likeliest.
 
     In this order: guidance, penalties and bans, temperature, `top_k`, `top_p`, the draw; temperature 0 takes the
     likeliest. Ties go to the lower id. A draw takes 53 bits of Philox-4x32-10 with the utterance's seed as its key at
@@ -102,7 +102,7 @@ def sample_step(
 
     logits, null_logits, filtered: `[utterances, beams, vocabulary]`, floating point; the latter two may be None.
         filtered is what to draw from instead of the mixed logits, before penalties and bans.
-    real_settings, whole_settings, prefix: `[utterances, columns]`, as for `beam_step`.
+    float_params, int_params, prefix: `[utterances, columns]`, as for `beam_step`.
     seeds: `[utterances]`, int64.
     inputs: `[utterances, beams]`, int64; becomes the chosen tokens.
     scores: `[utterances, beams]`, float32, or float64 like the logits; sums of log-probabilities by the mixed logits,
@@ -115,7 +115,7 @@ def sample_step(
     done: `[utterances]`, bool; becomes True where each has ended or has `max_length` tokens.
     """
     return _sample_step(
-        logits, null_logits, filtered, real_settings, whole_settings, prefix, seeds, inputs, scores, lengths,
+        logits, null_logits, filtered, float_params, int_params, prefix, seeds, inputs, scores, lengths,
         ancestors, tokens, parents, logprobs, finished, done,
     )  # fmt: skip
 
@@ -133,7 +133,7 @@ _COMMON = {
 _BEAM = {
     **_COMMON,
     "pool_scores": (None, "UK"),
-    "pool_slots": (torch.int64, "UK"),
+    "pool_beams": (torch.int64, "UK"),
     "pool_ends": (torch.int64, "UK"),
     "pool_finished": (torch.bool, "UK"),
     "pool_last_logprobs": (None, "UK"),
@@ -145,7 +145,7 @@ _NAMES = {"U": "utterances", "R": "utterances or twice that", "K": "beams", "T":
 
 
 def _check_logits(
-    op: str, logits: Tensor, others: dict[str, Tensor | None], real: Tensor, whole: Tensor, prefix: Tensor
+    op: str, logits: Tensor, others: dict[str, Tensor | None], float_params: Tensor, int_params: Tensor, prefix: Tensor
 ) -> None:
     """Raises ValueError unless the logits and the settings of an op fit each other."""
     if logits.dim() != 3:
@@ -167,8 +167,8 @@ def _check_logits(
                    "convert it with .to()")  # fmt: skip
     precise = torch.promote_types(logits.dtype, torch.float32)
     for name, settings, width, dtype in (
-        ("real_settings", real, len(Real), precise),
-        ("whole_settings", whole, len(Whole), torch.int32),
+        ("float_params", float_params, len(FloatParam), precise),
+        ("int_params", int_params, len(IntParam), torch.int32),
         ("prefix", prefix, None, torch.int32),
     ):
         if settings.dim() != 2 or settings.shape[0] != utterances or settings.shape[1] != (width or settings.shape[1]):
@@ -210,19 +210,21 @@ def _check_state(op: str, logits: Tensor, wanted: dict, state: tuple[Tensor, ...
 
 
 def _check_beam_step(
-    logits: Tensor, null_logits: Tensor | None, real: Tensor, whole: Tensor, prefix: Tensor, *state: Tensor
+    logits: Tensor, null_logits: Tensor | None, float_params: Tensor, int_params: Tensor, prefix: Tensor, *state: Tensor
 ) -> None:
     """Raises ValueError unless the arguments of `beam_step` fit each other; providers check the ranges of integers."""
-    _check_logits("beam_step", logits, {"null_logits": null_logits}, real, whole, prefix)
+    _check_logits("beam_step", logits, {"null_logits": null_logits}, float_params, int_params, prefix)
     _check_state("beam_step", logits, _BEAM, state)
 
 
 def _check_sample_step(
-    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, real: Tensor, whole: Tensor, prefix: Tensor,
-    *state: Tensor,
+    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, float_params: Tensor, int_params: Tensor,
+    prefix: Tensor, *state: Tensor,
 ) -> None:  # fmt: skip
     """Raises ValueError unless the arguments of `sample_step` fit each other."""
-    _check_logits("sample_step", logits, {"null_logits": null_logits, "filtered": filtered}, real, whole, prefix)
+    _check_logits(
+        "sample_step", logits, {"null_logits": null_logits, "filtered": filtered}, float_params, int_params, prefix
+    )
     _check_state("sample_step", logits, _SAMPLE, state)
 
 
@@ -232,7 +234,7 @@ def _written(names: dict, letters: str) -> str:
     return ", ".join("Tensor seeds" if name == "seeds" else f"Tensor({next(marks)}!) {name}" for name in names)
 
 
-_SETTINGS = "Tensor real_settings, Tensor whole_settings, Tensor prefix, "
+_SETTINGS = "Tensor float_params, Tensor int_params, Tensor prefix, "
 _beam_step = define(
     "beam_step",
     f"(Tensor logits, Tensor? null_logits, {_SETTINGS}{_written(_BEAM, 'abcdefghijklmn')}) -> ()",

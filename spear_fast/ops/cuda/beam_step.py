@@ -12,8 +12,8 @@ from spear_fast.ops.cuda.selection import THREADS, logits_fields, state_fields
 SOURCE, STRUCT = "beam_step.cu", "BeamStep"
 # in the order of the op's arguments behind the logits; the struct's fields have the same names
 STATE = (
-    "real_settings whole_settings prefix inputs scores lengths ancestors tokens parents logprobs pool_scores "
-    "pool_slots pool_ends pool_finished pool_last_logprobs ended done"
+    "float_params int_params prefix inputs scores lengths ancestors tokens parents logprobs pool_scores "
+    "pool_beams pool_ends pool_finished pool_last_logprobs ended done"
 ).split()
 
 

@@ -12,7 +12,7 @@ from spear_fast.ops.cuda.selection import THREADS, logits_fields, state_fields
 SOURCE, STRUCT = "sample_step.cu", "SampleStep"
 # in the order of the op's arguments behind the logits; the struct's fields have the same names
 STATE = (
-    "real_settings whole_settings prefix seeds inputs scores lengths ancestors tokens parents logprobs finished done"
+    "float_params int_params prefix seeds inputs scores lengths ancestors tokens parents logprobs finished done"
 ).split()
 
 

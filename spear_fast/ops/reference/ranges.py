@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from spear_fast.ops.selection_settings import Whole
+from spear_fast.ops.selection_params import IntParam
 
 # ranges are always checked on the CPU; elsewhere looking costs a wait for the device
 DEBUG = os.environ.get("SPEAR_FAST_DEBUG", "") not in ("", "0")
@@ -39,15 +39,15 @@ def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name:
 
 
 def check_selection(
-    op: str, logits: Tensor, live: Tensor, whole_settings: Tensor, prefix: Tensor, steps: Tensor, tokens: Tensor
+    op: str, logits: Tensor, live: Tensor, int_params: Tensor, prefix: Tensor, steps: Tensor, tokens: Tensor
 ) -> None:
     """Raises unless the settings of the utterances that are `live` and their `steps` so far fit the buffers."""
     _, beams, vocab = logits.shape
     for name, which, least, limit in (
-        ("beam_size", Whole.BEAM_SIZE, 1, beams),
-        ("eos_id", Whole.EOS_ID, -1, vocab - 1),
-        ("prefix_length", Whole.PREFIX_LENGTH, 0, prefix.shape[1]),
+        ("beam_size", IntParam.BEAM_SIZE, 1, beams),
+        ("eos_id", IntParam.EOS_ID, -1, vocab - 1),
+        ("prefix_length", IntParam.PREFIX_LENGTH, 0, prefix.shape[1]),
     ):
-        wanted = whole_settings[:, which].masked_fill(~live, least)
+        wanted = int_params[:, which].masked_fill(~live, least)
         check_range(op, name, wanted, limit, "correct the utterance's settings", least)
     check_range(op, "lengths", steps, tokens.shape[1] - 1, "make the histories longer")

@@ -6,23 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.ops.selection_settings import Real, Whole
+from spear_fast.ops.selection_params import FloatParam, IntParam
 
 # pairs of tokens that are compared at once
 COMPARED = 1 << 22
 
 
-def column(settings: Tensor, which: Real | Whole, dimensions: int = 3) -> Tensor:
+def column(settings: Tensor, which: FloatParam | IntParam, dimensions: int = 3) -> Tensor:
     """Returns one column of the settings, `[utterances, 1, …]` with that many dimensions."""
     return settings[:, which].view(-1, *[1] * (dimensions - 1))
 
 
-def mixed(logits: Tensor, null_logits: Tensor | None, real_settings: Tensor) -> Tensor:
+def mixed(logits: Tensor, null_logits: Tensor | None, float_params: Tensor) -> Tensor:
     """Returns `null + (logits - null) * guidance`, or the logits themselves at guidance 1, in the settings' dtype."""
-    logits = logits.to(real_settings.dtype)
+    logits = logits.to(float_params.dtype)
     if null_logits is None:
         return logits
-    guidance, blind = column(real_settings, Real.GUIDANCE), null_logits.to(real_settings.dtype)
+    guidance, blind = column(float_params, FloatParam.GUIDANCE), null_logits.to(float_params.dtype)
     return torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
 
 
@@ -47,7 +47,7 @@ def own_history(tokens: Tensor, ancestors: Tensor, steps: Tensor) -> Tensor:
 
 
 def restricted(
-    values: Tensor, history: Tensor, steps: Tensor, real_settings: Tensor, whole_settings: Tensor, prefix: Tensor
+    values: Tensor, history: Tensor, steps: Tensor, float_params: Tensor, int_params: Tensor, prefix: Tensor
 ) -> Tensor:
     """Returns values `[utterances, beams, vocabulary]` with penalties, and -inf where a token must not come next.
 
@@ -55,18 +55,18 @@ def restricted(
     prefix: `[utterances, longest prefix]`, int32.
     """
     vocab = values.shape[-1]
-    penalty = column(real_settings, Real.REPETITION_PENALTY)
+    penalty = column(float_params, FloatParam.REPETITION_PENALTY)
     seen = _marked(history, torch.ones_like(history, dtype=torch.bool), vocab) & (penalty != 1)
     values = torch.where(seen, torch.where(values < 0, values * penalty, values / penalty), values)
-    banned = _marked(history, _ends_repetition(history, steps, whole_settings), vocab)
+    banned = _marked(history, _ends_repetition(history, steps, int_params), vocab)
     ids = torch.arange(vocab, device=values.device)
-    early = steps[..., None] < column(whole_settings, Whole.MIN_LENGTH)
-    banned = banned | (early & (ids == column(whole_settings, Whole.EOS_ID)))
+    early = steps[..., None] < column(int_params, IntParam.MIN_LENGTH)
+    banned = banned | (early & (ids == column(int_params, IntParam.EOS_ID)))
     values = values.masked_fill(banned, -torch.inf)
     if not prefix.shape[1]:
         return values
     wanted = prefix.long().gather(1, steps.clamp(max=prefix.shape[1] - 1))[..., None]
-    given = (steps[..., None] < column(whole_settings, Whole.PREFIX_LENGTH)).expand_as(values)
+    given = (steps[..., None] < column(int_params, IntParam.PREFIX_LENGTH)).expand_as(values)
     # the given token costs nothing: all hypotheses have it
     return torch.where(given, torch.where(ids == wanted, 0.0, -torch.inf).to(values.dtype), values)
 
@@ -78,9 +78,9 @@ def _marked(history: Tensor, holds: Tensor, vocab: int) -> Tensor:
     return marked.scatter(2, history.masked_fill(~inside, vocab), True)[..., :vocab]
 
 
-def _ends_repetition(history: Tensor, steps: Tensor, whole_settings: Tensor) -> Tensor:
+def _ends_repetition(history: Tensor, steps: Tensor, int_params: Tensor) -> Tensor:
     """Returns at which steps `[utterances, beams, steps]` an n-gram ended that began as the one which ends next."""
-    size = column(whole_settings, Whole.NO_REPEAT_NGRAM_SIZE)
+    size = column(int_params, IntParam.NO_REPEAT_NGRAM_SIZE)
     longest = history.shape[-1]
     step = torch.arange(longest, device=history.device)
     holds = (size > 0) & (step >= size - 1) & (step < steps[..., None])

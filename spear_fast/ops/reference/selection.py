@@ -11,7 +11,7 @@ from spear_fast.ops.reference.candidates import best_candidates, draw, keep_top_
 from spear_fast.ops.reference.philox import philox
 from spear_fast.ops.reference.ranges import check_selection
 from spear_fast.ops.reference.restrictions import column, mixed, own_history, restricted
-from spear_fast.ops.selection_settings import COLDEST, EarlyStopping, Method, Real, Whole
+from spear_fast.ops.selection_params import COLDEST, EarlyStopping, FloatParam, IntParam, SelectionMethod
 
 
 @dataclass
@@ -26,27 +26,27 @@ class _Pool:
 
 
 def beam_step(
-    logits: Tensor, null_logits: Tensor | None, real_settings: Tensor, whole_settings: Tensor, prefix: Tensor,
+    logits: Tensor, null_logits: Tensor | None, float_params: Tensor, int_params: Tensor, prefix: Tensor,
     inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, parents: Tensor,
-    logprobs: Tensor, pool_scores: Tensor, pool_slots: Tensor, pool_ends: Tensor, pool_finished: Tensor,
+    logprobs: Tensor, pool_scores: Tensor, pool_beams: Tensor, pool_ends: Tensor, pool_finished: Tensor,
     pool_last_logprobs: Tensor, ended: Tensor, done: Tensor,
 ) -> None:  # fmt: skip
     utterances, beams, vocab = logits.shape
-    live = ~done & (whole_settings[:, Whole.METHOD] == Method.BEAM)
+    live = ~done & (int_params[:, IntParam.METHOD] == SelectionMethod.BEAM)
     if not utterances:
         return
-    size = column(whole_settings, Whole.BEAM_SIZE, 2)
+    size = column(int_params, IntParam.BEAM_SIZE, 2)
     steps = lengths[:utterances, :1].masked_fill(~live[:, None], 0)
-    check_selection("beam_step", logits, live, whole_settings, prefix, steps, tokens)
+    check_selection("beam_step", logits, live, int_params, prefix, steps, tokens)
     rank = torch.arange(2 * beams, device=logits.device)
     slot = rank[:beams]
     used = slot < size
 
-    scaled = mixed(logits, null_logits, real_settings) / column(real_settings, Real.TEMPERATURE).clamp(min=COLDEST)
+    scaled = mixed(logits, null_logits, float_params) / column(float_params, FloatParam.TEMPERATURE).clamp(min=COLDEST)
     likely = scaled.log_softmax(dim=-1)
     each = steps.expand(-1, beams)
     history = own_history(tokens, ancestors[:utterances], each)
-    ranked = restricted(likely, history, each, real_settings, whole_settings, prefix)
+    ranked = restricted(likely, history, each, float_params, int_params, prefix)
     ranked = (scores[..., None] + ranked).masked_fill(~used[..., None], -torch.inf)
     values, index = best_candidates(ranked.flatten(1), 2 * beams)
     # where the vocabulary has too few candidates, those of no slot stand behind
@@ -54,7 +54,7 @@ def beam_step(
     origins, chosen = index // vocab, index % vocab
     chosen_logprobs = likely.flatten(1).gather(1, index)
 
-    eos = column(whole_settings, Whole.EOS_ID, 2)
+    eos = column(int_params, IntParam.EOS_ID, 2)
     ends = (chosen == eos) & (eos >= 0)
     # a stable sort keeps the order by score within those that go on; behind them those that end, then the superfluous
     place = torch.where(rank < 2 * size, ends.to(torch.uint8), 2)
@@ -62,12 +62,12 @@ def beam_step(
     running = values.masked_fill(ends, -torch.inf).gather(1, goes_on)
 
     length = steps + 1
-    limit = length >= column(whole_settings, Whole.MAX_LENGTH, 2)
-    counted = _counted(length, real_settings, whole_settings)
+    limit = length >= column(int_params, IntParam.MAX_LENGTH, 2)
+    counted = _counted(length, float_params, int_params)
     enters = torch.cat((ends & (rank < size) & live[:, None], limit & used & live[:, None]), dim=1)
     totals = torch.cat((values, running), dim=1)
     enters = enters & ~(totals == -torch.inf)
-    pool = _Pool(pool_scores, pool_slots, pool_ends, pool_finished, pool_last_logprobs)
+    pool = _Pool(pool_scores, pool_beams, pool_ends, pool_finished, pool_last_logprobs)
     _enter(
         pool,
         (totals / counted).masked_fill(~enters, -torch.inf),
@@ -91,30 +91,30 @@ def beam_step(
     inputs.copy_(torch.where(written, chosen, inputs))
     scores.copy_(torch.where(written, running, scores))
     lengths += written.repeat(lengths.shape[0] // utterances, 1)
-    over = limit[:, 0] | _cannot_improve(pool, running[:, :1], length, ended, real_settings, whole_settings)
+    over = limit[:, 0] | _cannot_improve(pool, running[:, :1], length, ended, float_params, int_params)
     done |= live & over
 
 
 def sample_step(
-    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, real_settings: Tensor, whole_settings: Tensor,
+    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, float_params: Tensor, int_params: Tensor,
     prefix: Tensor, seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor,
     parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
 ) -> None:  # fmt: skip
     utterances, beams, _ = logits.shape
-    live = ~done & (whole_settings[:, Whole.METHOD] == Method.SAMPLE)
+    live = ~done & (int_params[:, IntParam.METHOD] == SelectionMethod.SAMPLE)
     if not utterances:
         return
     slot = torch.arange(beams, device=logits.device)
-    used = slot < column(whole_settings, Whole.BEAM_SIZE, 2)
+    used = slot < column(int_params, IntParam.BEAM_SIZE, 2)
     written = used & ~finished & live[:, None]
     steps = lengths[:utterances].masked_fill(~written, 0)
-    check_selection("sample_step", logits, live, whole_settings, prefix, steps, tokens)
+    check_selection("sample_step", logits, live, int_params, prefix, steps, tokens)
 
-    exact = mixed(logits, null_logits, real_settings)
+    exact = mixed(logits, null_logits, float_params)
     history = own_history(tokens, slot.to(torch.uint8)[:, None].expand_as(ancestors[:utterances]), steps)
     allowed = exact if filtered is None else filtered.to(exact.dtype)
-    allowed = restricted(allowed, history, steps, real_settings, whole_settings, prefix)
-    chosen = _chosen(allowed, steps, seeds, real_settings, whole_settings)
+    allowed = restricted(allowed, history, steps, float_params, int_params, prefix)
+    chosen = _chosen(allowed, steps, seeds, float_params, int_params)
     chosen_logprobs = exact.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
     nothing_left = (allowed == -torch.inf).all(dim=-1)
     chosen_logprobs = chosen_logprobs.masked_fill(nothing_left, -torch.inf)
@@ -124,23 +124,23 @@ def sample_step(
     next_position = torch.arange(ancestors.shape[2], device=slot.device) == steps[..., None] + 1
     table = ancestors.view(-1, *tokens.shape[::2], ancestors.shape[2])
     table.copy_(torch.where(next_position & written[..., None], slot[:, None].to(torch.uint8), table))
-    given = steps < column(whole_settings, Whole.PREFIX_LENGTH, 2)
+    given = steps < column(int_params, IntParam.PREFIX_LENGTH, 2)
     inputs.copy_(torch.where(written, chosen, inputs))
     scores.copy_(torch.where(written & ~given, scores + chosen_logprobs, scores))
     lengths += written.repeat(lengths.shape[0] // utterances, 1)
-    eos = column(whole_settings, Whole.EOS_ID, 2)
+    eos = column(int_params, IntParam.EOS_ID, 2)
     # where logits are NaN, or nothing may come, nothing sensible can follow
     ends = ((chosen == eos) & (eos >= 0)) | ~(chosen_logprobs > -torch.inf)
     finished |= written & ends
-    at_limit = lengths[:utterances] >= column(whole_settings, Whole.MAX_LENGTH, 2)
+    at_limit = lengths[:utterances] >= column(int_params, IntParam.MAX_LENGTH, 2)
     done |= live & (finished | at_limit | ~used).all(dim=-1)
 
 
-def _chosen(allowed: Tensor, steps: Tensor, seeds: Tensor, real_settings: Tensor, whole_settings: Tensor) -> Tensor:
+def _chosen(allowed: Tensor, steps: Tensor, seeds: Tensor, float_params: Tensor, int_params: Tensor) -> Tensor:
     """Returns the token of each hypothesis `[utterances, beams]`, int64: the likeliest, or a draw."""
     best = allowed.argmax(dim=-1)
-    top_k, top_p = column(whole_settings, Whole.TOP_K).long(), column(real_settings, Real.TOP_P)
-    temperature = column(real_settings, Real.TEMPERATURE)
+    top_k, top_p = column(int_params, IntParam.TOP_K).long(), column(float_params, FloatParam.TOP_P)
+    temperature = column(float_params, FloatParam.TEMPERATURE)
     kept = keep_top_k(allowed, torch.where(top_k > 0, top_k, allowed.shape[-1]))
     scaled = kept / temperature.clamp(min=COLDEST)
     weights = keep_top_p(scaled, torch.where(top_p < 1, top_p, torch.inf), scaled).softmax(dim=-1)
@@ -161,32 +161,32 @@ def uniform_numbers(seeds: Tensor, steps: Tensor) -> Tensor:
     return ((first >> 5) * 2**26 + (second >> 6)).double() * 2.0**-53
 
 
-def _counted(length: Tensor, real_settings: Tensor, whole_settings: Tensor) -> Tensor:
+def _counted(length: Tensor, float_params: Tensor, int_params: Tensor) -> Tensor:
     """Returns what divides a score of `length` tokens, `[utterances, 1]`; those of the prefix do not count."""
-    counted = (length - column(whole_settings, Whole.PREFIX_LENGTH, 2)).clamp(min=1)
-    return counted.to(real_settings.dtype) ** column(real_settings, Real.LENGTH_PENALTY, 2)
+    counted = (length - column(int_params, IntParam.PREFIX_LENGTH, 2)).clamp(min=1)
+    return counted.to(float_params.dtype) ** column(float_params, FloatParam.LENGTH_PENALTY, 2)
 
 
 def _cannot_improve(
-    pool: _Pool, best: Tensor, length: Tensor, ended: Tensor, real_settings: Tensor, whole_settings: Tensor
+    pool: _Pool, best: Tensor, length: Tensor, ended: Tensor, float_params: Tensor, int_params: Tensor
 ) -> Tensor:
     """Returns `[utterances]` bool: enough have ended and, by early stopping, no other will still enter the pool."""
-    size = column(whole_settings, Whole.BEAM_SIZE, 2)
+    size = column(int_params, IntParam.BEAM_SIZE, 2)
     worst = pool.scores.gather(1, size.long() - 1)
-    enough = ended[:, None] >= _enough(size, real_settings)
-    mode = column(whole_settings, Whole.EARLY_STOPPING, 2)
+    enough = ended[:, None] >= _enough(size, float_params)
+    mode = column(int_params, IntParam.EARLY_STOPPING, 2)
     # sums are negative: where the penalty is positive, the longest hypothesis divides by most
-    longest = (mode == EarlyStopping.NEVER) & (column(real_settings, Real.LENGTH_PENALTY, 2) > 0)
-    length = torch.where(longest, column(whole_settings, Whole.MAX_LENGTH, 2), length)
-    beaten = best / _counted(length, real_settings, whole_settings) <= worst
+    longest = (mode == EarlyStopping.NEVER) & (column(float_params, FloatParam.LENGTH_PENALTY, 2) > 0)
+    length = torch.where(longest, column(int_params, IntParam.MAX_LENGTH, 2), length)
+    beaten = best / _counted(length, float_params, int_params) <= worst
     # true of NaN too
     nothing_left = ~(best > -torch.inf)
     return ((enough & (beaten | (mode == EarlyStopping.AT_ONCE))) | nothing_left)[:, 0]
 
 
-def _enough(size: Tensor, real_settings: Tensor) -> Tensor:
+def _enough(size: Tensor, float_params: Tensor) -> Tensor:
     """Returns how many hypotheses must have ended, `[utterances, 1]`: patience times the beam, halves rounded up."""
-    return (size * column(real_settings, Real.PATIENCE, 2) + 0.5).floor().clamp(min=1)
+    return (size * column(float_params, FloatParam.PATIENCE, 2) + 0.5).floor().clamp(min=1)
 
 
 def _enter(pool: _Pool, scores: Tensor, written: Tensor, **entries: Tensor) -> None:

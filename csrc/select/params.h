@@ -1,11 +1,11 @@
-// the columns of each utterance's settings; meaning and the same order: spear_fast/ops/selection_settings.py
+// the columns of each utterance's settings; meaning and the same order: spear_fast/ops/selection_params.py
 #pragma once
 
 namespace spear_fast {
 
-enum RealSetting { kTemperature, kGuidance, kLengthPenalty, kRepetitionPenalty, kPatience, kTopP, kReals };
+enum FloatParam { kTemperature, kGuidance, kLengthPenalty, kRepetitionPenalty, kPatience, kTopP, kFloatParams };
 
-enum WholeSetting {
+enum IntParam {
   kMethod,
   kBeamSize,
   kMaxLength,
@@ -15,10 +15,10 @@ enum WholeSetting {
   kEarlyStopping,
   kPrefixLength,
   kTopK,
-  kWholes
+  kIntParams
 };
 
-enum Method { kBeam, kSample };
+enum SelectionMethod { kBeam, kSample };
 
 enum EarlyStopping { kAtBound, kAtOnce, kNever };
 

@@ -1,6 +1,6 @@
 """The columns of the two tensors in which each utterance has its own settings of selection.
 
-csrc/select/settings.h has the same columns in the same order.
+csrc/select/params.h has the same columns in the same order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class _Columns(IntEnum):
         return count
 
 
-class Real(_Columns):
-    """Columns of `real_settings`, `[utterances, len(Real)]`, of the dtype of the scores.
+class FloatParam(_Columns):
+    """Columns of `float_params`, `[utterances, len(FloatParam)]`, of the dtype of the scores.
 
     TEMPERATURE: divides the logits; sampling at `COLDEST` or below takes the likeliest token.
     GUIDANCE: scale of classifier-free guidance; 1 leaves the null logits unread.
@@ -36,10 +36,10 @@ class Real(_Columns):
     TOP_P = auto()
 
 
-class Whole(_Columns):
-    """Columns of `whole_settings`, `[utterances, len(Whole)]`, int32.
+class IntParam(_Columns):
+    """Columns of `int_params`, `[utterances, len(IntParam)]`, int32.
 
-    METHOD: a `Method`; an op leaves utterances of another method as they are.
+    METHOD: a `SelectionMethod`; an op leaves utterances of another method as they are.
     BEAM_SIZE: hypotheses in use, the first of the slots; the others are neither read nor written.
     MAX_LENGTH, MIN_LENGTH: most tokens, the end of sequence included; fewest in front of it.
     EOS_ID: -1 where nothing ends a sequence.
@@ -60,7 +60,7 @@ class Whole(_Columns):
     TOP_K = auto()
 
 
-class Method(IntEnum):
+class SelectionMethod(IntEnum):
     """BEAM utterances are for `beam_step`, SAMPLE for `sample_step`, greedy ones among them."""
 
     BEAM = 0
