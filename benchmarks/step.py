@@ -28,7 +28,7 @@ from benchmarks.operations.case import SETS
 from benchmarks.options import add_common, device_lost, in_fresh_process, resolved
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import Generation
-from spear_fast.decoding.slots import interval
+from spear_fast.decoding.runner import interval
 
 # kernels that rows name; the rest is one sum
 NAMED = 24

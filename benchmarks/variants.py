@@ -25,8 +25,9 @@ from benchmarks.cases import (
 )
 from benchmarks.peers import pair
 from spear_fast.decoding import DecodingOptions, Weights
-from spear_fast.decoding.slots import Slots
-from spear_fast.decoding.step import newest_logits
+from spear_fast.decoding.request import Request
+from spear_fast.decoding.runner import Runner
+from spear_fast.decoding.step import decode_step
 
 Variants = dict[str, Callable[[], Any]]
 
@@ -150,10 +151,10 @@ class Generation:
         for weights in ("exact", "int8"):
             decoder = self.ours.decoder("text", weights)
             memories = self.ours.encoder("speech", weights).encoded([self.sources[row] for row in rows])
-            slots = Slots(decoder, count=len(rows), beams=1, limit=2, source=max(map(len, memories)))
-            options = [DecodingOptions(method="greedy", max_length=1)] * len(rows)
-            slots.admit(rows, memories, options, [0] * len(rows))
-            found.append(newest_logits(decoder, slots.view()).log_softmax(dim=-1))
+            runner = Runner(decoder, slots=len(rows), beams=1, positions=2, max_source=max(map(len, memories)))
+            options = DecodingOptions(method="greedy", max_length=1)
+            runner.admit([Request(row, memory, options) for row, memory in zip(rows, memories, strict=True)])
+            found.append(decode_step(decoder, runner.view()).log_softmax(dim=-1))
         exact, rounded = found
         best = exact.argmax(dim=-1, keepdim=True)
         return float((rounded.gather(-1, best) - exact.gather(-1, best)).abs().max())

@@ -108,6 +108,8 @@ def _devices() -> list[dict[str, Any]]:
 
 def _ops() -> list[dict[str, Any]]:
     """Returns a row per operation and provider: op, provider, devices, missing (why it cannot run, or None)."""
+    # registers the decoding step beside the ops
+    import spear_fast.decoding  # noqa: F401
     from spear_fast import ops
 
     return [row._asdict() for row in ops.available()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from spear_fast.decoding import (
     DecodingResult,
     Encoder,
     Engine,
-    Plan,
+    EngineConfig,
     Weights,
     decode,
     decode_ids,
@@ -42,7 +43,7 @@ class Generation(Inputs):
     def encoder(self, source_type: Modality, weights: Weights = "exact") -> Encoder:
         """Returns the packed encoder of a modality, packed again whenever a weight has changed.
 
-        weights: "int8" for products of 8 bits; see `Decoder.from_modules`.
+        weights: "int8" for matmuls of 8 bits; see `Decoder.from_modules`.
 
         Raises ValueError where a module has been replaced or has a hook: its work would be left out.
         """
@@ -82,32 +83,36 @@ class Generation(Inputs):
         beams: int = 4,
         max_length: int = 512,
         max_source: int = 2048,
-        budget: int | None = None,
+        memory_budget: int | None = None,
         guided: bool = False,
         deterministic: bool = False,
         weights: Weights = "exact",
         workers: int | None = None,
+        budget: int | None = None,
     ) -> Engine:
         """Returns an engine that decodes many requests at once with this model's weights as they are now.
 
-        slots: utterances in flight; beams, max_length, max_source: the most that a request may want; budget: bytes for
-        the buffers; see `Plan.of`. guided, deterministic: see `Engine`. weights: "int8" makes the products of 8 bits,
-        on x86 CPUs: faster, and no longer exact. workers: on a CPU, that share places and threads, see
-        `Plan.of`. Sources are ids `[n]`, with the end-of-sequence where the model sets one automatically: `encode` adds
-        it, an engine takes them as they are.
+        slots: utterances in flight; beams, max_length, max_source: the most that a request may want; memory_budget:
+        bytes for the buffers; see `EngineConfig.for_decoder`. guided, deterministic: see `Engine`. weights: "int8"
+        makes the matmuls of 8 bits, on x86 CPUs: faster, and no longer exact. workers: on a CPU, that share slots and
+        threads, see `EngineConfig.for_decoder`. budget: the name of memory_budget in the last release. Sources are ids
+        `[n]`, with the end-of-sequence where the model sets one automatically: `encode` adds it, an engine takes them
+        as they are.
         """
+        if budget is not None:
+            warnings.warn("budget is now memory_budget.", DeprecationWarning, stacklevel=3)
         decoder = self.decoder(target_type, weights)
-        plan = Plan.of(
+        config = EngineConfig.for_decoder(
             decoder,
             slots=slots,
             beams=beams,
             max_length=max_length,
             max_source=max_source,
-            budget=budget,
+            memory_budget=budget if memory_budget is None else memory_budget,
             guided=guided,
             workers=workers,
         )
-        return Engine(self.encoder(source_type, weights), decoder, plan, guided=guided, deterministic=deterministic)
+        return Engine(self.encoder(source_type, weights), decoder, config, guided=guided, deterministic=deterministic)
 
     def decode(
         self, memory: Tensor, memory_mask: Tensor, *, target_type: Modality, options: DecodingOptions
@@ -163,10 +168,12 @@ class Generation(Inputs):
         coverage_penalty: float = 0.0,
         return_alignment: bool = False,
     ) -> Any:
-        """Returns target ids `[batch, length]`, pads behind each end-of-sequence (reference line 620).
+        """Returns target ids `[batch, length]`, pads after each end-of-sequence (reference line 620).
 
         source, source_mask, input_sample_hz: see `encode`.
-        temperature, filter_logits_fn, filter_fn_kwargs: for sampling; a filter takes logits `[batch, vocabulary]`.
+        temperature, filter_logits_fn, filter_fn_kwargs: for sampling; a filter takes logits `[batch, vocabulary]`. In
+            beam search the default filter does not count; another one is obeyed by the "standard" search and ignored,
+            with a warning, by the "reference" one, as the reference does.
         beam_search_decode: beam search instead of sampling, by `beam_mode`: "reference" gives the reference's tokens,
             "standard" keeps a pool of finished hypotheses and knows `length_penalty`, `early_stopping` and
             `num_return_sequences` (ids then `[batch * num_return_sequences, length]`, best first).
@@ -188,14 +195,22 @@ class Generation(Inputs):
             raise ValueError("speculative decoding is from text to speech only.")
         if return_alignment and not return_result:
             raise ValueError("return_alignment needs return_result=True, since ids alone have no place for it.")
-        replaced = filter_logits_fn is keep_top_k and not filter_fn_kwargs and (top_k, top_p) != (None, None)
+        is_default = filter_logits_fn is keep_top_k and not filter_fn_kwargs
+        unused = is_default and (beam_search_decode or (top_k, top_p) != (None, None))
+        if beam_search_decode and beam_mode == "reference" and not is_default:
+            warnings.warn(
+                "the reference's beam search ignores filter_logits_fn; pass beam_mode='standard' to have it obeyed.",
+                UserWarning,
+                stacklevel=3,
+            )
+            unused = True
         options = DecodingOptions(
             method="beam" if beam_search_decode else "speculative" if spec_decode else "sample",
             beam_size=beam_size,
             beam_mode=beam_mode,
             max_length=max_length,
             temperature=temperature,
-            filter_logits=None if replaced else partial(filter_logits_fn, **filter_fn_kwargs),
+            filter_logits=None if unused else partial(filter_logits_fn, **filter_fn_kwargs),
             top_k=top_k,
             top_p=top_p,
             cond_scale=cond_scale,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from spear_fast import DecodingOptions, TextToSemantic
-from spear_fast.decoding.budget import Plan
+from spear_fast.decoding.config import EngineConfig
 from spear_fast.decoding.engine import Engine
+from spear_fast.decoding.request import Request
 
 VOCABULARY = 20
 
@@ -35,8 +36,8 @@ def engine_of(
 ) -> Engine:
     decoder = model.decoder("text")
     sizes = dict(slots=slots, beams=beams, max_length=max_length, max_source=max_source, workers=workers)
-    plan = Plan.of(decoder, guided=settings.get("guided", False), **sizes)
-    return Engine(model.encoder("speech"), decoder, plan, **settings)
+    config = EngineConfig.for_decoder(decoder, guided=settings.get("guided", False), **sizes)
+    return Engine(model.encoder("speech"), decoder, config, **settings)
 
 
 def ask(engine: Engine, source: torch.Tensor, *, callback=None, beam_size: int = 4, max_length: int = 12):
@@ -49,3 +50,10 @@ def alone(model, source: torch.Tensor, options: DecodingOptions):
         embedded = model.token_emb["speech"](source)[None]
         mask = torch.ones(1, len(source), dtype=torch.bool)
         return model.decode(model.source_transformer(embedded, mask), mask, target_type="text", options=options)
+
+
+def requests_of(memories, options, seeds=None) -> list[Request]:
+    """Returns encoded requests as a runner takes them, numbered from 0."""
+    seeds = [0] * len(memories) if seeds is None else seeds
+    each = zip(memories, options, seeds, strict=True)
+    return [Request(number, memory, own, seed) for number, (memory, own, seed) in enumerate(each)]

@@ -12,7 +12,7 @@ from benchmarks.cases import step_cases
 from benchmarks.machine import CPU
 from benchmarks.variants import Generation
 from spear_fast import cli
-from spear_fast.decoding.slots import interval
+from spear_fast.decoding.runner import interval
 
 CASES = {case.name: case for case in step_cases()}
 

@@ -21,7 +21,7 @@ from plain_decoding import (
 from test_decoding_state import METHODS, assert_close, decoded
 from test_engine import options_of, same
 
-from spear_fast.decoding import Decoder, DecodingOptions, alignment, decode
+from spear_fast.decoding import Decoder, DecodingOptions, decode, source_alignment
 from spear_fast.filters import top_k
 
 HOW = {**METHODS, "drawn": dict(method="sample", num_return_sequences=3)}
@@ -88,7 +88,7 @@ def test_alignment_changes_nothing_else_and_is_left_out_unless_asked_for(method:
     memory, mask = build_memory(model, 3)
     seeded = {"generator": torch.Generator().manual_seed(0)} if method == "drawn" else {}
     with_it = decoded(model, memory, mask, return_alignment=True, **HOW[method], **seeded)
-    monkeypatch.setattr(alignment, "attended", None)
+    monkeypatch.setattr(source_alignment, "attended", None)
     if seeded:
         seeded = {"generator": torch.Generator().manual_seed(0)}
     without = decoded(model, memory, mask, **HOW[method], **seeded)
@@ -171,7 +171,7 @@ def test_weights_are_taken_in_parts_and_nothing_unwritten_is_read(monkeypatch, n
     memory = memory.masked_fill(~mask[..., None], torch.nan)
     options = dict(beam_size=3, num_return_sequences=3, return_alignment=True, coverage_penalty=0.5)
     whole = decoded(model, memory, mask, **options)
-    monkeypatch.setattr(alignment, "CHUNK", 70)
+    monkeypatch.setattr(source_alignment, "CHUNK", 70)
     parts = decoded(model, memory, mask, **options)
     assert whole.alignment.isfinite().all()
     torch.testing.assert_close(whole.alignment, parts.alignment)

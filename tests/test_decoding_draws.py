@@ -152,16 +152,16 @@ def test_a_head_that_is_the_whole_decoder_is_always_right() -> None:
         norm.gamma.copy_(model.target_transformer.final_norm.gamma)
         linear.weight.copy_(model.token_emb["speech"].weight)
     memory, mask = build_memory(model, 3)
-    from spear_fast.decoding import loop
+    from spear_fast.decoding import methods
 
     rounds = []
-    real = loop.speculate
+    real = methods.speculate
 
     def counted(*arguments):
         rounds.append(1)
         real(*arguments)
 
-    loop.speculate = counted
+    methods.speculate = counted
     try:
         result = decode(
             model.decoder("speech"),
@@ -170,7 +170,7 @@ def test_a_head_that_is_the_whole_decoder_is_always_right() -> None:
             DecodingOptions(method="speculative", gamma=4, max_length=20, min_length=19),
         )
     finally:
-        loop.speculate = real
+        methods.speculate = real
     assert result.tokens.shape[-1] == 20
     assert len(rounds) == 4
 

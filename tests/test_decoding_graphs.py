@@ -12,14 +12,14 @@ import pytest
 import test_engine_interleavings as interleavings
 import torch
 import torch.nn.functional as F
-from engine_models import alone, engine_of, sources, tiny_model
+from engine_models import alone, engine_of, requests_of, sources, tiny_model
 from test_engine import options_of, same
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import graphs, slots
-from spear_fast.decoding.graphs import WARM_UPS, Graphs, graphs_for, rounded_places
-from spear_fast.decoding.slots import Slots
+from spear_fast.decoding import cuda_graphs, runner, state
+from spear_fast.decoding.cuda_graphs import WARM_UPS, Graphs, graphs_for, rounded_slots
+from spear_fast.decoding.runner import Runner
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,15 @@ class StandIn:
 
 @pytest.fixture
 def recorders(monkeypatch):
-    """Within the test steps are recorded the second time; the stand-ins that did it, one for each `Slots`."""
+    """Within the test steps are recorded the second time; the stand-ins that did it, one for each `Runner`."""
     made = []
-    monkeypatch.setattr(graphs, "WARM_UPS", 1)
+    monkeypatch.setattr(cuda_graphs, "WARM_UPS", 1)
 
     def stand_in(device):
         made.append(StandIn())
         return Graphs(made[-1])
 
-    monkeypatch.setattr(slots, "graphs_for", stand_in)
+    monkeypatch.setattr(runner, "graphs_for", stand_in)
     return made
 
 
@@ -111,35 +111,35 @@ def test_an_error_of_the_step_itself_is_not_swallowed():
 
 
 def test_places_are_rounded_up_to_few_numbers():
-    assert sorted({rounded_places(used, 128) for used in range(1, 129)}) == [
+    assert sorted({rounded_slots(used, 128) for used in range(1, 129)}) == [
         *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128,
     ]  # fmt: skip
     for count in range(1, 70):
         for used in range(1, count + 1):
-            assert used <= rounded_places(used, count) <= min(count, 1.25 * used)
+            assert used <= rounded_slots(used, count) <= min(count, 1.25 * used)
 
 
 def test_a_recorded_step_takes_some_free_places_along_and_they_are_done(model, recorders):
     decoder = model.decoder("text")
-    made = Slots(decoder, count=12, beams=1, limit=9, source=5)
+    made = Runner(decoder, slots=12, beams=1, positions=9, max_source=5)
     options = DecodingOptions(method="greedy", max_length=8, min_length=7)
     with torch.inference_mode():
-        made.admit(range(9), [torch.randn(4, decoder.dim) for _ in range(9)], [options] * 9, [0] * 9)
+        made.admit(requests_of([torch.randn(4, decoder.dim) for _ in range(9)], [options] * 9))
         assert made.view().batch == 10
-        made.proceed()
-        made.drop(lambda owner: owner < 3)
+        made.step()
+        made.drop(lambda request: request.number < 3)
         assert made.view().batch == made.used == 6
-        assert made.all.done.tolist() == [False] * 6 + [True] * 6
+        assert made.state.done.tolist() == [False] * 6 + [True] * 6
     assert recorders[0].calls == ["warm"]
 
 
 def test_graphs_are_for_cuda_and_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: StandIn())
+    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: StandIn())
     assert graphs_for(torch.device("cpu")) is None
     assert isinstance(graphs_for(torch.device("cuda:0")), Graphs)
-    monkeypatch.setattr(graphs.ranges, "DEBUG", True)
+    monkeypatch.setattr(cuda_graphs.ranges, "DEBUG", True)
     assert graphs_for(torch.device("cuda:0")) is None
-    monkeypatch.setattr(graphs.ranges, "DEBUG", False)
+    monkeypatch.setattr(cuda_graphs.ranges, "DEBUG", False)
     monkeypatch.setenv("SPEAR_FAST_GRAPHS", "0")
     assert graphs_for(torch.device("cuda:0")) is None
     monkeypatch.setenv("SPEAR_FAST_GRAPHS", "1")
@@ -179,7 +179,7 @@ def test_guided_and_deterministic_requests_are_too(model, recorders):
 
 def test_buffers_that_grow_are_recorded_anew(model, recorders, monkeypatch):
     """And the old ones are let go before the new ones are made; the stand-in refuses to play what is gone."""
-    monkeypatch.setattr(slots, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(state, "FIRST_CAPACITY", 8)
     options = DecodingOptions(beam_size=2, max_length=60, min_length=59)
     expected = [alone(model, source, options) for source in sources(3, seed=23)]
     recorders.clear()
@@ -195,8 +195,8 @@ def test_buffers_that_grow_are_recorded_anew(model, recorders, monkeypatch):
 @pytest.mark.parametrize("recorded", [False, True])
 def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, recorded):
     """Neither the views of fewer places nor what is recorded holds on to the others."""
-    monkeypatch.setattr(slots, "FIRST_CAPACITY", 8)
-    monkeypatch.setattr(slots, "graphs_for", lambda device: Graphs(StandIn()) if recorded else None)
+    monkeypatch.setattr(state, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(runner, "graphs_for", lambda device: Graphs(StandIn()) if recorded else None)
     decoder, pad, old, alive = model.decoder("text"), F.pad, [], []
 
     def watching(tensor, *arguments):
@@ -207,11 +207,11 @@ def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, recorded):
 
     options = DecodingOptions(method="greedy", max_length=30, min_length=29)
     with torch.inference_mode():
-        made = Slots(decoder, count=4, beams=1, limit=31, source=5)
-        made.admit(range(3), [torch.randn(4, decoder.dim) for _ in range(3)], [options] * 3, [0] * 3)
-        monkeypatch.setattr(slots.F, "pad", watching)
+        made = Runner(decoder, slots=4, beams=1, positions=31, max_source=5)
+        made.admit(requests_of([torch.randn(4, decoder.dim) for _ in range(3)], [options] * 3))
+        monkeypatch.setattr(state.F, "pad", watching)
         for _ in range(10):
-            made.proceed()
+            made.step()
     # keys and values of two layers
     assert alive == [0] * 4
 
@@ -239,7 +239,7 @@ def test_a_function_of_the_callers_is_not_recorded(model, recorders):
 def test_between_two_growths_every_tensor_stays_where_it_is(model):
     """A recorded step reads and writes addresses: none of them may change while it is played."""
     decoder = model.decoder("text")
-    made = Slots(decoder, count=4, beams=4, limit=40, source=10)
+    made = Runner(decoder, slots=4, beams=4, positions=40, max_source=10)
     memories = [torch.randn(n, decoder.dim) for n in (3, 10, 1)]
     options = [options_of(seed, max_length=39, min_length=38) for seed in (0, 2, 3)]
 
@@ -250,18 +250,18 @@ def test_between_two_growths_every_tensor_stays_where_it_is(model):
         return [tensor.data_ptr() for tensor in (*tensors, *(getattr(view, name) for name in names))]
 
     with torch.inference_mode():
-        made.admit(range(3), memories, options, [1, 2, 3])
+        made.admit(requests_of(memories, options, [1, 2, 3]))
         before, view = addresses(), made.view()
         for _ in range(30):
-            made.proceed()
-            made.harvest()
+            made.step()
+            made.collect_finished()
             assert made.used == 3
             assert made.view() is view
             assert addresses() == before
         # one leaves, one comes: still there
-        made.drop(lambda owner: owner == 0)
-        made.admit([3], memories[:1], options[:1], [4])
-        made.proceed()
+        made.drop(lambda request: request.number == 0)
+        made.admit(requests_of(memories[:1], options[:1], [4]))
+        made.step()
         assert made.view() is view
         assert addresses() == before
 
@@ -277,6 +277,6 @@ class TestRecordedInterleavings(RecordedInterleavings.TestCase):
     @pytest.fixture(autouse=True)
     def _recorded(self, recorders, monkeypatch):
         """Steps are recorded, and played; buffers grow meanwhile."""
-        monkeypatch.setattr(slots, "FIRST_CAPACITY", 4)
+        monkeypatch.setattr(state, "FIRST_CAPACITY", 4)
         yield
         assert any("play" in recorder.calls for recorder in recorders)

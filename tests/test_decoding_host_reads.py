@@ -8,15 +8,16 @@ import importlib.util
 import ops_inputs
 import pytest
 import torch
-from engine_models import sources, tiny_model
+from engine_models import requests_of, sources, tiny_model
 from host_reads import DEVICE, NoHostReads
 from ops_selection_inputs import random_state
 from torch import Tensor
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import encoder, slots, step
-from spear_fast.decoding.slots import Slots
-from spear_fast.decoding.step import advance
+from spear_fast.decoding import runner, search, state
+from spear_fast.decoding.methods import Mix, step
+from spear_fast.decoding.packed import encoder
+from spear_fast.decoding.runner import Runner
 from spear_fast.ops.cuda import runtime
 
 BEAM, GREEDY = DecodingOptions(beam_size=3, max_length=12), DecodingOptions(method="greedy", max_length=12)
@@ -33,9 +34,10 @@ def decoder():
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_step_reads_nothing_back(decoder, mix, guided):
     """By the plain-torch ops, which is what a step without any kernel is made of."""
-    view = Slots(decoder, count=4, beams=3, limit=13, source=10, guided=guided).all
+    view = Runner(decoder, slots=4, beams=3, positions=13, max_source=10, guided=guided).state
+    mixed = Mix.of(enumerate(MIXES[mix]))
     with torch.inference_mode(), NoHostReads(decoder, view) as guard:
-        advance(decoder, view, MIXES[mix])
+        step(decoder, view, mixed)
     assert guard.made > 100
 
 
@@ -49,23 +51,24 @@ def test_encoding_makes_nobody_wait(monkeypatch):
 
 
 def test_a_function_of_the_callers_is_given_its_logits_without_waiting(decoder, monkeypatch):
-    view = Slots(decoder, count=4, beams=3, limit=13, source=10, guided=True).all
+    view = Runner(decoder, slots=4, beams=3, positions=13, max_source=10, guided=True).state
     own = DecodingOptions(method="sample", max_length=12, filter_logits=lambda logits: logits * 2)
     guard = NoHostReads(decoder, view)
-    monkeypatch.setattr(step, "to_device", guard.send)
+    monkeypatch.setattr(search, "to_device", guard.send)
     with torch.inference_mode(), guard:
-        advance(decoder, view, [own, GREEDY, own])
+        step(decoder, view, Mix.of(enumerate([own, GREEDY, own])))
 
 
 def test_giving_places_away_makes_nobody_wait(decoder, monkeypatch):
     """What it sends to the device goes through page-locked memory: by `to_device`, and no other way."""
-    made = Slots(decoder, count=4, beams=3, limit=13, source=10)
+    made = Runner(decoder, slots=4, beams=3, positions=13, max_source=10)
     memories = [torch.empty(n, decoder.dim, device=DEVICE) for n in (3, 10, 1)]
-    guard = NoHostReads(decoder, made.all, memories)
-    monkeypatch.setattr(slots, "to_device", guard.send)
+    guard = NoHostReads(decoder, made.state, memories)
+    for module in (runner, state):
+        monkeypatch.setattr(module, "to_device", guard.send)
     with torch.inference_mode(), guard:
-        made.admit(range(3), memories, MIXES["both"], [1, 2, 3])
-        made.drop(lambda owner: owner == 0)
+        made.admit(requests_of(memories, MIXES["both"], [1, 2, 3]))
+        made.drop(lambda request: request.number == 0)
     assert made.used == 2
 
 

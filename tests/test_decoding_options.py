@@ -9,8 +9,8 @@ from plain_decoding import build_memory, build_model
 from tolerance import assert_within
 
 from spear_fast.decoding import Decoder, DecodingOptions, decode
-from spear_fast.decoding import linear as packing
-from spear_fast.decoding.linear import FeedForward, Linear, unit
+from spear_fast.decoding.packed import linear as packing
+from spear_fast.decoding.packed.linear import Linear, PackedFeedForward, l2_normalize
 from spear_fast.ops import extension
 
 SAMPLING = "top_k and top_p are for sampling, got method '{}'; leave them out or sample."
@@ -116,15 +116,15 @@ def test_feed_forward(inner: int, plain: bool, monkeypatch: pytest.MonkeyPatch) 
 
     weights = [w.detach() for w in (first.weight, first.bias, second.weight, second.bias)]
     truth = formula(x.double(), *(w.double() for w in weights))
-    assert_within(FeedForward(*weights)(x, x), truth, formula(x, *weights))
+    assert_within(PackedFeedForward(*weights)(x, x), truth, formula(x, *weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_unit(dtype: torch.dtype) -> None:
+def test_l2_normalize(dtype: torch.dtype) -> None:
     x = torch.randn(5, 40, dtype=dtype)
     x[1] = 0
     x[2] *= 1e-4
-    out = unit(x)
+    out = l2_normalize(x)
     assert out.dtype == dtype
     assert not out[1].any()
     # in half types torch's own turns a row of zeros into NaN

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_models import requests_of
 from plain_decoding import all_logits, build_memory, build_model, hypotheses_of
 from torch import Tensor
 
-from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, decode, loop, state
-from spear_fast.decoding.decoder import DecoderLayer
-from spear_fast.decoding.slots import Slots
+from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, decode, runner, state
+from spear_fast.decoding.packed.layout import DecoderLayer
+from spear_fast.decoding.runner import Runner
 
 METHODS = {
     "greedy": dict(method="greedy"),
@@ -80,22 +81,16 @@ def test_cached_equals_uncached_of_the_reference_modules(method: str) -> None:
 def test_batch_equals_one_by_one(method: str, cond_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # the reference's search stops for the whole batch at once, so that its rows do depend on each other
     left = []
-    keep, harvest = state.DecodeState.keep, Slots.harvest
+    collect = Runner.collect_finished
 
-    def counted(self: state.DecodeState, rows: Tensor) -> None:
-        left.append(self.batch - len(rows))
-        keep(self, rows)
-        assert self.batch == len(rows)
-
-    def harvested(self: Slots) -> list:
-        before, found = self.used, harvest(self)
+    def collected(self: Runner) -> list:
+        before, found = self.used, collect(self)
         assert self.used == before - len(found)
         if found and self.used:
             left.append(len(found))
         return found
 
-    monkeypatch.setattr(state.DecodeState, "keep", counted)
-    monkeypatch.setattr(Slots, "harvest", harvested)
+    monkeypatch.setattr(Runner, "collect_finished", collected)
     model = build_model(2, target_early_exit_layer=1, num_semantic_token_ids=4)
     memory, mask = build_memory(model, 7)
     options = dict(cond_scale=cond_scale, max_length=25, **METHODS[method])
@@ -122,10 +117,12 @@ def test_growth_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_long_limit_allocates_little() -> None:
     model = build_model(3)
-    memory, mask = build_memory(model, 2)
+    memory, _ = build_memory(model, 2)
     decoder, options = model.decoder("speech"), DecodingOptions(max_length=100_000)
-    made = state.new_state(decoder, decoder.project_memory(memory, mask), options, 100_000)
-    assert made.keys[0].shape == (8, 2, state.FIRST_CAPACITY, 8)
+    made = Runner(decoder, slots=2, beams=4, positions=100_000, max_source=memory.shape[1])
+    made.admit(requests_of(list(memory), [options] * 2))
+    made.step()
+    assert made.state.keys[0].shape == (8, 2, state.FIRST_CAPACITY, 8)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -136,7 +133,7 @@ def test_looking_late_changes_nothing(method: str, late: int, monkeypatch: pytes
     options = dict(max_length=40, **METHODS[method])
     at_once = decoded(model, memory, mask, **options)
     assert at_once.tokens.shape[-1] < 40
-    monkeypatch.setattr(loop, "interval", lambda device, made: late)
+    monkeypatch.setattr(runner, "interval", lambda device, made: late)
     assert_close(decoded(model, memory, mask, **options), at_once)
 
 
@@ -151,7 +148,7 @@ def test_holes_close_up(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_row_without_source_is_the_blind_branch(method: str) -> None:
+def test_row_without_source_is_the_unconditional_branch(method: str) -> None:
     model = build_model(4, target_early_exit_layer=1)
     memory, mask = build_memory(model, 2)
     mask[1] = False
@@ -162,8 +159,8 @@ def test_row_without_source_is_the_blind_branch(method: str) -> None:
     count = int(result.lengths[1, 0] + result.finished[1, 0])
     torch.testing.assert_close(result.token_logprobs[1, 0, :count], log_probs[:count].float(), rtol=1e-5, atol=1e-5)
     empty = decoded(model, memory[1:, :0], mask[1:, :0], max_length=6, **METHODS[method])
-    blind = decoded(model, memory[1:], mask[1:], max_length=6, **METHODS[method])
-    assert_close(empty, blind)
+    unconditional = decoded(model, memory[1:], mask[1:], max_length=6, **METHODS[method])
+    assert_close(empty, unconditional)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -239,7 +236,7 @@ def test_staleness() -> None:
     assert model.decoder("speech").dtype == torch.float32
 
 
-def test_null_output_is_what_the_blind_branch_adds() -> None:
+def test_null_output_is_what_the_unconditional_branch_adds() -> None:
     model = build_model(2)
     layer: DecoderLayer = model.decoder("text").layers[1]
     cross = model.target_transformer.layers[1][1]

@@ -11,8 +11,8 @@ import torch
 from engine_models import alone, ask, engine_of, sources, tiny_model
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import linear
-from spear_fast.decoding.slots import Slots
+from spear_fast.decoding.packed import linear
+from spear_fast.decoding.runner import Runner
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_a_looping_row_holds_up_nobody(model):
 
 def test_who_comes_takes_the_place_of_who_left_and_nobody_is_moved(model, monkeypatch):
     moved = []
-    move = Slots._move
-    monkeypatch.setattr(Slots, "_move", lambda self, seat, *places: moved.append(places) or move(self, seat, *places))
+    move = Runner._move
+    monkeypatch.setattr(Runner, "_move", lambda self, slot, *places: moved.append(places) or move(self, slot, *places))
     # one after the other ends, from the first place on; those that take their places end together
     lengths = [1, 2, 3, 4, 12, 11, 10, 9]
     asked = [
@@ -152,7 +152,7 @@ WRONG = [
     (torch.tensor([1, 2]), {"beam_size": 5}, "up to 4 hypotheses"),
     (torch.tensor([1, 2]), {"max_length": 13}, "max_length may be up to 12"),
     (torch.tensor([1, 2]), {"cond_scale": 2.0}, "guided=True"),
-    (torch.tensor([1, 2]), {"beam_mode": "reference"}, "call decode()"),
+    (torch.tensor([1, 2]), {"method": "speculative"}, "drafts with an early-exit head"),
     (torch.tensor([1, 2]), {"prefix": (1, 99)}, "prefix"),
 ]
 
@@ -226,7 +226,7 @@ def test_a_callback_may_ask_submit_cancel_and_close(model):
 
 def test_an_error_of_encoding_is_that_of_what_was_encoded(model, monkeypatch):
     """Nobody waits for ever: neither for what an error took along nor for what came behind it."""
-    from spear_fast.decoding.encoder import Encoder
+    from spear_fast.decoding.packed.encoder import Encoder
 
     encode, calls = Encoder.__call__, []
 
@@ -240,11 +240,11 @@ def test_an_error_of_encoding_is_that_of_what_was_encoded(model, monkeypatch):
 
     monkeypatch.setattr(Encoder, "__call__", failing)
     with engine_of(model, slots=4, beams=1, max_length=4) as engine:
-        engine.encode_tokens = 1
+        engine._scheduler.encode_tokens = 1
         tickets = [ask(engine, source, beam_size=1, max_length=4) for source in sources(6)]
         failed = [ticket for ticket in tickets if ticket.exception() is not None]
     assert [str(ticket.exception()) for ticket in failed] == ["the encoder is gone"]
-    assert engine.plan.slots == 2
+    assert engine.config.slots == 2
 
 
 def test_closing_ends_everything(model):
@@ -272,18 +272,18 @@ def test_coroutines_wait_for_tickets(model):
 
 
 def test_an_error_of_the_step_is_that_of_what_took_part(model, monkeypatch):
-    from spear_fast.decoding import slots as module
+    from spear_fast.decoding import runner as module
 
     engine = engine_of(model, slots=2, beams=1, max_length=5)
-    advance, calls = module.advance, []
+    step, calls = module.step, []
 
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("the device is gone")
-        advance(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(module, "advance", failing)
+    monkeypatch.setattr(module, "step", failing)
     tickets = [ask(engine, source, beam_size=1, max_length=5) for source in sources(4)]
     for ticket in tickets:
         ticket.exception()
@@ -294,37 +294,37 @@ def test_an_error_of_the_step_is_that_of_what_took_part(model, monkeypatch):
 
 
 def test_out_of_memory_halves_the_places_and_goes_on(model, monkeypatch):
-    from spear_fast.decoding import slots as module
+    from spear_fast.decoding import runner as module
 
     engine = engine_of(model, slots=8, beams=1, max_length=6)
-    advance = module.advance
+    step = module.step
 
-    def failing(decoder, view, options):
+    def failing(decoder, view, mix):
         if view.batch > 2:
             raise torch.OutOfMemoryError("no memory")
-        advance(decoder, view, options)
+        return step(decoder, view, mix)
 
-    monkeypatch.setattr(module, "advance", failing)
+    monkeypatch.setattr(module, "step", failing)
     tokens = sources(12, seed=7)
     tickets = [ask(engine, source, beam_size=1, max_length=6) for source in tokens]
     for source, ticket in zip(tokens, tickets, strict=True):
         same(ticket.result(), alone(model, source, DecodingOptions(beam_size=1, max_length=6)))
-    assert engine.plan.slots == 2
+    assert engine.config.slots == 2
     engine.close()
     assert engine.in_flight == 0
 
 
 def test_a_plan_says_what_it_takes_and_refuses_what_it_cannot(model):
-    from spear_fast.decoding.budget import Plan
+    from spear_fast.decoding.config import EngineConfig
 
     decoder = model.decoder("text")
-    plan = Plan.of(decoder, slots=3, beams=4, max_length=12, max_source=30)
-    slots = plan.make(decoder)
-    buffers = [*slots.all.keys, *slots.all.values, *slots.all.memory.keys, *slots.all.memory.values]
-    buffers += [slots.all.ancestors, slots.all.tokens, slots.all.parents, slots.all.logprobs, slots.all.prefix]
-    assert plan.bytes == sum(buffer.nbytes for buffer in buffers)
-    each = plan.slot_bytes
-    assert Plan.of(decoder, beams=4, max_length=12, max_source=30, budget=2 * each).slots == 2
+    config = EngineConfig.for_decoder(decoder, slots=3, beams=4, max_length=12, max_source=30)
+    state = Runner(decoder, slots=3, beams=4, positions=13, max_source=30).state
+    buffers = [*state.keys, *state.values, *state.memory.keys, *state.memory.values]
+    buffers += [state.ancestors, state.tokens, state.parents, state.logprobs, state.prefix]
+    assert config.bytes == sum(buffer.nbytes for buffer in buffers)
+    each = config.slot_bytes
+    assert EngineConfig.for_decoder(decoder, beams=4, max_length=12, max_source=30, memory_budget=2 * each).slots == 2
     for wanted, budget in ((None, each - 1), (3, 3 * each - 1)):
-        with pytest.raises(ValueError, match="the budget is"):
-            Plan.of(decoder, slots=wanted, beams=4, max_length=12, max_source=30, budget=budget)
+        with pytest.raises(ValueError, match="the memory budget is"):
+            EngineConfig.for_decoder(decoder, slots=wanted, beams=4, max_length=12, max_source=30, memory_budget=budget)

@@ -13,8 +13,8 @@ from plain_selection import slow_beam_search, slow_sample
 from torch import Tensor
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import linear
-from spear_fast.decoding.settings import EARLY_STOPPING, new_seed
+from spear_fast.decoding.options import EARLY_STOPPING, new_seed
+from spear_fast.decoding.packed import linear
 
 
 def random_options(seed: int) -> DecodingOptions:

@@ -9,10 +9,11 @@ import torch
 from engine_models import VOCABULARY, ask, engine_of, sources, tiny_model
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import Plan, workers
-from spear_fast.decoding.linear import packs
-from spear_fast.decoding.slots import Slots
-from spear_fast.decoding.workers import Workers, workers_for
+from spear_fast.decoding import EngineConfig, workers
+from spear_fast.decoding.config import workers_for
+from spear_fast.decoding.packed.linear import packs
+from spear_fast.decoding.runner import Runner
+from spear_fast.decoding.workers import WorkerPool
 from spear_fast.ops import extension
 
 needs_extension = pytest.mark.skipif(
@@ -37,10 +38,10 @@ def test_there_are_places_for_every_thread_by_default(model):
     try:
         for threads, slots in ((1, 32), (2, 32), (4, 64)):
             torch.set_num_threads(threads)
-            plan = Plan.of(model.decoder("text"), beams=4)
+            plan = EngineConfig.for_decoder(model.decoder("text"), beams=4)
             assert (plan.slots, plan.workers) == (slots, threads)
         # rounded up: a row less would leave all threads to one worker
-        plan = Plan.of(model.decoder("text"), beams=5)
+        plan = EngineConfig.for_decoder(model.decoder("text"), beams=5)
         assert (plan.slots, plan.workers) == (52, 4)
     finally:
         torch.set_num_threads(before)
@@ -60,10 +61,10 @@ def test_results_are_the_same_to_the_bit(model, count, guided):
         with engine_of(model, slots=7, beams=4, max_length=12, guided=guided, workers=workers) as engine:
             results = {ticket.number: ticket.result() for ticket in engine.run(asked)}
             if workers > 1:
-                assert isinstance(engine._slots, Workers)
-                assert [part.count for part in engine._slots.parts] == {2: [3, 4], 3: [2, 2, 3]}[count]
+                assert isinstance(engine._scheduler.runner, WorkerPool)
+                assert [part.slots for part in engine._scheduler.runner.parts] == {2: [3, 4], 3: [2, 2, 3]}[count]
             else:
-                assert isinstance(engine._slots, Slots)
+                assert isinstance(engine._scheduler.runner, Runner)
         return results
 
     alone, shared = served(1), served(count)
@@ -79,19 +80,19 @@ def test_requests_go_where_the_fewest_are(model):
         for source in sources(5):
             engine.submit(source, DecodingOptions(method="greedy", max_length=12, min_length=11))
         engine.step()
-        assert sorted(part.used for part in engine._slots.parts) == [2, 3]
+        assert sorted(part.used for part in engine._scheduler.runner.parts) == [2, 3]
 
 
 @needs_extension
 def test_each_worker_has_its_share_of_the_threads_and_everybody_else_keeps_theirs(model, monkeypatch):
     before, seen = torch.get_num_threads(), {}
-    step = Slots.proceed
+    step = Runner.step
 
-    def proceed(self):
+    def stepped(self):
         seen[threading.current_thread().name] = torch.get_num_threads()
         step(self)
 
-    monkeypatch.setattr(Slots, "proceed", proceed)
+    monkeypatch.setattr(Runner, "step", stepped)
     torch.set_num_threads(6)
     try:
         with engine_of(model, slots=4, beams=4, max_length=12, workers=2) as engine:
@@ -128,15 +129,15 @@ def test_functions_of_the_caller_are_called_by_one_thread(model):
 
 @needs_extension
 def test_an_error_of_one_worker_is_that_of_what_took_part_and_the_engine_goes_on(model, monkeypatch):
-    step, broken = workers.Slots.proceed, []
+    step, broken = workers.Runner.step, []
 
-    def proceed(self):
+    def stepped(self):
         if not broken:
             broken.append(self)
             raise RuntimeError("out of order")
         step(self)
 
-    monkeypatch.setattr(Slots, "proceed", proceed)
+    monkeypatch.setattr(Runner, "step", stepped)
     with engine_of(model, slots=4, beams=4, max_length=12, workers=2) as engine:
         first = [ask(engine, source) for source in sources(4)]
         engine.step()
@@ -147,7 +148,7 @@ def test_an_error_of_one_worker_is_that_of_what_took_part_and_the_engine_goes_on
 def test_workers_are_refused_where_they_would_change_results(model):
     doubled = tiny_model().double()
     with pytest.raises(ValueError, match="workers must be 1 but for float32 models on a CPU"):
-        Plan.of(doubled.decoder("text"), workers=2)
+        EngineConfig.for_decoder(doubled.decoder("text"), workers=2)
     with pytest.raises(ValueError, match="got 0"):
-        Plan.of(model.decoder("text"), workers=0)
-    assert Plan.of(doubled.decoder("text"), workers=1).workers == 1
+        EngineConfig.for_decoder(model.decoder("text"), workers=0)
+    assert EngineConfig.for_decoder(doubled.decoder("text"), workers=1).workers == 1

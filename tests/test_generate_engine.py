@@ -8,7 +8,7 @@ from engine_models import alone, engine_of, sources, tiny_model
 from test_engine import options_of, same
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import Encoder, Engine, Plan, batch, decode, slots
+from spear_fast.decoding import Encoder, Engine, EngineConfig, decode, runner, scheduler
 from spear_fast.transformer import Transformer
 
 HOW = {
@@ -131,7 +131,7 @@ def test_many_ids_are_encoded_in_groups(model, how, monkeypatch):
     monkeypatch.setattr(
         Encoder, "__call__", lambda self, ids, lengths: groups.append(len(ids)) or encode(self, ids, lengths)
     )
-    monkeypatch.setattr(batch, "tokens_together", lambda device: 40)
+    monkeypatch.setattr(scheduler, "tokens_together", lambda device: 40)
     same(generated(model, ids, how), whole)
     if how == "reference":
         assert len(groups) > 2
@@ -147,14 +147,14 @@ def test_results_of_generate_can_be_written_to(model, how):
 
 def test_out_of_memory_generate_goes_on_with_fewer_rows_at_a_time(model, monkeypatch):
     ids = padded(sources(9, seed=5))
-    whole, advance = generated(model, ids, "standard"), slots.advance
+    whole, advance = generated(model, ids, "standard"), runner.step
 
-    def failing(decoder, view, options):
+    def failing(decoder, view, mix):
         if view.batch > 2:
             raise torch.OutOfMemoryError("no memory")
-        advance(decoder, view, options)
+        return advance(decoder, view, mix)
 
-    monkeypatch.setattr(slots, "advance", failing)
+    monkeypatch.setattr(runner, "step", failing)
     same(generated(model, ids, "standard"), whole)
 
 
@@ -174,30 +174,30 @@ def test_ids_and_memories_share_an_engine(model):
 
 
 def test_a_memory_is_kept_when_memory_runs_out(model, monkeypatch):
-    advance, (source,) = slots.advance, sources(1, seed=7)
+    advance, (source,) = runner.step, sources(1, seed=7)
     with torch.no_grad():
         memory = model.source_transformer(model.token_emb["speech"](source)[None])[0]
     calls = []
 
-    def failing(decoder, view, options):
+    def failing(decoder, view, mix):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no memory")
-        advance(decoder, view, options)
+        return advance(decoder, view, mix)
 
     options = DecodingOptions(beam_size=2, max_length=8)
     expected = alone(model, source, options)
-    monkeypatch.setattr(slots, "advance", failing)
-    plan = Plan.of(model.decoder("text"), slots=2, beams=2, max_length=8, max_source=30)
-    with Engine(None, model.decoder("text"), plan) as engine:
+    monkeypatch.setattr(runner, "step", failing)
+    config = EngineConfig.for_decoder(model.decoder("text"), slots=2, beams=2, max_length=8, max_source=30)
+    with Engine(None, model.decoder("text"), config) as engine:
         same(engine.submit(memory, options).result(), expected)
-        assert engine.plan.slots == 1
+        assert engine.config.slots == 1
 
 
 def test_wrong_memories_are_refused(model):
-    plan = Plan.of(model.decoder("text"), slots=2, beams=4, max_length=8, max_source=30)
+    config = EngineConfig.for_decoder(model.decoder("text"), slots=2, beams=4, max_length=8, max_source=30)
     options = DecodingOptions(max_length=8)
-    with Engine(None, model.decoder("text"), plan) as engine:
+    with Engine(None, model.decoder("text"), config) as engine:
         for source, said in (
             (torch.randn(4, 31), r"a memory must be \[n, 32\] on cpu, got \[4, 31\] on cpu"),
             (torch.randn(31, 32), "a memory may have up to 30 positions"),
@@ -209,15 +209,15 @@ def test_wrong_memories_are_refused(model):
 
 
 def test_a_plan_for_all_has_a_place_for_each(model, monkeypatch):
-    from spear_fast.decoding import budget
+    from spear_fast.decoding import config
 
     sizes = dict(beams=4, max_length=12, max_source=30)
     decoder = model.decoder("text")
-    assert Plan.for_all(decoder, 3000, **sizes).slots == 3000
-    each = Plan.for_all(decoder, 1, **sizes).slot_bytes
+    assert EngineConfig.for_batch(decoder, 3000, **sizes).slots == 3000
+    each = EngineConfig.for_batch(decoder, 1, **sizes).slot_bytes
     for room, places in ((3 * each, 3), (each - 1, 1)):
-        monkeypatch.setattr(budget, "free_bytes", lambda device, room=room: room)
-        assert Plan.for_all(decoder, 8, **sizes).slots == places
+        monkeypatch.setattr(config, "free_bytes", lambda device, room=room: room)
+        assert EngineConfig.for_batch(decoder, 8, **sizes).slots == places
 
 
 def test_decode_serves_each_row_as_alone(model):

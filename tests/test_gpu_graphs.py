@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from engine_models import engine_of, sources, tiny_model
+from engine_models import engine_of, requests_of, sources, tiny_model
 from test_engine import options_of, same
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import slots
-from spear_fast.decoding.graphs import WARM_UPS, CudaRecorder, Graphs, graphs_for
-from spear_fast.decoding.slots import Slots
+from spear_fast.decoding import runner
+from spear_fast.decoding.cuda_graphs import WARM_UPS, CudaRecorder, Graphs, graphs_for
+from spear_fast.decoding.runner import Runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,7 +46,7 @@ def counted(monkeypatch):
 
             return counting
 
-    monkeypatch.setattr(slots, "graphs_for", lambda device: Graphs(Counting(device)))
+    monkeypatch.setattr(runner, "graphs_for", lambda device: Graphs(Counting(device)))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield calls
@@ -69,20 +69,20 @@ def test_captured_steps_serve_every_request_as_ordinary_ones_do(model, counted, 
     found = served(model, asked, **settings)
     assert counted["record"] >= 1
     assert counted["replay"] > counted["record"]
-    monkeypatch.setattr(slots, "graphs_for", lambda device: None)
+    monkeypatch.setattr(runner, "graphs_for", lambda device: None)
     wanted = served(model, asked, **settings)
     for number, result in wanted.items():
         same(found[number], result)
 
 
 def test_buffers_that_grow_are_captured_anew(model, counted, monkeypatch):
-    monkeypatch.setattr(slots, "FIRST_CAPACITY", 16)
+    monkeypatch.setattr(runner, "FIRST_CAPACITY", 16)
     options = DecodingOptions(beam_size=4, max_length=150, min_length=149)
     tokens = sources(5, seed=32)
     settings = {"slots": 5, "beams": 4, "max_length": 150}
     found = served(model, lambda: [(source, options) for source in tokens], **settings)
     assert counted["record"] == 5
-    monkeypatch.setattr(slots, "graphs_for", lambda device: None)
+    monkeypatch.setattr(runner, "graphs_for", lambda device: None)
     wanted = served(model, lambda: [(source, options) for source in tokens], **settings)
     for number, result in wanted.items():
         same(found[number], result)
@@ -108,20 +108,20 @@ def no_waiting():
 @pytest.mark.parametrize("method", ["beam", "sample", "greedy"])
 def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_waiting, method, recorded):
     if not recorded:
-        monkeypatch.setattr(slots, "graphs_for", lambda device: None)
+        monkeypatch.setattr(runner, "graphs_for", lambda device: None)
     decoder = model.decoder("text")
-    made = Slots(decoder, count=4, beams=4, limit=60, source=30)
+    made = Runner(decoder, slots=4, beams=4, positions=60, max_source=30)
     options = DecodingOptions(method=method, max_length=59, min_length=58)
     with torch.inference_mode():
         memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
-        made.admit(range(3), memories, [options] * 3, [1, 2, 3])
+        made.admit(requests_of(memories, [options] * 3, [1, 2, 3]))
         # recording waits, and so does what is planned at first
         for _ in range(WARM_UPS):
-            made.proceed()
+            made.step()
         with no_waiting():
-            made.proceed()
-            made.drop(lambda owner: owner == 0)
-            made.admit([3], memories[:1], [options], [4])
+            made.step()
+            made.drop(lambda request: request.number == 0)
+            made.admit(requests_of(memories[:1], [options], [4]))
 
 
 def test_encoding_does_not_wait(model, no_waiting):
@@ -136,15 +136,15 @@ def test_encoding_does_not_wait(model, no_waiting):
 
 def test_a_played_step_takes_no_memory(model):
     decoder = model.decoder("text")
-    made = Slots(decoder, count=4, beams=4, limit=60, source=30)
+    made = Runner(decoder, slots=4, beams=4, positions=60, max_source=30)
     options = DecodingOptions(beam_size=4, max_length=59, min_length=58)
     with torch.inference_mode():
         memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
-        made.admit(range(3), memories, [options] * 3, [1, 2, 3])
+        made.admit(requests_of(memories, [options] * 3, [1, 2, 3]))
         for _ in range(WARM_UPS):
-            made.proceed()
+            made.step()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        made.proceed()
+        made.step()
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 

@@ -22,7 +22,7 @@ from labelling_jobs import (
 )
 
 from spear_fast import TextToSemantic
-from spear_fast.decoding import linear
+from spear_fast.decoding.packed import linear
 from spear_fast.labelling import Interrupted, LabellingError, LabelOptions, label
 from spear_fast.labelling.labeller import is_repetitive
 from spear_fast.labelling.options import LabelOptions as Options
@@ -316,16 +316,16 @@ def test_half_precision_keeps_the_speech_tokenizer_exact(tmp_path, tokens):
 
 
 def without_memory_for_more_than(monkeypatch, count):
-    from spear_fast.decoding import slots
+    from spear_fast.decoding import runner
 
-    advance = slots.advance
+    step = runner.step
 
-    def failing(decoder, view, options):
+    def failing(decoder, view, mix):
         if view.batch > count:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        advance(decoder, view, options)
+        return step(decoder, view, mix)
 
-    monkeypatch.setattr(slots, "advance", failing)
+    monkeypatch.setattr(runner, "step", failing)
 
 
 def test_an_utterance_that_does_not_fit_says_what_to_lower(tmp_path, tokens, monkeypatch):
@@ -345,18 +345,18 @@ def test_out_of_memory_the_job_goes_on_with_fewer_and_says_so(tmp_path, tokens, 
 
 
 def test_an_error_while_decoding_stops_the_job_and_what_was_done_is_kept(tmp_path, tokens, monkeypatch):
-    from spear_fast.decoding import slots
+    from spear_fast.decoding import runner
 
     label([tokens], tiny_model(), tmp_path / "whole", OPTIONS)
-    advance, calls = slots.advance, []
+    step, calls = runner.step, []
 
-    def failing(decoder, view, options):
+    def failing(decoder, view, mix):
         calls.append(1)
         if len(calls) == 40:
             raise RuntimeError("the device is gone")
-        advance(decoder, view, options)
+        return step(decoder, view, mix)
 
-    monkeypatch.setattr(slots, "advance", failing)
+    monkeypatch.setattr(runner, "step", failing)
     with pytest.raises(RuntimeError, match="the device is gone"):
         label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
     seen = Recorder()
@@ -389,15 +389,15 @@ def test_labels_are_the_same_to_the_bit_whatever_else_is_labelled(tmp_path, monk
 
 
 def test_a_model_is_packed_once_a_job_and_places_are_filled_across_shards(tmp_path, tokens, monkeypatch):
-    from spear_fast.decoding import Decoder, Encoder, slots
+    from spear_fast.decoding import Decoder, Encoder, runner
 
     packed, widths = [], []
     for side in (Decoder, Encoder):
         make = side.from_modules
         monkeypatch.setattr(side, "from_modules", lambda *a, make=make, **k: packed.append(1) or make(*a, **k))
-    admit = slots.Slots.admit
+    admit = runner.Runner.admit
     monkeypatch.setattr(
-        slots.Slots, "admit", lambda self, *a: admit(self, *a) or widths.append((self.used, self.count))
+        runner.Runner, "admit", lambda self, *a: admit(self, *a) or widths.append((self.used, self.slots))
     )
     label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
     assert len(packed) == 2

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_models import requests_of
 from plain_decoding import build_memory, build_model
 from tolerance import assert_within
 from torch import Tensor
 
 from spear_fast import DecodingOptions, ops
-from spear_fast.decoding import Decoder, decode
+from spear_fast.decoding import Decoder, decode, methods
 from spear_fast.decoding import step as stepping
-from spear_fast.decoding.linear import packs
-from spear_fast.decoding.slots import Slots
-from spear_fast.ops import extension
+from spear_fast.decoding.packed.linear import packs
+from spear_fast.decoding.runner import Runner
+from spear_fast.ops import extension, providers
 
 pytestmark = pytest.mark.skipif(
     not packs(torch.zeros(1)), reason=extension.missing() or "the extension was built without vectors"
@@ -121,6 +122,14 @@ def test_wrong_arguments_are_refused() -> None:
         packed(torch.randn(4, 8).double(), None, "float32")
 
 
+def provider_of(decoder: Decoder) -> str:
+    query = providers.Inputs(decoder.device, decoder.dtype, decoder.head_dim, (decoder.fused is not None,))
+    function = providers.choose("decode_step", query)
+    return next(
+        name for name in providers.names("decode_step") if providers.get("decode_step", name).function is function
+    )
+
+
 def decoders(guided: bool, weights: str = "exact"):
     model = build_model(2, dtype=torch.float32, heads=4, target_kv_heads=2)
     memory, mask = build_memory(model, 7)
@@ -134,30 +143,30 @@ def decoders(guided: bool, weights: str = "exact"):
 def test_the_step_is_that_of_the_ops(guided: bool, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _, decoder, memory, mask = decoders(guided)
     options = DecodingOptions(beam_size=beams, max_length=9, cond_scale=1.5 if guided else 1.0)
-    native, calls, compared = stepping.newest_logits, [], []
+    fused, calls, compared = stepping.decode_step, [], []
 
     def both(decoder: Decoder, view) -> Tensor:
         calls.append(1)
         before = [[buffer.clone() for buffer in buffers] for buffers in (view.keys, view.values)]
-        by_native = native(decoder, view)
+        by_fused = fused(decoder, view)
         after = [[buffer.clone() for buffer in buffers] for buffers in (view.keys, view.values)]
         for buffers, old in zip((view.keys, view.values), before, strict=True):
             for buffer, kept in zip(buffers, old, strict=True):
                 buffer.copy_(kept)
         with ops.forced("decode_self_attention=reference"):
-            assert not stepping._by_cpu(decoder)
-            by_ops = native(decoder, view)
-        compared.append((by_native, by_ops))
+            assert provider_of(decoder) == "layered"
+            by_ops = fused(decoder, view)
+        compared.append((by_fused, by_ops))
         lengths = view.lengths.flatten()
         for ours, buffers in zip(after, (view.keys, view.values), strict=True):
             for mine, theirs in zip(ours, buffers, strict=True):
                 rows = torch.arange(len(lengths))
                 torch.testing.assert_close(mine[rows, :, lengths], theirs[rows, :, lengths], rtol=1e-4, atol=1e-5)
-        return by_native
+        return by_fused
 
-    assert decoder.native is not None
-    assert stepping._by_cpu(decoder)
-    monkeypatch.setattr(stepping, "newest_logits", both)
+    assert decoder.fused is not None
+    assert provider_of(decoder) == "cpu-fused"
+    monkeypatch.setattr(methods, "decode_step", both)
     decode(decoder, memory, mask, options)
     assert len(calls) > 3
     for mine, theirs in compared:
@@ -179,12 +188,12 @@ def test_another_provider_that_is_asked_for_is_used(monkeypatch: pytest.MonkeyPa
 
 def test_a_step_beyond_its_vocabulary_is_refused() -> None:
     _, decoder, memory, _ = decoders(False)
-    slots = Slots(decoder, count=1, beams=1, limit=4, source=memory.shape[1])
-    slots.admit([0], [memory[0]], [DecodingOptions(beam_size=1, max_length=3)], [0])
-    view = slots.view()
+    runner = Runner(decoder, slots=1, beams=1, positions=4, max_source=memory.shape[1])
+    runner.admit(requests_of([memory[0]], [DecodingOptions(beam_size=1, max_length=3)]))
+    view = runner.view()
     view.inputs.fill_(decoder.vocab_size + 1)
     with pytest.raises(ValueError, match="inputs must lie in"):
-        stepping.newest_logits(decoder, view)
+        stepping.decode_step(decoder, view)
 
 
 def test_int8_weights_decode_nearly_the_same() -> None:
@@ -204,13 +213,13 @@ def test_a_build_without_vectors_leaves_the_products_to_torch(monkeypatch: pytes
     built = {**extension.facts(), "capability": "DEFAULT", "machine": "x86_64"}
     monkeypatch.setattr(extension, "facts", lambda: built)
     _, decoder, memory, mask = decoders(False)
-    assert decoder.native is None
-    assert not decoder.row_by_row
+    assert decoder.fused is None
+    assert not decoder.batch_invariant
     assert decode(decoder, memory, mask, DecodingOptions(beam_size=2, max_length=3)).tokens.numel()
     with pytest.raises(ValueError, match=r"built for AVX2 or AVX512, got .* an extension built for DEFAULT"):
         decoders(False, "int8")
     built["machine"] = "aarch64"
-    assert decoders(False)[1].native is not None
+    assert decoders(False)[1].fused is not None
 
 
 def test_int8_weights_are_refused_where_they_cannot_be() -> None:

@@ -18,7 +18,7 @@ enum IntParam {
   kIntParams
 };
 
-enum SelectionMethod { kBeam, kSample };
+enum SelectionMethod { kBeam, kSample, kReference, kSpeculative };
 
 enum EarlyStopping { kAtBound, kAtOnce, kNever };
 

@@ -6,14 +6,17 @@ result = decode(decoder, memory, memory_mask, DecodingOptions(beam_size=4))
 
 from __future__ import annotations
 
-from spear_fast.decoding.batch import decode_ids
-from spear_fast.decoding.budget import Plan
-from spear_fast.decoding.decoder import Decoder
-from spear_fast.decoding.encoder import Encoder
+import warnings
+from typing import Any
+
+from spear_fast.decoding.config import EngineConfig
 from spear_fast.decoding.engine import Engine
-from spear_fast.decoding.linear import Weights
-from spear_fast.decoding.loop import decode
 from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.encoder import Encoder
+from spear_fast.decoding.packed.linear import Weights
+from spear_fast.decoding.padded import decode, decode_ids
+from spear_fast.decoding.request import Request
 from spear_fast.decoding.result import DecodingResult
 
 __all__ = [
@@ -22,8 +25,20 @@ __all__ = [
     "DecodingResult",
     "Encoder",
     "Engine",
-    "Plan",
+    "EngineConfig",
+    "Request",
     "Weights",
     "decode",
     "decode_ids",
 ]
+
+# names of the last release
+_RENAMED: dict[str, type] = {"Plan": EngineConfig, "Ticket": Request}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"spear_fast.decoding.{name} is now {new.__name__}.", DeprecationWarning, stacklevel=2)
+    return new

@@ -1,25 +1,30 @@
-"""How to decode: one immutable record, checked when it is made."""
+"""How to decode: one immutable record, checked when it is made, and the same as the selection ops read it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from spear_fast.ops.selection_params import COLDEST, EarlyStopping, FloatParam, IntParam, SelectionMethod
+
 Method = Literal["greedy", "sample", "beam", "speculative"]
 BeamMode = Literal["standard", "reference"]
 
-# what the searches that go on in lockstep do not know
+# what neither the reference's search nor speculative decoding knows
 _STANDARD_ONLY = ("repetition_penalty", "no_repeat_ngram_size", "prefix", "patience", "coverage_penalty")
 
 # ancestors are stored in one byte
 LARGEST_BEAM = 256
-# the reference divides by max(temperature, 1e-10): below that only the maximum is left
-COLDEST = 1e-10
+# drafts of one round; buffers are that much longer
+LARGEST_GAMMA = 256
+# the selection ops read whole numbers as int32
+LARGEST_INT = 2**31 - 1
+EARLY_STOPPING = {True: EarlyStopping.AT_ONCE, False: EarlyStopping.AT_BOUND, "never": EarlyStopping.NEVER}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +35,12 @@ class DecodingOptions:
         0, takes the likeliest) with drafts of the early-exit head, from the same distribution as "sample".
     beam_size: hypotheses kept for each row. beam_mode: "standard" keeps a pool of finished hypotheses and goes on with
         unfinished ones only; "reference" is the search of spear-tts-pytorch, which goes on past the end of sequence.
-    max_length: most tokens of a hypothesis, end of sequence included. min_length: fewest tokens before that end.
+    max_length: most tokens of a hypothesis, end of sequence included. min_length: fewest tokens before that end. These
+        and all other whole numbers are at most 2**31 - 1.
     temperature: divides the logits; 0 takes the likeliest token. In beam search it divides them before the log-softmax.
     top_k, top_p: sampling and its drafts draw from the k likeliest tokens, then from the smallest set that holds p.
-    filter_logits: takes logits `[rows, vocabulary]` and returns them with -inf where a token is forbidden; not used in
-        beam search, as in the reference.
+    filter_logits: takes logits `[rows, vocabulary]` and returns them with -inf where a token is forbidden; not for the
+        reference's search, which ignores it. What it raises fails the requests that have this function, no others.
     cond_scale: classifier-free guidance; 1 is none.
     length_penalty: scores are `sum of log-probabilities / length ** length_penalty`, where length counts the generated
         tokens and the end of sequence.
@@ -82,6 +88,7 @@ class DecodingOptions:
         _check_count("beam_size", self.beam_size, LARGEST_BEAM)
         _check_count("max_length", self.max_length)
         _check_count("gamma", self.gamma)
+        _check(self.gamma <= LARGEST_GAMMA, "gamma", f"at most {LARGEST_GAMMA}", self.gamma)
         _check(_is_whole(self.min_length) and 0 <= self.min_length < self.max_length, "min_length",
                f"a whole number from 0 to below max_length {self.max_length}", self.min_length)  # fmt: skip
         _check(_is_number(self.temperature) and self.temperature >= 0, "temperature", "0 or more", self.temperature)
@@ -98,12 +105,16 @@ class DecodingOptions:
                self.repetition_penalty)  # fmt: skip
         _check(_is_whole(self.no_repeat_ngram_size) and self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size",
                "a whole number of 0 or more", self.no_repeat_ngram_size)  # fmt: skip
+        _check(self.no_repeat_ngram_size <= LARGEST_INT, "no_repeat_ngram_size", f"at most {LARGEST_INT}",
+               self.no_repeat_ngram_size)  # fmt: skip
+        _check(self.filter_logits is None or callable(self.filter_logits), "filter_logits", "a function or None",
+               self.filter_logits)  # fmt: skip
         _check(_is_number(self.patience) and self.patience > 0, "patience", "above 0", self.patience)
         _check(_is_number(self.coverage_penalty) and self.coverage_penalty >= 0, "coverage_penalty", "0 or more",
                self.coverage_penalty)  # fmt: skip
         _check(isinstance(self.return_alignment, bool), "return_alignment", "True or False", self.return_alignment)
-        _check(isinstance(self.prefix, tuple) and all(_is_whole(token) and token >= 0 for token in self.prefix),
-               "prefix", "a tuple of ids", self.prefix)  # fmt: skip
+        are_ids = isinstance(self.prefix, tuple) and all(_is_whole(each) and 0 <= each < 2**31 for each in self.prefix)
+        _check(are_ids, "prefix", "a tuple of ids", self.prefix)
         _check(len(self.prefix) < self.max_length, "prefix", f"shorter than max_length {self.max_length}", self.prefix)
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
@@ -119,7 +130,7 @@ class DecodingOptions:
         _check(_is_whole(self.num_return_sequences) and 1 <= self.num_return_sequences <= most, "num_return_sequences",
                f"from 1 to {most} with method {self.method!r}", self.num_return_sequences)  # fmt: skip
         if self.method == "beam" and self.beam_mode == "reference":
-            for name in (*_STANDARD_ONLY, "length_penalty", "early_stopping", "min_length"):
+            for name in (*_STANDARD_ONLY, "length_penalty", "early_stopping", "min_length", "filter_logits"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise ValueError(
                         f"{name} is not part of the reference's search, got {getattr(self, name)!r}; "
@@ -157,9 +168,79 @@ class DecodingOptions:
         return self.return_alignment or self.coverage_penalty > 0
 
     @property
-    def in_lockstep(self) -> bool:
-        """Whether the rows of a batch depend on each other, or go on by whole rounds: not for the engine."""
-        return self.method == "speculative" or (self.method == "beam" and self.beam_mode == "reference")
+    def group(self) -> tuple:
+        """What requests have in common that a step function can decode together."""
+        sampled = (self.gamma, self.lenience, self.top_k, self.top_p, id(self.filter_logits), self.min_length)
+        return self.kind, self.beam_size, self.max_length, self.temperature, self.cond_scale, sampled
+
+    @property
+    def kind(self) -> SelectionMethod:
+        """Which step function decodes it."""
+        if self.method == "speculative":
+            return SelectionMethod.SPECULATIVE
+        if self.method != "beam":
+            return SelectionMethod.SAMPLE
+        return SelectionMethod.REFERENCE if self.beam_mode == "reference" else SelectionMethod.BEAM
+
+
+@dataclass(frozen=True)
+class PackedOptions:
+    """Options of requests as the selection ops read them, a row for each.
+
+    float_params: `[requests, len(FloatParam)]` float64. int_params: `[requests, len(IntParam)]` int32.
+    prefix: `[requests, longest]` int32.
+    """
+
+    float_params: Tensor
+    int_params: Tensor
+    prefix: Tensor
+
+    @classmethod
+    def of(cls, options: Sequence[DecodingOptions], eos_id: int | None) -> PackedOptions:
+        """Returns the rows of requests, each with options of its own."""
+        longest = max(len(each.prefix) for each in options)
+        prefixes = [[*each.prefix, *(0 for _ in range(longest - len(each.prefix)))] for each in options]
+        return cls(
+            float_params=torch.tensor([_float_params(each) for each in options], dtype=torch.float64),
+            int_params=torch.tensor([_int_params(each, eos_id) for each in options], dtype=torch.int32),
+            prefix=torch.tensor(prefixes, dtype=torch.int32).view(len(options), longest),
+        )
+
+
+def _float_params(options: DecodingOptions) -> list[float]:
+    values = {
+        FloatParam.TEMPERATURE: 0.0 if options.method == "greedy" else options.temperature,
+        FloatParam.GUIDANCE: options.cond_scale,
+        FloatParam.LENGTH_PENALTY: options.length_penalty,
+        FloatParam.REPETITION_PENALTY: options.repetition_penalty,
+        FloatParam.PATIENCE: options.patience,
+        FloatParam.TOP_P: 1.0 if options.top_p is None else options.top_p,
+    }
+    return [values[column] for column in FloatParam]
+
+
+def _int_params(options: DecodingOptions, eos_id: int | None) -> list[int]:
+    values = {
+        IntParam.METHOD: options.kind,
+        IntParam.BEAM_SIZE: options.hypotheses,
+        IntParam.MAX_LENGTH: options.max_length,
+        IntParam.MIN_LENGTH: options.min_length,
+        IntParam.EOS_ID: -1 if eos_id is None else eos_id,
+        IntParam.NO_REPEAT_NGRAM_SIZE: options.no_repeat_ngram_size,
+        IntParam.EARLY_STOPPING: EARLY_STOPPING[options.early_stopping],
+        IntParam.PREFIX_LENGTH: len(options.prefix),
+        IntParam.TOP_K: options.top_k or 0,
+    }
+    return [int(values[column]) for column in IntParam]
+
+
+def new_seed(options: DecodingOptions) -> int:
+    """Returns the seed of a request's draws: from its generator, else from torch's own; 0 where nothing is drawn."""
+    if options.deterministic or options.method == "beam":
+        return 0
+    generator = options.generator
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
 
 def _is_whole(value: Any) -> bool:
@@ -178,3 +259,4 @@ def _check(holds: bool, name: str, wanted: str, got: Any) -> None:
 def _check_count(name: str, value: Any, most: int | None = None) -> None:
     wanted = "a whole number of at least 1" if most is None else f"a whole number from 1 to {most}"
     _check(_is_whole(value) and value >= 1 and (most is None or value <= most), name, wanted, value)
+    _check(value <= LARGEST_INT, name, f"at most {LARGEST_INT}", value)

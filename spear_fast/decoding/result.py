@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.decoding.decoder import Decoder
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.state import DecodeState
+from spear_fast.ops.selection_params import SelectionMethod
 
 
 @dataclass
@@ -24,12 +23,12 @@ class DecodingResult:
     lengths: `[B, R]` int64, tokens without the end of sequence.
     finished: `[B, R]` bool, whether the end of sequence was produced; otherwise the length limit cut it.
     scores: `[B, R]` float32, what the ranking used: `sum_logprobs / length ** length_penalty`, where length counts the
-        end of sequence, plus the coverage penalty; in the reference's beam search the sum over all steps, those behind
+        end of sequence, plus the coverage penalty; in the reference's beam search the sum over all steps, those after
         the end included.
     sum_logprobs: `[B, R]` float32, over the tokens and the end of sequence.
-    token_logprobs: `[B, R, T]` float32, 0 behind the end. In beam search at its temperature, else the model's own.
+    token_logprobs: `[B, R, T]` float32, 0 after the end. In beam search at its temperature, else the model's own.
     alignment: `[B, R, T, S]` float32, None unless `return_alignment` asked for it: the weights of the last
-        cross-attention over the S source positions with which each token was predicted, averaged over heads; 0 behind
+        cross-attention over the S source positions with which each token was predicted, averaged over heads; 0 after
         the end and where the source is masked. What is missing to 1 went to the learned null position.
     """
 
@@ -65,20 +64,13 @@ class DecodingResult:
         return DecodingResult(**tensors)
 
 
-def joined(results: Sequence[DecodingResult], pad_id: int) -> DecodingResult:
+def join_results(results: Sequence[DecodingResult], pad_id: int) -> DecodingResult:
     """Returns one result of all utterances in order, from those of single ones; tokens are padded with `pad_id`."""
-    places = torch.arange(len(results), device=results[0].tokens.device)
-    return join_results([(places[i : i + 1], result) for i, result in enumerate(results)], pad_id)
-
-
-def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> DecodingResult:
-    """Returns one result from those of disjoint sets of utterances, each with their places `[b]` int64 in the whole."""
-    if len(parts) == 1:
-        return parts[0][1]
-    order = torch.cat([places for places, _ in parts]).argsort()
+    if len(results) == 1:
+        return results[0]
 
     def join(name: str) -> Any:
-        values = [getattr(part, name) for _, part in parts]
+        values = [getattr(result, name) for result in results]
         if values[0] is None:
             return None
         filling = pad_id if name == "tokens" else 0
@@ -86,57 +78,88 @@ def join_results(parts: list[tuple[Tensor, DecodingResult]], pad_id: int) -> Dec
         for i, value in enumerate(values):
             missing = [most - size for most, size in zip(longest, value.shape[2:], strict=True)]
             values[i] = F.pad(value, [side for count in reversed(missing) for side in (0, count)], value=filling)
-        return torch.cat(values)[order]
+        return torch.cat(values)
 
     return DecodingResult(**{field.name: join(field.name) for field in fields(DecodingResult)})
 
 
-def walked_back(
+def backtrace(
     row: dict[str, np.ndarray],
     history: dict[str, np.ndarray],
     options: DecodingOptions,
     *,
     eos_id: int | None,
     pad_id: int,
+    stop: int | None = None,
 ) -> DecodingResult:
-    """Returns the hypotheses of one utterance, best first, from what `ops.beam_step` or `ops.sample_step` wrote.
+    """Returns the hypotheses of one utterance, best first, from what its steps wrote.
 
-    row: `[K]` each. history: `[T, K]` each. All of them where they are to be ranked again, else those asked for.
+    row: `[K]` each. history: `[T, K]` each. All hypotheses where they are to be ranked again, else those asked for.
+    stop: in the reference's search, the step after which all stop.
     """
     count = options.hypotheses if options.coverage_penalty else options.num_return_sequences
+    if options.kind == SelectionMethod.REFERENCE:
+        return _reference_result(history, count, stop or 0, eos_id=eos_id, pad_id=pad_id)
+    last = None
     if options.method == "beam":
         scores = row["pool_scores"][:count]
         taken = scores > -np.inf
-        slots, ends = row["pool_beams"][:count], np.where(taken, row["pool_ends"][:count], 0)
+        beams, ends = row["pool_beams"][:count], np.where(taken, row["pool_ends"][:count], 0)
         finished, last = row["pool_finished"][:count] & taken, row["pool_last_logprobs"][:count]
     else:
         used = options.hypotheses
-        finished = row["finished"][:used] & np.isfinite(row["scores"][:used])
+        finished = np.asarray(row["finished"][:used] & np.isfinite(row["scores"][:used]))
         generated = row["lengths"][:used]
         scores = row["scores"][:used] / np.maximum(generated, 1) ** options.length_penalty
         order = np.argsort(-scores, kind="stable")[:count]
-        slots, scores, finished = order, scores[order], finished[order]
-        ends, last = generated[order] - finished, None
+        beams, scores, finished = order, scores[order], finished[order]
+        ends = generated[order] - finished
     widths = ends + finished
-    longest = int(widths.max())
-    tokens = np.full((len(ends), longest), pad_id, dtype=np.int64)
-    logprobs = np.zeros((len(ends), longest), dtype=history["logprobs"].dtype)
-    walked = (ends if last is not None else widths).tolist()
-    # a device waits meanwhile: numbers of Python are much faster to walk along than arrays
-    parents = history["parents"][: max(walked)].tolist()
-    for i, slot in enumerate(slots.tolist()):
-        path = [0] * walked[i]
-        for step in reversed(range(walked[i])):
-            path[step] = slot
-            slot = parents[step][slot]
-        steps = np.arange(walked[i])
-        tokens[i, : walked[i]], logprobs[i, : walked[i]] = (
-            history[name][steps, np.array(path, dtype=np.int64)] for name in ("tokens", "logprobs")
-        )
+    # the end of a hypothesis in the pool is no step of the search
+    tokens, logprobs = _follow_parents(history, beams, ends if last is not None else widths, int(widths.max()), pad_id)
     if last is not None:
         ended = np.flatnonzero(finished)
         tokens[ended, ends[ended]] = -1 if eos_id is None else eos_id
         logprobs[ended, ends[ended]] = last[ended]
+    return _result(tokens, logprobs, ends, np.asarray(finished), scores)
+
+
+def _follow_parents(
+    history: dict[str, np.ndarray], beams: np.ndarray, steps: np.ndarray, width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and log-probabilities `[hypotheses, width]`, walked back along parents from the beams given."""
+    tokens = np.full((len(beams), width), pad_id, dtype=np.int64)
+    logprobs = np.zeros((len(beams), width), dtype=history["logprobs"].dtype)
+    walked = steps.tolist()
+    # a device waits meanwhile: numbers of Python are much faster to walk along than arrays
+    parents = history["parents"][: max(walked)].tolist()
+    for i, beam in enumerate(beams.tolist()):
+        path = [0] * walked[i]
+        for step in reversed(range(walked[i])):
+            path[step] = beam
+            beam = parents[step][beam]
+        index = np.arange(walked[i]), np.array(path, dtype=np.int64)
+        tokens[i, : walked[i]], logprobs[i, : walked[i]] = history["tokens"][index], history["logprobs"][index]
+    return tokens, logprobs
+
+
+def _reference_result(
+    history: dict[str, np.ndarray], count: int, stop: int, *, eos_id: int | None, pad_id: int
+) -> DecodingResult:
+    """Returns the first hypotheses as they stand at `stop`, cut after their first end; scores count what follows it."""
+    tokens, logprobs = _follow_parents(history, np.arange(count), np.full(count, stop), stop, pad_id)
+    is_end = tokens == eos_id if eos_id is not None else np.zeros_like(tokens, dtype=bool)
+    finished = is_end.any(axis=1)
+    ends = np.where(finished, is_end.argmax(axis=1) if stop else 0, stop)
+    scores = logprobs.sum(axis=1)
+    after = np.arange(stop) >= (ends + finished)[:, None]
+    tokens[after], logprobs[after] = pad_id, 0
+    return _result(tokens, logprobs, ends, np.asarray(finished), scores)
+
+
+def _result(
+    tokens: np.ndarray, logprobs: np.ndarray, ends: np.ndarray, finished: np.ndarray, scores: np.ndarray
+) -> DecodingResult:
     # tensors of inference mode could not be written to by the caller
     with torch.inference_mode(False):
         return DecodingResult(
@@ -147,59 +170,3 @@ def walked_back(
             sum_logprobs=torch.from_numpy(logprobs.sum(axis=1).astype(np.float32))[None],
             token_logprobs=torch.from_numpy(logprobs.astype(np.float32))[None],
         )
-
-
-def gather_result(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> DecodingResult:
-    """Returns the result of a lockstep state that is done, or that has made all the steps that it may."""
-    if options.method == "beam":
-        return _reference_result(decoder, state, options.num_return_sequences)
-    ends, finished = state.generated, state.finished & ~state.scores.isnan()
-    tokens, logprobs = trace(state, ends, torch.arange(state.beams, device=ends.device).expand_as(ends))
-    scores = state.scores / ends.clamp(min=1).to(state.scores.dtype) ** options.length_penalty
-    return _result(decoder, tokens, logprobs, ends - finished.long(), finished, scores)
-
-
-def trace(state: DecodeState, ends: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns tokens `[B, R, T]` int64 and their log-probabilities of hypotheses, walked back along their parents.
-
-    ends: `[B, R]` int64, tokens of each hypothesis. slots: `[B, R]` int64, its place after the last of them.
-    What lies behind an end is unspecified.
-    """
-    steps = int(ends.max()) if ends.numel() else 0
-    tokens = torch.zeros(steps, *ends.shape, dtype=torch.int64, device=ends.device)
-    logprobs = torch.zeros(steps, *ends.shape, dtype=state.logprobs.dtype, device=ends.device)
-    for i in reversed(range(steps)):
-        tokens[i] = state.tokens[i].gather(1, slots)
-        logprobs[i] = state.logprobs[i].gather(1, slots)
-        slots = torch.where(i < ends, state.parents[i].gather(1, slots).long(), slots)
-    return tokens.permute(1, 2, 0), logprobs.permute(1, 2, 0)
-
-
-def _reference_result(decoder: Decoder, state: DecodeState, count: int) -> DecodingResult:
-    # the batch may have run on past its stop: what came behind never counts
-    steps = torch.where(state.stop < 0, state.generated.max(), state.stop)
-    slots = torch.arange(count, device=steps.device).expand(state.batch, count)
-    tokens, logprobs = trace(state, steps.expand_as(slots), slots)
-    length = torch.full_like(slots, tokens.shape[-1])
-    finished = torch.zeros_like(slots, dtype=torch.bool)
-    if decoder.eos_id is not None:
-        ended = tokens == decoder.eos_id
-        finished = ended.any(dim=-1)
-        length = torch.where(finished, ended.byte().argmax(dim=-1), length)
-    return _result(decoder, tokens, logprobs, length, finished, logprobs.sum(dim=-1))
-
-
-def _result(
-    decoder: Decoder, tokens: Tensor, logprobs: Tensor, lengths: Tensor, finished: Tensor, scores: Tensor
-) -> DecodingResult:
-    """Returns the result with everything behind each end wiped out."""
-    behind = torch.arange(tokens.shape[-1], device=tokens.device) >= (lengths + finished.long())[..., None]
-    logprobs = logprobs.masked_fill(behind, 0)
-    return DecodingResult(
-        tokens=tokens.masked_fill(behind, decoder.pad_id),
-        lengths=lengths,
-        finished=finished,
-        scores=scores.float(),
-        sum_logprobs=logprobs.sum(dim=-1).float(),
-        token_logprobs=logprobs.float(),
-    )

@@ -7,109 +7,165 @@ below the exit run once for each token: what they wrote and their hidden states 
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.decoding.decoder import Decoder, EarlyExit
-from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
-from spear_fast.decoding.sampling import allowed, probabilities
+from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.layout import EarlyExit
+from spear_fast.decoding.packed.linear import l2_normalize
+from spear_fast.decoding.search import call_filter, slot_mask
 from spear_fast.decoding.state import DecodeState
-from spear_fast.decoding.step import claim_slots, early_logits, embed, guided_logits, run_layers
-from spear_fast.ops.reference.candidates import draw
+from spear_fast.decoding.step import claim_positions, early_logits, embed, guided_logits, run_layers
+from spear_fast.ops.reference.candidates import draw, keep_top_k, keep_top_p
+from spear_fast.ops.reference.philox import uniform
 
 
-def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> None:
-    """Makes one round: `gamma` drafts, one verification, between 1 and `gamma + 1` new tokens for each row.
+class _Draw(IntEnum):
+    """What a number is drawn for: one stream each."""
 
-    Needs one hypothesis for each utterance and room for `gamma + 1` more positions. The tokens are distributed as those
-    of sampling; at temperature 0 they are the likeliest ones.
+    DRAFT = 0
+    ACCEPT = 1
+    FINAL = 2
+
+
+def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions, slots: list[int]) -> None:
+    """Makes one round in some slots, all of these options: `gamma` drafts, one verification, 1 to `gamma + 1` tokens.
+
+    Needs room for `gamma + 1` more positions. The first hypothesis of a slot is decoded. The tokens are distributed as
+    those of sampling; at temperature 0 they are the likeliest ones. A draw depends on the utterance's seed, its round
+    and the token's position alone. Every slot of the state is computed, and only those named are written, but for
+    positions that are not in use yet.
     """
     head = decoder.early_exit
     if head is None:
         raise ValueError("speculative decoding needs a decoder with an early-exit head, and this one has none.")
     drafts, drafted, hidden = _draft(decoder, head, state, options)
     x = run_layers(decoder, state, hidden, range(head.depth, len(decoder.layers)))
-    logits = guided_logits(decoder.logits(unit(x)), state, options.cond_scale)[:, 0]
+    logits = guided_logits(decoder.logits(l2_normalize(x)), state, options.cond_scale)[:, 0]
     steps = torch.arange(options.gamma + 1, device=logits.device)
-    target = probabilities(allowed(logits, state.generated + steps, decoder.eos_id, options), options)
+    generated = state.generated[:, :1]
+    target = _probabilities(_allowed(logits, generated + steps, decoder.eos_id, options), options)
 
-    accepted = _accepted(drafts, drafted, target, options)
+    accepted = _accepted(state, drafts, drafted, target, options)
     # after a rejection draw from what the target has and the draft lacks; after the last draft from the target itself
     wanted, had = (_at(rows, accepted) for rows in (target, F.pad(drafted, (0, 0, 0, 1))))
     lacking = (wanted - had).clamp(min=0)
     # rounding alone can leave nothing
-    final = _choose(torch.where(lacking.sum(dim=-1, keepdim=True) > 0, lacking, wanted), options)
+    weights = torch.where(lacking.sum(dim=-1, keepdim=True) > 0, lacking, wanted)
+    final = _choose(state, weights, generated[:, 0] + accepted, _Draw.FINAL, options)
     tokens = torch.where(steps == accepted[:, None], final[:, None], F.pad(drafts, (0, 1)))
-    _commit(decoder, state, tokens, accepted + 1, logits, options)
+    _commit(decoder, state, tokens, accepted + 1, logits, options, slot_mask(state, slots) & ~state.done)
 
 
 def _draft(
     decoder: Decoder, head: EarlyExit, state: DecodeState, options: DecodingOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns drafts `[B, gamma]`, distributions `[B, gamma, vocabulary]`, hidden states `[R * (gamma + 1), dim]`."""
+    """Returns drafts `[U, gamma]`, distributions `[U, gamma, vocabulary]`, hidden `[R * K * (gamma + 1), dim]`."""
     tokens, distributions, hidden = [], [], []
     inputs = state.inputs
     for i in range(options.gamma + 1):
-        claim_slots(state, state.lengths + i)
+        claim_positions(state, state.lengths + i)
         x = run_layers(decoder, state, embed(decoder, state, inputs[:, :, None]), range(head.depth), first=i)
         hidden.append(x)
         if i == options.gamma:
             break
         logits = early_logits(head, state, x, options.cond_scale)[:, 0, 0]
-        logits = allowed(logits, state.generated[:, 0] + i, decoder.eos_id, options)
-        distributions.append(probabilities(logits, options))
-        tokens.append(_choose(distributions[-1], options))
-        inputs = tokens[-1][:, None]
+        position = state.generated[:, 0] + i
+        logits = _allowed(logits, position, decoder.eos_id, options)
+        distributions.append(_probabilities(logits, options))
+        tokens.append(_choose(state, distributions[-1], position, _Draw.DRAFT, options))
+        inputs = tokens[-1][:, None].expand_as(state.inputs)
     return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1), torch.stack(hidden, dim=1).flatten(0, 1)
 
 
-def _accepted(drafts: Tensor, drafted: Tensor, target: Tensor, options: DecodingOptions) -> Tensor:
-    """Returns `[B]` int64, drafts accepted: each with probability `min(1, target / (lenience * drafted))`."""
+def _accepted(state: DecodeState, drafts: Tensor, drafted: Tensor, target: Tensor, options: DecodingOptions) -> Tensor:
+    """Returns `[U]` int64, drafts accepted: each with probability `min(1, target / (lenience * drafted))`."""
     wanted, had = (rows.gather(-1, drafts[..., None])[..., 0] for rows in (target[:, :-1], drafted))
+    positions = state.generated[:, :1] + torch.arange(options.gamma, device=drafts.device)
     # in [0, 1): a draft that the target gives all its weight is always accepted, one that it gives none never
-    uniform = _uniform(drafts.shape, drafts.device, options)
-    return (uniform * options.lenience * had < wanted).long().cumprod(dim=-1).sum(dim=-1)
+    numbers = _uniform(state, positions, _Draw.ACCEPT)
+    return (numbers * options.lenience * had < wanted).long().cumprod(dim=-1).sum(dim=-1)
 
 
 def _commit(
-    decoder: Decoder, state: DecodeState, tokens: Tensor, count: Tensor, logits: Tensor, options: DecodingOptions
+    decoder: Decoder,
+    state: DecodeState,
+    tokens: Tensor,
+    count: Tensor,
+    logits: Tensor,
+    options: DecodingOptions,
+    live: Tensor,
 ) -> None:
-    """Appends the first `count` `[B]` of `tokens` `[B, Q]`, fewer where the sequence ends, none where it has ended."""
+    """Appends the first `count` `[U]` of `tokens` `[U, Q]` where `live`, fewer where the sequence ends."""
     steps = torch.arange(tokens.shape[1], device=tokens.device)
-    generated = state.generated
-    count = torch.minimum(count, options.max_length - generated[:, 0]).masked_fill(state.done, 0)
+    generated = state.generated[:, :1]
+    count = torch.minimum(count, options.max_length - generated[:, 0]).masked_fill(~live, 0)
+    finished = state.finished[:, 0]
     if decoder.eos_id is not None:
         ended = (tokens == decoder.eos_id) & (steps < count[:, None])
         first = torch.where(ended.any(dim=-1), ended.byte().argmax(dim=-1) + 1, count)
         count = torch.minimum(count, first)
-        state.finished = state.finished | ended.any(dim=-1, keepdim=True)
+        finished = finished | ended.any(dim=-1)
     logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-    places = (generated + steps).t()[..., None]
-    state.tokens.scatter_(0, places, tokens.t()[..., None].to(state.tokens.dtype))
-    state.logprobs.scatter_(0, places, logprobs.t()[..., None])
+    written = steps < count[:, None]
+    places = generated + steps
+    # what comes after a length is never read: there drafts may stand that were not accepted
+    for history, new in ((state.tokens, tokens), (state.logprobs, logprobs), (state.parents, torch.zeros_like(tokens))):
+        old = history[:, :, 0].gather(1, places)
+        history[:, :, 0] = history[:, :, 0].scatter(1, places, torch.where(written, new.to(history.dtype), old))
     # where logits are NaN nothing sensible can follow
-    state.finished = state.finished | (logprobs[:, :1].isnan() & ~state.done[:, None])
-    state.scores = state.scores + logprobs.masked_fill(steps >= count[:, None], 0).sum(dim=-1, keepdim=True)
-    last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])
-    state.inputs = torch.where(count[:, None] > 0, last, state.inputs)
-    state.lengths += (count.repeat(2) if state.guided else count)[:, None]
-    state.done = state.finished[:, 0] | (state.generated[:, 0] >= options.max_length)
-    state.stop = torch.where(state.done.all(), state.generated.max(), state.stop)
+    finished = finished | (logprobs[:, 0].isnan() & live)
+    state.finished[:, 0] = finished
+    state.scores[:, 0] += logprobs.masked_fill(~written, 0).sum(dim=-1)
+    last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
+    state.inputs[:, 0] = torch.where(count > 0, last, state.inputs[:, 0])
+    state.ended += live
+    state.lengths[:, 0] += count.repeat(state.lengths.shape[0] // state.batch)
+    state.done |= live & (finished | (state.generated[:, 0] >= options.max_length))
+
+
+def _allowed(logits: Tensor, generated: Tensor, eos_id: int | None, options: DecodingOptions) -> Tensor:
+    """Returns logits with -inf where a token must not come next.
+
+    logits: `[..., vocabulary]`, float. generated: `[...]` int64, tokens so far.
+    """
+    if options.min_length and eos_id is not None:
+        logits = logits.clone()
+        logits[..., eos_id] = logits[..., eos_id].masked_fill(generated < options.min_length, -torch.inf)
+    if options.filter_logits is not None:
+        logits = call_filter(options.filter_logits, logits.flatten(0, -2)).view_as(logits)
+    if options.top_k is not None:
+        logits = keep_top_k(logits, options.top_k)
+    if options.top_p is not None:
+        logits = keep_top_p(logits / max(options.temperature, 1e-10), options.top_p, logits)
+    return logits
+
+
+def _probabilities(logits: Tensor, options: DecodingOptions) -> Tensor:
+    """Returns the distribution `[..., vocabulary]` of the next token; all on the first maximum at temperature 0."""
+    if options.deterministic:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return (logits / options.temperature).softmax(dim=-1)
 
 
 def _at(rows: Tensor, index: Tensor) -> Tensor:
-    """Returns `rows[b, index[b]]` of `[B, Q, vocabulary]`."""
+    """Returns `rows[u, index[u]]` of `[U, Q, vocabulary]`."""
     return rows[torch.arange(rows.shape[0], device=rows.device), index]
 
 
-def _uniform(shape: torch.Size, device: torch.device, options: DecodingOptions) -> Tensor:
-    return torch.rand(shape, generator=options.generator, device=device, dtype=torch.float64)
+def _uniform(state: DecodeState, positions: Tensor, kind: _Draw) -> Tensor:
+    """Returns a number in [0, 1) for each position `[U, ...]`, float64: of the utterance's seed, round and kind."""
+    shape = (-1, *(1 for _ in positions.shape[1:]))
+    rounds, seeds = (each.view(shape).expand_as(positions) for each in (state.ended, state.seeds))
+    return uniform((positions, torch.full_like(positions, kind), rounds, torch.ones_like(positions)), seeds)
 
 
-def _choose(weights: Tensor, options: DecodingOptions) -> Tensor:
-    """Returns a draw `[B]` from weights `[B, vocabulary]`, or the largest at temperature 0."""
+def _choose(state: DecodeState, weights: Tensor, positions: Tensor, kind: _Draw, options: DecodingOptions) -> Tensor:
+    """Returns a draw `[U]` from weights `[U, vocabulary]` for positions `[U]`, or the largest at temperature 0."""
     if options.deterministic:
         return weights.argmax(dim=-1)
-    return draw(weights, _uniform(weights.shape[:-1], weights.device, options))
+    return draw(weights, _uniform(state, positions, kind))

@@ -1,19 +1,22 @@
-"""All tensors of a batch decoded in lockstep: data only, in buffers that stay where they are between two growths.
+"""The tensors of all utterances in flight: buffers that stay where they are between two growths.
 
-Nothing here is moved when hypotheses change places: keys and values stay in the slot in which they were written, and
-the ancestor table says for each hypothesis and position which slot that was.
+Nothing here is moved when hypotheses change places: keys and values stay where they were written, and the ancestor
+table says for each hypothesis and position in which beam that was.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.decoding.decoder import Decoder, ProjectedMemory
-from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.options import DecodingOptions, PackedOptions
+from spear_fast.decoding.packed.decoder import Decoder, ProjectedMemory
+from spear_fast.decoding.transfer import to_device
+from spear_fast.ops.selection_params import FloatParam, IntParam, SelectionMethod
 
 # positions that the buffers hold at first; they double whenever they are full
 FIRST_CAPACITY = 64
@@ -21,30 +24,91 @@ FIRST_CAPACITY = 64
 
 @dataclass
 class DecodeState:
-    """B utterances with K hypotheses each; R = B, or 2·B under guidance: first with their source, then without.
+    """U utterances of K hypotheses; R = U, or 2 U under guidance: first with their source, then without.
 
-    keys, values: for each layer `[R * K, kv_heads, T, head_dim]`, keys rotated. ancestors: `[R, K, T]` uint8.
-    memory: cross-attention keys and values of the B utterances.
-    lengths: `[R, K]` int64, inputs in the cache, and as many generated tokens: input 0 is the start.
-    inputs: `[B, K]` int64, the next input. scores: `[B, K]` float, sums of log-probabilities.
-    finished: `[B, K]` bool, the hypothesis holds an end of sequence. done: `[B]` bool, the utterance is frozen.
-    stop: `[]` int64, the number of steps after which the whole batch may stop, -1 before that is known.
-    tokens, parents, logprobs: `[T, B, K]` int32, uint8, float: what each step appended, to which hypothesis.
+    keys, values: for each layer `[R * K, kv_heads, T, head_dim]`, keys rotated. memory: cross-attention's keys and
+    values, `[U, heads, S, head_dim]`. prefix: `[U, most inputs]` int32. seeds: `[U]` int64.
+    The others are as `ops.beam_step` and `ops.sample_step` have them. finished: of hypotheses of every method but
+    standard beam search, whether they hold an end. ended: `[U]` int64, in standard beam search hypotheses that have
+    entered the pool; in the reference's the step at which all hypotheses held an end, 0 before; in speculative decoding
+    rounds.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    ancestors: Tensor
     memory: ProjectedMemory
-    lengths: Tensor
+    float_params: Tensor
+    int_params: Tensor
+    prefix: Tensor
+    seeds: Tensor
     inputs: Tensor
     scores: Tensor
-    finished: Tensor
-    done: Tensor
-    stop: Tensor
+    lengths: Tensor
+    ancestors: Tensor
     tokens: Tensor
     parents: Tensor
     logprobs: Tensor
+    finished: Tensor
+    pool_scores: Tensor
+    pool_beams: Tensor
+    pool_ends: Tensor
+    pool_finished: Tensor
+    pool_last_logprobs: Tensor
+    ended: Tensor
+    done: Tensor
+
+    @classmethod
+    def allocate(
+        cls, decoder: Decoder, *, slots: int, beams: int, positions: int, max_source: int, guided: bool
+    ) -> DecodeState:
+        """Returns buffers of free slots, for up to `positions` inputs; they begin small and grow."""
+        device, rows = decoder.device, slots * (2 if guided else 1)
+        # not twice for a little more
+        capacity = positions if positions <= 2 * FIRST_CAPACITY else FIRST_CAPACITY
+        # sums and log-probabilities of halves are kept in float32
+        precise = torch.promote_types(decoder.dtype, torch.float32)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=decoder.dtype, device=device)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # what no utterance has written is never read: pages that are not needed are never touched
+        cache = (rows * beams, decoder.kv_heads, capacity, decoder.head_dim)
+        memory = (slots, decoder.heads, max_source, decoder.head_dim)
+        layers = range(len(decoder.layers))
+        state = cls(
+            keys=[empty(*cache) for _ in layers],
+            values=[empty(*cache) for _ in layers],
+            memory=ProjectedMemory(
+                [empty(*memory) for _ in layers],
+                [empty(*memory) for _ in layers],
+                zeros(slots, dtype=torch.int64),
+            ),
+            float_params=zeros(slots, len(FloatParam), dtype=precise),
+            int_params=zeros(slots, len(IntParam), dtype=torch.int32),
+            prefix=zeros(slots, positions, dtype=torch.int32),
+            seeds=zeros(slots, dtype=torch.int64),
+            inputs=zeros(slots, beams, dtype=torch.int64),
+            scores=zeros(slots, beams, dtype=precise),
+            lengths=zeros(rows, beams, dtype=torch.int64),
+            ancestors=zeros(rows, beams, capacity, dtype=torch.uint8),
+            tokens=zeros(slots, capacity, beams, dtype=torch.int32),
+            parents=zeros(slots, capacity, beams, dtype=torch.uint8),
+            logprobs=zeros(slots, capacity, beams, dtype=precise),
+            finished=zeros(slots, beams, dtype=torch.bool),
+            pool_scores=zeros(slots, beams, dtype=precise),
+            pool_beams=zeros(slots, beams, dtype=torch.int64),
+            pool_ends=zeros(slots, beams, dtype=torch.int64),
+            pool_finished=zeros(slots, beams, dtype=torch.bool),
+            pool_last_logprobs=zeros(slots, beams, dtype=precise),
+            ended=zeros(slots, dtype=torch.int64),
+            done=torch.ones(slots, dtype=torch.bool, device=device),
+        )
+        # a free slot is of a kind that the ops know
+        state.int_params[:, IntParam.BEAM_SIZE] = 1
+        return state
 
     @property
     def batch(self) -> int:
@@ -64,74 +128,100 @@ class DecodeState:
 
     @property
     def generated(self) -> Tensor:
-        """`[B, K]` int64: tokens of each hypothesis so far, the end of sequence included."""
+        """`[U, K]` int64: tokens of each hypothesis so far, the end of sequence included."""
         return self.lengths[: self.batch]
 
-    def reserve(self, positions: int, limit: int) -> None:
-        """Makes room for `positions`, doubling up to `limit`; layer by layer, so that little is held twice."""
-        if positions <= self.capacity:
-            return
-        capacity = max(positions, min(2 * self.capacity, limit))
+    def view(self, slots: int) -> DecodeState:
+        """Returns the first `slots` utterances, over the same memory; all of them under guidance."""
+        caches = slots * self.beams
+        return DecodeState(
+            keys=[keys[:caches] for keys in self.keys],
+            values=[values[:caches] for values in self.values],
+            memory=ProjectedMemory(
+                [keys[:slots] for keys in self.memory.keys],
+                [values[:slots] for values in self.memory.values],
+                self.memory.lengths[:slots],
+            ),
+            lengths=self.lengths[:slots],
+            ancestors=self.ancestors[:slots],
+            **{name: getattr(self, name)[:slots] for name in PER_UTTERANCE},
+        )
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` positions; one buffer after the other, so that little is held twice."""
         more = capacity - self.capacity
         for buffers in (self.keys, self.values):
             for i in range(len(buffers)):
                 buffers[i] = F.pad(buffers[i], (0, 0, 0, more))
         self.ancestors = F.pad(self.ancestors, (0, more))
-        self.tokens, self.parents, self.logprobs = (
-            F.pad(history, (0, 0, 0, 0, 0, more)) for history in (self.tokens, self.parents, self.logprobs)
-        )
-
-    def keep(self, rows: Tensor) -> None:
-        """Lets go of all utterances but `rows` `[b]` int64, in that order; what stays is copied, layer by layer."""
-        both = torch.cat((rows, rows + self.batch)) if self.guided else rows
-        slots = (both[:, None] * self.beams + torch.arange(self.beams, device=rows.device)).flatten()
-        for buffers, index in (
-            (self.keys, slots),
-            (self.values, slots),
-            (self.memory.keys, rows),
-            (self.memory.values, rows),
-        ):
-            for i in range(len(buffers)):
-                buffers[i] = buffers[i][index]
-        self.memory = ProjectedMemory(self.memory.keys, self.memory.values, self.memory.lengths[rows])
-        self.ancestors, self.lengths = self.ancestors[both], self.lengths[both]
-        for name in ("inputs", "scores", "finished", "done"):
-            setattr(self, name, getattr(self, name)[rows])
         for name in ("tokens", "parents", "logprobs"):
-            setattr(self, name, getattr(self, name)[:, rows])
+            setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, more)))
+
+    def fill(
+        self,
+        slots: Sequence[int],
+        memories: Sequence[Tensor],
+        options: Sequence[DecodingOptions],
+        seeds: Sequence[int],
+        decoder: Decoder,
+    ) -> None:
+        """Puts utterances into slots, before their first step.
+
+        memories: the encoder's output `[n, dim]` of each; cross-attention's keys and values are projected from it, once
+        for all hypotheses.
+        """
+        device = decoder.device
+        for slot, memory in zip(slots, memories, strict=True):
+            for projected, buffers in zip(decoder.project(memory), (self.memory.keys, self.memory.values), strict=True):
+                for part, buffer in zip(projected, buffers, strict=True):
+                    buffer[slot, :, : len(memory)] = part
+        rows, packed = to_device(torch.tensor(slots), device), PackedOptions.of(options, decoder.eos_id)
+        self.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories]), device)
+        self.float_params[rows] = to_device(packed.float_params.to(self.float_params.dtype), device)
+        self.int_params[rows] = to_device(packed.int_params, device)
+        self.prefix[rows, : packed.prefix.shape[1]] = to_device(packed.prefix, device)
+        self.seeds[rows] = to_device(torch.tensor(list(seeds)), device)
+        self.inputs[rows] = decoder.start_id
+        self.scores[rows] = to_device(first_scores(packed.int_params, self.beams).to(self.scores.dtype), device)
+        for name in ("finished", "pool_beams", "pool_ends", "pool_finished", "pool_last_logprobs", "ended", "done"):
+            getattr(self, name)[rows] = 0
+        self.pool_scores[rows] = -torch.inf
+        own = torch.arange(self.beams, dtype=torch.uint8, device=device)
+        for half in range(2 if self.guided else 1):
+            self.lengths[rows + half * self.batch] = 0
+            self.ancestors[rows + half * self.batch, :, 0] = own
+
+    def move(self, origin: int, target: int, *, written: int, source: int) -> None:
+        """Copies an utterance to another slot. written: its inputs. source: its memory positions."""
+        for half in range(2 if self.guided else 1):
+            old, new = half * self.batch + origin, half * self.batch + target
+            old_rows, new_rows = (slice(row * self.beams, (row + 1) * self.beams) for row in (old, new))
+            for buffer in (*self.keys, *self.values):
+                buffer[new_rows, :, :written] = buffer[old_rows, :, :written]
+            self.lengths[new] = self.lengths[old]
+            self.ancestors[new] = self.ancestors[old]
+        for buffer in (*self.memory.keys, *self.memory.values):
+            buffer[target, :, :source] = buffer[origin, :, :source]
+        self.memory.lengths[target] = self.memory.lengths[origin]
+        for name in PER_UTTERANCE:
+            getattr(self, name)[target] = getattr(self, name)[origin]
 
 
-def new_state(decoder: Decoder, memory: ProjectedMemory, options: DecodingOptions, limit: int) -> DecodeState:
-    """Returns the state before the first step. limit: most positions that will ever be needed."""
-    device, batch, beams = decoder.device, memory.lengths.shape[0], options.hypotheses
-    rows, capacity = batch * (2 if options.guided else 1), min(FIRST_CAPACITY, limit)
-    # sums and log-probabilities of halves are kept in float32
-    precise = torch.promote_types(decoder.dtype, torch.float32)
-    cache = (rows * beams, decoder.kv_heads, capacity, decoder.head_dim)
+# what is per utterance, and small
+PER_UTTERANCE = tuple(
+    field.name
+    for field in fields(DecodeState)
+    if field.name not in ("keys", "values", "memory", "lengths", "ancestors")
+)
 
-    def full(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full(shape, value, dtype=dtype, device=device)
 
-    def caches() -> list[Tensor]:
-        return [torch.zeros(cache, dtype=decoder.dtype, device=device) for _ in decoder.layers]
+def first_scores(int_params: Tensor, beams: int) -> Tensor:
+    """Returns the scores `[utterances, beams]` before the first step, float64.
 
-    history, pair = (capacity, batch, beams), (batch, beams)
-    scores = full(pair, 0, precise)
-    if options.method == "beam":
-        # all hypotheses start out the same, so that only one may have descendants
-        scores[:, 1:] = -torch.inf
-    return DecodeState(
-        keys=caches(),
-        values=caches(),
-        ancestors=full((rows, beams, capacity), 0, torch.uint8),
-        memory=memory,
-        lengths=full((rows, beams), 0, torch.int64),
-        inputs=full(pair, decoder.start_id, torch.int64),
-        scores=scores,
-        finished=full(pair, False, torch.bool),
-        done=full((batch,), False, torch.bool),
-        stop=full((), -1, torch.int64),
-        tokens=full(history, 0, torch.int32),
-        parents=full(history, 0, torch.uint8),
-        logprobs=full(history, 0, precise),
-    )
+    The hypotheses of a beam start out the same, so that only one may have descendants.
+    """
+    scores = torch.zeros(len(int_params), beams, dtype=torch.float64)
+    method = int_params[:, IntParam.METHOD]
+    searching = (method == SelectionMethod.BEAM) | (method == SelectionMethod.REFERENCE)
+    scores[:, 1:].masked_fill_(searching[:, None], -torch.inf)
+    return scores

@@ -1,110 +1,78 @@
-"""One decoding step: inputs in, logits out, over the fixed buffers of a state. Nothing is read back to the host."""
+"""The decoder's part of a step: newest inputs in, logits out, over the buffers of a state. Nothing is read back.
+
+`decode_step` is an op with providers, as those of `spear_fast.ops` are: "cpu-fused" is one call of C++ over packed
+weights, "layered" calls the ops layer by layer, on any device. Its first argument is an object, for which the
+dispatcher, and so opcheck, has no schema.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from spear_fast import ops
-from spear_fast.decoding.decoder import Decoder, EarlyExit
-from spear_fast.decoding.linear import unit
-from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.layout import EarlyExit
+from spear_fast.decoding.packed.linear import l2_normalize
 from spear_fast.decoding.state import DecodeState
-from spear_fast.decoding.transfer import to_device
-from spear_fast.decoding.view import View
-from spear_fast.ops import providers
-from spear_fast.ops.selection_params import FloatParam
+from spear_fast.ops import extension, providers
+
+# what "cpu-fused" computes by the extension, whatever their providers
+FUSED_OPS = ("append_kv", "decode_self_attention", "decode_cross_attention")
+_CHOICES = providers.add_op("decode_step")
 
 
-def step(decoder: Decoder, state: DecodeState, cond_scale: float = 1.0) -> Tensor:
-    """Returns logits `[B, K, vocabulary]`, float32 at least, for what follows `state.inputs`.
+def decode_step(decoder: Decoder, state: DecodeState) -> Tensor:
+    """Returns logits `[R * K, vocabulary]` of what follows the newest inputs, in the decoder's dtype.
 
-    Writes the inputs' keys and values at position `lengths` of each hypothesis' own slot; the search raises `lengths`.
+    Writes the inputs' keys and values at position `lengths` of each hypothesis' own beam; selection raises `lengths`.
     """
-    claim_slots(state, state.lengths)
-    return guided_logits(newest_logits(decoder, state), state, cond_scale)[:, :, 0]
+    query = decoder.device, decoder.dtype, decoder.head_dim, (decoder.fused is not None,)
+    function = _CHOICES.get(query) or providers.choose("decode_step", providers.Inputs(*query))
+    return function(decoder, state)
 
 
-def advance(decoder: Decoder, view: View, options: Sequence[DecodingOptions]) -> None:
-    """Makes one step of all utterances in view: the newest inputs through the decoder, then each one's selection.
-
-    options: of the utterances, which are in the first places; those behind them are free.
-    """
-    logits = newest_logits(decoder, view).view(*view.lengths.shape, -1)
-    sighted, blind = logits.chunk(2) if view.guided else (logits, None)
-    buffers = view.inputs, view.scores, view.lengths, view.ancestors, view.tokens, view.parents, view.logprobs
-    settings = view.float_params, view.int_params, view.prefix
-    searching = [each.method == "beam" for each in options]
-    if any(searching):
-        ops.beam_step(
-            sighted, blind, *settings, *buffers, view.pool_scores, view.pool_beams, view.pool_ends, view.pool_finished,
-            view.pool_last_logprobs, view.ended, view.done,
-        )  # fmt: skip
-    if not all(searching):
-        filtered = _filtered(sighted, blind, view, options)
-        ops.sample_step(sighted, blind, filtered, *settings, view.seeds, *buffers, view.finished, view.done)
+def _cpu_fused(decoder: Decoder, state: DecodeState) -> Tensor:
+    memory = state.memory
+    return decoder.fused.step(
+        state.inputs, state.keys, state.values, memory.keys, memory.values, memory.lengths, state.ancestors,
+        state.lengths,
+    )  # fmt: skip
 
 
-def newest_logits(decoder: Decoder, view: DecodeState | View) -> Tensor:
-    """Returns logits `[R * K, vocabulary]` of what follows the newest inputs."""
-    if decoder.native is not None and _by_cpu(decoder):
-        memory = view.memory
-        return decoder.native.step(
-            view.inputs,
-            view.keys,
-            view.values,
-            memory.keys,
-            memory.values,
-            memory.lengths,
-            view.ancestors,
-            view.lengths,
-        )
-    x = embed(decoder, view, view.inputs[:, :, None])
-    return decoder.logits(unit(run_layers(decoder, view, x, range(len(decoder.layers)))))
+def _layered(decoder: Decoder, state: DecodeState) -> Tensor:
+    x = embed(decoder, state, state.inputs[:, :, None])
+    return decoder.logits(l2_normalize(run_layers(decoder, state, x, range(len(decoder.layers)))))
 
 
-def _by_cpu(decoder: Decoder) -> bool:
-    """Returns whether the ops of a step are computed by the extension: nobody asked for another provider."""
-    inputs = providers.Inputs(decoder.device, decoder.dtype, decoder.head_dim)
-    return all(
-        (providers.chosen(op).get(inputs) or providers.choose(op, inputs)) is providers.get(op, "cpu").function
-        for op in ("append_kv", "decode_self_attention", "decode_cross_attention")
+def _why_not_fused(query: providers.Inputs) -> str | None:
+    if not query.options[0]:
+        return "the weights are not packed: that takes a float32 model and an extension built with vectors"
+    for op in FUSED_OPS:
+        if providers.choose(op, query._replace(options=())) is not providers.get(op, "cpu").function:
+            return f"another provider is asked for {op}"
+    return None
+
+
+providers.register(
+    providers.Provider(
+        "decode_step", "cpu-fused", _cpu_fused, devices=("cpu",), missing=extension.missing, why_not=_why_not_fused
     )
+)
+providers.register(providers.Provider("decode_step", "layered", _layered))
 
 
-def _filtered(sighted: Tensor, blind: Tensor | None, view: View, options: Sequence[DecodingOptions]) -> Tensor | None:
-    """Returns the logits with each request's own function applied, or None where none has one."""
-    places: dict[Callable[[Tensor], Tensor], list[int]] = {}
-    for place, each in enumerate(options):
-        if each.method != "beam" and each.filter_logits is not None:
-            places.setdefault(each.filter_logits, []).append(place)
-    if not places:
-        return None
-    logits = sighted.to(view.scores.dtype)
-    if blind is not None:
-        guidance = view.float_params[:, FloatParam.GUIDANCE, None, None]
-        logits = torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
-    filtered = logits.clone()
-    for function, own in places.items():
-        index = to_device(torch.tensor(own), logits.device)
-        rows = logits[index]
-        filtered[index] = function(rows.flatten(0, 1)).view_as(rows)
-    return filtered.to(sighted.dtype)
-
-
-def embed(decoder: Decoder, state: DecodeState | View, inputs: Tensor) -> Tensor:
+def embed(decoder: Decoder, state: DecodeState, inputs: Tensor) -> Tensor:
     """Returns the vectors `[R * K * Q, dim]` of inputs `[B, K, Q]` int64: Q consecutive ones of each hypothesis."""
     x = decoder.embedding[inputs.flatten()]
     return torch.cat((x, x)) if state.guided else x
 
 
-def run_layers(decoder: Decoder, state: DecodeState | View, x: Tensor, layers: range, first: int = 0) -> Tensor:
+def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, first: int = 0) -> Tensor:
     """Returns hidden states `[R * K * Q, dim]` after some of the layers.
 
     x: `[R * K * Q, dim]`, Q consecutive inputs of each hypothesis, the first one at position `lengths + first`. The
-    ancestors say already that each hypothesis reads these positions from its own slot.
+    ancestors say already that each hypothesis reads these positions from its own beam.
     """
     rows, beams = state.lengths.shape
     count = x.shape[0] // (rows * beams)
@@ -115,29 +83,29 @@ def run_layers(decoder: Decoder, state: DecodeState | View, x: Tensor, layers: r
     written = positions + count
     for i in layers:
         layer = decoder.layers[i]
-        projected = layer.query_key_value(unit(x)).view(rows, beams, count, -1, size)
+        projected = layer.query_key_value(l2_normalize(x)).view(rows, beams, count, -1, size)
         query, key, value = projected.split(split, dim=3)
         caches = state.keys[i], state.values[i]
         ops.append_kv(key.flatten(0, 1), value.flatten(0, 1), layer.freqs, positions.flatten(), *caches)
         attended = ops.decode_self_attention(query, layer.freqs, *caches, state.ancestors, written)
         x = layer.self_output(attended.reshape(-1, heads * size), x)
 
-        sighted = x[:sourced]
-        query = layer.cross_query(unit(sighted)).view(state.batch, beams * count, heads, size)
+        conditional = x[:sourced]
+        query = layer.cross_query(l2_normalize(conditional)).view(state.batch, beams * count, heads, size)
         attended = ops.decode_cross_attention(
             query, state.memory.keys[i], state.memory.values[i], layer.null_key, layer.null_value, state.memory.lengths
         )
-        sighted = layer.cross_output(attended.reshape(-1, heads * size), sighted)
+        conditional = layer.cross_output(attended.reshape(-1, heads * size), conditional)
         # without its source the other half sees the null key alone, which needs no query
-        x = torch.cat((sighted, x[sourced:] + layer.null_output)) if state.guided else sighted
-        x = layer.feed_forward(unit(x), x)
+        x = torch.cat((conditional, x[sourced:] + layer.null_output)) if state.guided else conditional
+        x = layer.feed_forward(l2_normalize(x), x)
     return x
 
 
 def early_logits(head: EarlyExit, state: DecodeState, x: Tensor, cond_scale: float) -> Tensor:
     """Returns the drafting head's logits `[B, K, Q, vocabulary]` of hidden states `[R * K * Q, dim]`."""
-    # the head has a norm of its own in front of its feed-forward and one behind
-    return guided_logits(head.logits(unit(head.feed_forward(unit(x), x))), state, cond_scale)
+    # the head has a norm of its own before its feed-forward and one after
+    return guided_logits(head.logits(l2_normalize(head.feed_forward(l2_normalize(x), x))), state, cond_scale)
 
 
 def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tensor:
@@ -147,12 +115,12 @@ def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tens
     )
     if not state.guided:
         return logits
-    sighted, blind = logits.chunk(2)
-    return blind + (sighted - blind) * cond_scale
+    conditional, unconditional = logits.chunk(2)
+    return conditional if cond_scale == 1 else unconditional + (conditional - unconditional) * cond_scale
 
 
-def claim_slots(state: DecodeState, positions: Tensor) -> None:
-    """Notes that each hypothesis reads a position from its own slot, where it is about to write it.
+def claim_positions(state: DecodeState, positions: Tensor) -> None:
+    """Notes that each hypothesis reads a position from its own beam, where it is about to write it.
 
     positions: `[R, K]`, int64.
     """

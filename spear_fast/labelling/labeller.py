@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear_fast.decoding import DecodingResult, Engine
-from spear_fast.decoding.request import Ticket
+from spear_fast.decoding import DecodingResult, Engine, Request
 from spear_fast.labelling.errors import LabellingError
 from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.plan import places
@@ -71,7 +70,7 @@ class Labeller:
         self._options, self._rows = options, rows
         self._decoding = options.decoding()
         self._ends = [model.eos_id["speech"]] if model.autoset_eos_id["speech"] else []
-        self._finished: deque[Ticket] = deque()
+        self._finished: deque[Request] = deque()
         self.seconds = 0.0
 
     @cached_property
@@ -82,7 +81,7 @@ class Labeller:
     @property
     def places(self) -> int:
         """Utterances that are decoded side by side."""
-        return self._engine.plan.slots
+        return self._engine.config.slots
 
     @property
     def busy(self) -> int:

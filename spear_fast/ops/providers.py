@@ -82,7 +82,9 @@ def register(provider: Provider, *, before: str | None = None) -> None:
     if provider.name in names:
         raise ValueError(f"{provider.op} already has a provider {provider.name!r}")
     rows.insert(names.index(before) if before else len(rows), provider)
-    _chosen[provider.op].clear()
+    # an op may choose by what others have chosen
+    for memory in _chosen.values():
+        memory.clear()
 
 
 def _parse(setting: str) -> dict[str, str]:

@@ -61,10 +61,15 @@ class IntParam(_Columns):
 
 
 class SelectionMethod(IntEnum):
-    """BEAM utterances are for `beam_step`, SAMPLE for `sample_step`, greedy ones among them."""
+    """BEAM utterances are for `beam_step`, SAMPLE for `sample_step`, greedy ones among them.
+
+    REFERENCE and SPECULATIVE ones are for step functions of `spear_fast.decoding`; the ops leave them as they are.
+    """
 
     BEAM = 0
     SAMPLE = 1
+    REFERENCE = 2
+    SPECULATIVE = 3
 
 
 class EarlyStopping(IntEnum):

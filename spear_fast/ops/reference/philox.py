@@ -36,6 +36,15 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def uniform(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Tensor) -> Tensor:
+    """Returns a number in [0, 1) of 53 bits for each counter, float64.
+
+    counter: see `philox`. seeds: int64, the keys, of a shape that broadcasts with theirs.
+    """
+    first, second, *_ = philox(counter, (seeds & _WORD, (seeds >> 32) & _WORD))
+    return ((first >> 5) * 2**26 + (second >> 6)).double() * 2.0**-53
+
+
 def kept(seed: Tensor, shape: tuple[int, ...], dropout: float) -> Tensor:
     """Returns which attention weights dropout keeps, bool, of the shape `[rows, heads, length, keys]`.
 

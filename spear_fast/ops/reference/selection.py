@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops.reference.candidates import best_candidates, draw, keep_top_k, keep_top_p
-from spear_fast.ops.reference.philox import philox
+from spear_fast.ops.reference.philox import uniform
 from spear_fast.ops.reference.ranges import check_selection
 from spear_fast.ops.reference.restrictions import column, mixed, own_history, restricted
 from spear_fast.ops.selection_params import COLDEST, EarlyStopping, FloatParam, IntParam, SelectionMethod
@@ -86,8 +86,8 @@ def beam_step(
         (parents, origins),
         (logprobs, chosen_logprobs.gather(1, goes_on)),
     ):
-        _record(history, each, new, written)
-    _follow(ancestors, origins, steps, written)
+        record_step(history, each, new, written)
+    follow_parents(ancestors, origins, steps, written)
     inputs.copy_(torch.where(written, chosen, inputs))
     scores.copy_(torch.where(written, running, scores))
     lengths += written.repeat(lengths.shape[0] // utterances, 1)
@@ -120,7 +120,7 @@ def sample_step(
     chosen_logprobs = chosen_logprobs.masked_fill(nothing_left, -torch.inf)
 
     for history, new in ((tokens, chosen), (parents, slot.expand_as(chosen)), (logprobs, chosen_logprobs)):
-        _record(history, steps, new, written)
+        record_step(history, steps, new, written)
     next_position = torch.arange(ancestors.shape[2], device=slot.device) == steps[..., None] + 1
     table = ancestors.view(-1, *tokens.shape[::2], ancestors.shape[2])
     table.copy_(torch.where(next_position & written[..., None], slot[:, None].to(torch.uint8), table))
@@ -156,9 +156,7 @@ def uniform_numbers(seeds: Tensor, steps: Tensor) -> Tensor:
     """
     slot = torch.arange(steps.shape[1], device=steps.device).expand_as(steps)
     zero = torch.zeros_like(steps)
-    key = seeds[:, None].expand_as(steps)
-    first, second, *_ = philox((steps, slot, zero, zero), (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))
-    return ((first >> 5) * 2**26 + (second >> 6)).double() * 2.0**-53
+    return uniform((steps, slot, zero, zero), seeds[:, None].expand_as(steps))
 
 
 def _counted(length: Tensor, float_params: Tensor, int_params: Tensor) -> Tensor:
@@ -200,14 +198,14 @@ def _enter(pool: _Pool, scores: Tensor, written: Tensor, **entries: Tensor) -> N
     pool.scores.copy_(torch.where(written, merged[:, :beams], pool.scores))
 
 
-def _record(history: Tensor, steps: Tensor, new: Tensor, written: Tensor) -> None:
+def record_step(history: Tensor, steps: Tensor, new: Tensor, written: Tensor) -> None:
     """Writes what a step chose, `[utterances, beams]`, at the next place in `[utterances, capacity, beams]`."""
     place = steps[:, None]
     old = history.gather(1, place)
     history.scatter_(1, place, torch.where(written[:, None], new[:, None].to(history.dtype), old))
 
 
-def _follow(ancestors: Tensor, origins: Tensor, steps: Tensor, written: Tensor) -> None:
+def follow_parents(ancestors: Tensor, origins: Tensor, steps: Tensor, written: Tensor) -> None:
     """Lets each hypothesis read the positions of its origin, and the next position from its own slot."""
     utterances, beams = origins.shape
     table = ancestors.view(-1, utterances, beams, ancestors.shape[2])

@@ -1,7 +1,7 @@
 """Where hypotheses looked in their source: one pass of the decoder over what it found, and the penalty drawn from it.
 
 No step is slowed down by it: the pass is made once an utterance is done, all tokens at once, on the keys and values of
-its source that its place still holds.
+its source that its slot still holds.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from spear_fast import ops
-from spear_fast.decoding.decoder import Decoder
-from spear_fast.decoding.encoder import packed_bounds
-from spear_fast.decoding.linear import unit
 from spear_fast.decoding.options import DecodingOptions
+from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.encoder import packed_bounds
+from spear_fast.decoding.packed.linear import l2_normalize
 from spear_fast.decoding.result import DecodingResult
 
 # weights of single heads that are held at once
@@ -43,7 +43,7 @@ def aligned(
         scores = result.scores + (options.coverage_penalty * coverage(alignment)).to(result.scores)
         # ascending, so that NaN comes last
         order = (-scores[0]).argsort(stable=True)[: options.num_return_sequences]
-        longest = max(ends[place] for place in order.tolist())
+        longest = max(ends[rank] for rank in order.tolist())
         alignment = alignment[order, :longest]
         result = replace(result, scores=scores).ranked(order, longest)
     return replace(result, alignment=alignment[None]) if options.return_alignment else result
@@ -55,7 +55,7 @@ def attended(
     """Returns the weights of the last layer's cross-attention, averaged over heads, `[R, T, length]` float32.
 
     Those with which each token was predicted, the source in view, also under guidance; the weight of the null position
-    is left out, so that they sum up to less than 1. Zeros behind the end of a hypothesis.
+    is left out, so that they sum up to less than 1. Zeros after the end of a hypothesis.
 
     hypotheses: R of `[n]` int64 each, the end of sequence included. keys, values, length: see `aligned`.
     """
@@ -72,20 +72,20 @@ def attended(
     lengths = torch.tensor([length], device=device)
     x = decoder.embedding[inputs]
     for layer, key, value in zip(decoder.layers, keys, values, strict=True):
-        projected = layer.query_key_value(unit(x)).unflatten(-1, (-1, decoder.head_dim))
+        projected = layer.query_key_value(l2_normalize(x)).unflatten(-1, (-1, decoder.head_dim))
         own_query, own_key, own_value = projected.split(split, dim=1)
         own = ops.attention(
             own_query, own_key, own_value, cu_query=bounds, cu_key=bounds, max_query=longest, max_key=longest,
             freqs=layer.freqs, causal=True,
         )  # fmt: skip
         x = layer.self_output(own.flatten(1), x)
-        query = layer.cross_query(unit(x)).view(1, -1, heads, decoder.head_dim)
+        query = layer.cross_query(l2_normalize(x)).view(1, -1, heads, decoder.head_dim)
         memory = key, value, layer.null_key, layer.null_value, lengths
         if layer is decoder.layers[-1]:
             break
         seen = ops.decode_cross_attention(query, *memory)
         x = layer.cross_output(seen.view(len(x), -1), x)
-        x = layer.feed_forward(unit(x), x)
+        x = layer.feed_forward(l2_normalize(x), x)
     parts = []
     for some in query.split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
         weights = ops.decode_cross_attention(some.contiguous(), *memory, return_weights=True)[1]

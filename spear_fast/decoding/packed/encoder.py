@@ -1,34 +1,20 @@
-"""The source side, for decoding: utterances one behind the other, no work on padding, weights as modules hold them."""
+"""The source side: utterances packed one after the other, no work on padding, weights as the modules hold them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spear_fast import ops
-from spear_fast.decoding.linear import FeedForward, Linear, Weights, check_weights
+from spear_fast.decoding.packed.layout import EncoderLayer, ParameterWatch, read_encoder_layer
+from spear_fast.decoding.packed.linear import Weights, check_weights
 from spear_fast.decoding.transfer import to_device
-from spear_fast.decoding.watch import Watch
 
 # source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
 ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class EncoderLayer:
-    """One layer: the norms' gammas, `[dim]`, and products; as in the reference, query head i reads `i % kv_heads`."""
-
-    attention_gamma: Tensor
-    query: Linear
-    key_value: Linear
-    output: Linear
-    feed_forward_gamma: Tensor
-    feed_forward: FeedForward
-    freqs: Tensor
 
 
 class Encoder:
@@ -43,7 +29,7 @@ class Encoder:
     heads: int
     kv_heads: int
     head_dim: int
-    _watch: Watch
+    _watch: ParameterWatch
 
     def __init__(self) -> None:
         raise TypeError("an Encoder is made from modules: call Encoder.from_modules.")
@@ -57,23 +43,24 @@ class Encoder:
         """
         check_weights(weights, token_embedding)
         self = object.__new__(cls)
-        self._watch = Watch([source_transformer], [token_embedding])
+        self._watch = ParameterWatch([source_transformer], [token_embedding])
         attention = source_transformer.layers[0][0]
         self.heads, self.kv_heads = attention.heads, attention.kv_heads
         self.head_dim = attention.to_q[0].weight.shape[0] // self.heads
         self.embedding = token_embedding.detach()
         self.gamma = source_transformer.final_norm.gamma.detach()
         self.layers = [
-            _layer(attention, feed_forward, weights) for attention, _, feed_forward in source_transformer.layers
+            read_encoder_layer(attention, feed_forward, weights)
+            for attention, _, feed_forward in source_transformer.layers
         ]
         return self
 
     def is_stale(self) -> bool:
-        """Returns whether a parameter that was packed has since been changed, moved or replaced; see `Watch`."""
+        """Returns whether a packed parameter has since been changed, moved or replaced; see `ParameterWatch`."""
         return self._watch.changed()
 
     def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Returns the memory `[tokens, dim]` of utterances one behind the other.
+        """Returns the memory `[tokens, dim]` of utterances one after the other.
 
         ids: `[tokens]`, int64, in the vocabulary. lengths: `[utterances]`, int64, on the host; they sum up to `tokens`.
         """
@@ -112,24 +99,10 @@ def tokens_together(device: torch.device) -> int:
 
 
 def packed_bounds(lengths: Tensor) -> tuple[Tensor, int]:
-    """Returns the cumulative lengths of sequences one behind the other, `[n + 1]` int32, and the longest length.
+    """Returns the cumulative lengths of sequences one after the other, `[n + 1]` int32, and the longest length.
 
     lengths: `[sequences]` int64, on the host.
     """
     bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     bounds[1:] = lengths.cumsum(0)
     return bounds, int(lengths.max())
-
-
-def _layer(attention: Any, feed_forward: Any, weights: Weights) -> EncoderLayer:
-    norm, first, _, _, last = feed_forward
-    held = (first.weight.detach(), first.bias.detach(), last.weight.detach(), last.bias.detach())
-    return EncoderLayer(
-        attention_gamma=attention.norm.gamma.detach(),
-        query=Linear(attention.to_q[0].weight.detach(), weights=weights, pack=False),
-        key_value=Linear(attention.to_kv[0].weight.detach(), weights=weights, pack=False),
-        output=Linear(attention.to_out.weight.detach(), weights=weights, pack=False),
-        feed_forward_gamma=norm.gamma.detach(),
-        feed_forward=FeedForward(*held, weights=weights, pack=False),
-        freqs=attention.rotary_emb.freqs.detach().float(),
-    )

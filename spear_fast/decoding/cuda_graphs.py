@@ -139,7 +139,7 @@ def graphs_for(device: torch.device) -> Graphs | None:
     return Graphs(CudaRecorder(device))
 
 
-def rounded_places(used: int, count: int) -> int:
+def rounded_slots(used: int, count: int) -> int:
     """Returns how many of `count` places take part in a recorded step where `used` are in use.
 
     That is one of four numbers between powers of two: the free places among them are at most a fifth.

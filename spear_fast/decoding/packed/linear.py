@@ -1,4 +1,4 @@
-"""Matrix products over weights that are read many times: for few rows, packed once."""
+"""Matmuls over weights that are read many times: for few rows, packed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from spear_fast import ops
 from spear_fast.ops import extension
 
-# halves of the feed-forward are padded to it, as a GPU's products need; zeros change nothing: their gate is gelu(0) = 0
+# halves of the feed-forward are padded to it, as a GPU's matmuls need; zeros change nothing: their gate is gelu(0) = 0
 ALIGNMENT = 16
 
 # how weights are held: as they are, or rounded to 8 bits with a scale for each output, on x86 CPUs
@@ -63,13 +63,13 @@ class Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.packed is not None:
-            # the product is added in place
+            # the result is added in place
             return self.packed.forward(x) if residual is None else self.packed.added(x, residual.clone())
         out = F.linear(x, self.weight, self.bias)
         return out if residual is None else out.add_(residual)
 
 
-class FeedForward:
+class PackedFeedForward:
     """`residual + linear(x_half * gelu(gate_half))`: the reference's GEGLU with the exact GELU of the second half.
 
     weight: `[2 * inner, features]`, bias: `[2 * inner]`, first the values, then the gates. out_weight: `[dim, inner]`.
@@ -91,38 +91,16 @@ class FeedForward:
             bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
             out_weight = F.pad(out_weight, (0, padding))
         self.bias = bias
-        self.both = Linear(weight, weights=weights, pack=pack)
-        self.out = Linear(out_weight, out_bias, weights, pack=pack)
+        self.up_gate = Linear(weight, weights=weights, pack=pack)
+        self.down = Linear(out_weight, out_bias, weights, pack=pack)
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.out(ops.geglu(self.both(x), self.bias), residual)
+        return self.down(ops.geglu(self.up_gate(x), self.bias), residual)
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Returns `x / max(||x||, 1e-12)` over the last dimension, in the dtype of `x`; norms of halves are float32."""
     if x.dtype in (torch.float16, torch.bfloat16):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_min_(1e-12)
         return (x / norm).to(x.dtype)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
-
-
-def folded(weight: Tensor, norm: Any) -> Tensor:
-    """Returns `weight` `[out, dim]` times the norm's gamma and sqrt(dim), rounded once."""
-    exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return (exact * (norm.gamma.detach() * exact.shape[-1] ** 0.5)).to(weight.dtype)
-
-
-def fed_forward(feed_forward: Any, weights: Weights = "exact") -> FeedForward:
-    """Returns the packed products of a reference's feed-forward, its norm folded in."""
-    norm, first, _, _, last = feed_forward
-    return FeedForward(
-        folded(first.weight, norm), first.bias.detach(), last.weight.detach(), last.bias.detach(), weights
-    )
-
-
-def head_order(heads: int, kv_heads: int) -> Tensor:
-    """Returns the reference's query heads, `[heads]`, so ordered that those of one key head stand together.
-
-    Head i of the reference reads key head `i % kv_heads`.
-    """
-    return torch.arange(heads).view(-1, kv_heads).t().flatten()
