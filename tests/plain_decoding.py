@@ -38,15 +38,15 @@ def build_memory(model: TextToSemantic, rows: int, length: int = 7, *, seed: int
 def all_logits(
     model: TextToSemantic, memory: Tensor, mask: Tensor, tokens: Tensor, *, kind: str = "text", cond_scale: float = 1.0
 ) -> Tensor:
-    """Logits `[rows, length + 1, vocabulary]` behind each prefix of `tokens` `[rows, length]`, computed anew."""
+    """Logits `[rows, length + 1, vocabulary]` after each prefix of `tokens` `[rows, length]`, computed anew."""
     embedding = model.token_emb[kind].weight
     x = torch.cat((model.start_token[kind].expand(len(tokens), 1, -1), embedding[tokens]), dim=1)
 
     def logits(context_mask: Tensor) -> Tensor:
         return model.target_transformer(x, context=memory, context_mask=context_mask) @ embedding.t()
 
-    sighted = logits(mask)
-    return sighted if cond_scale == 1 else torch.lerp(logits(torch.zeros_like(mask)), sighted, cond_scale)
+    conditional = logits(mask)
+    return conditional if cond_scale == 1 else torch.lerp(logits(torch.zeros_like(mask)), conditional, cond_scale)
 
 
 def log_probs_of(

@@ -28,7 +28,7 @@ HOW = {**METHODS, "drawn": dict(method="sample", num_return_sequences=3)}
 
 
 def checked(model, memory, mask, result, kind: str) -> None:
-    """The alignment of every hypothesis is the plain one, and 0 behind its end and outside the mask."""
+    """The alignment of every hypothesis is the plain one, and 0 after its end and outside the mask."""
     assert result.alignment.dtype == torch.float32
     assert result.alignment.shape == (*result.tokens.shape, mask.shape[1])
     for row in range(len(mask)):

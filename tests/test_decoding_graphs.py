@@ -1,6 +1,6 @@
-"""Recorded steps: what is recorded when, over which memory, and that nobody gets other tokens from them.
+"""Captured steps: what is captured when, over which memory, and that nobody gets other tokens from them.
 
-A stand-in for CUDA graphs keeps what was recorded as what graphs keep: addresses and sizes, not the objects that a step
+A stand-in for CUDA graphs keeps what was captured as what graphs keep: addresses and sizes, not the objects that a step
 finds them by. `test_gpu_graphs.py` has the real ones.
 """
 
@@ -28,7 +28,7 @@ def model():
 
 
 class StandIn:
-    """Records calls of a CPU. calls: "warm", "record", "play", "forget" in their order."""
+    """Captures calls of a CPU. calls: "warm", "capture", "replay", "forget" in their order."""
 
     def __init__(self, fails: str | None = None):
         self.calls: list[str] = []
@@ -39,18 +39,18 @@ class StandIn:
         self.calls.append("warm")
         step()
 
-    def record(self, step):
-        self.calls.append("record")
+    def capture(self, step):
+        self.calls.append("capture")
         if self.fails:
             raise RuntimeError(self.fails)
         generation = self.generation
 
-        def play():
-            assert generation == self.generation, "a graph is played whose memory is gone"
-            self.calls.append("play")
+        def replay():
+            assert generation == self.generation, "a graph is replayed whose memory is gone"
+            self.calls.append("replay")
             step()
 
-        return play
+        return replay
 
     def forget(self):
         self.calls.append("forget")
@@ -58,8 +58,8 @@ class StandIn:
 
 
 @pytest.fixture
-def recorders(monkeypatch):
-    """Within the test steps are recorded the second time; the stand-ins that did it, one for each `Runner`."""
+def capturers(monkeypatch):
+    """Within the test steps are captured the second time; the stand-ins that did it, one for each `Runner`."""
     made = []
     monkeypatch.setattr(cuda_graphs, "WARM_UPS", 1)
 
@@ -72,31 +72,31 @@ def recorders(monkeypatch):
 
 
 def test_a_step_is_recorded_once_it_is_warm_and_then_played():
-    recorder, made = StandIn(), []
-    recorded = Graphs(recorder)
+    capturer, made = StandIn(), []
+    captured = Graphs(capturer)
     for i in range(WARM_UPS + 3):
-        recorded.run("a", lambda i=i: made.append(i))
-    assert recorder.calls == ["warm"] * WARM_UPS + ["record", *["play"] * 3]
-    # what was recorded, not what was passed later
+        captured.run("a", lambda i=i: made.append(i))
+    assert capturer.calls == ["warm"] * WARM_UPS + ["capture", *["replay"] * 3]
+    # what was captured, not what was passed later
     assert made == [*range(WARM_UPS + 1), WARM_UPS, WARM_UPS]
-    recorded.run("b", lambda: made.append("b"))
-    assert recorder.calls[-1] == "warm"
-    recorded.drop()
-    recorded.run("a", lambda: made.append("anew"))
-    assert recorder.calls[-2:] == ["forget", "warm"]
+    captured.run("b", lambda: made.append("b"))
+    assert capturer.calls[-1] == "warm"
+    captured.drop()
+    captured.run("a", lambda: made.append("anew"))
+    assert capturer.calls[-2:] == ["forget", "warm"]
 
 
 def test_a_failing_recording_is_told_once_and_every_step_is_made_once():
-    recorder, made = StandIn(fails="operation not permitted when stream is capturing\nmore"), []
-    recorded = Graphs(recorder)
-    with warnings.catch_warnings(record=True) as caught:
+    capturer, made = StandIn(fails="operation not permitted when stream is capturing\nmore"), []
+    captured = Graphs(capturer)
+    with warnings.catch_warnings(capture=True) as caught:
         warnings.simplefilter("always")
         for i in range(3 * WARM_UPS):
-            recorded.run(i % 2, lambda i=i: made.append(i))
+            captured.run(i % 2, lambda i=i: made.append(i))
     assert made == list(range(3 * WARM_UPS))
-    assert recorder.calls.count("record") == 1
+    assert capturer.calls.count("capture") == 1
     assert [str(each.message) for each in caught] == [
-        "decoding goes on without CUDA graphs, which is slower: the step cannot be recorded (operation not permitted "
+        "decoding goes on without CUDA graphs, which is slower: the step cannot be captured (operation not permitted "
         "when stream is capturing); SPEAR_FAST_GRAPHS=0 does not try to."
     ]
 
@@ -105,9 +105,9 @@ def test_an_error_of_the_step_itself_is_not_swallowed():
     def broken():
         raise torch.OutOfMemoryError("no memory")
 
-    recorded = Graphs(StandIn())
+    captured = Graphs(StandIn())
     with pytest.raises(torch.OutOfMemoryError):
-        recorded.run("a", broken)
+        captured.run("a", broken)
 
 
 def test_places_are_rounded_up_to_few_numbers():
@@ -119,7 +119,7 @@ def test_places_are_rounded_up_to_few_numbers():
             assert used <= rounded_slots(used, count) <= min(count, 1.25 * used)
 
 
-def test_a_recorded_step_takes_some_free_places_along_and_they_are_done(model, recorders):
+def test_a_recorded_step_takes_some_free_places_along_and_they_are_done(model, capturers):
     decoder = model.decoder("text")
     made = Runner(decoder, slots=12, beams=1, positions=9, max_source=5)
     options = DecodingOptions(method="greedy", max_length=8, min_length=7)
@@ -130,11 +130,11 @@ def test_a_recorded_step_takes_some_free_places_along_and_they_are_done(model, r
         made.drop(lambda request: request.number < 3)
         assert made.view().batch == made.used == 6
         assert made.state.done.tolist() == [False] * 6 + [True] * 6
-    assert recorders[0].calls == ["warm"]
+    assert capturers[0].calls == ["warm"]
 
 
 def test_graphs_are_for_cuda_and_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "CudaRecorder", lambda device: StandIn())
+    monkeypatch.setattr(cuda_graphs, "CudaCapturer", lambda device: StandIn())
     assert graphs_for(torch.device("cpu")) is None
     assert isinstance(graphs_for(torch.device("cuda:0")), Graphs)
     monkeypatch.setattr(cuda_graphs.ranges, "DEBUG", True)
@@ -146,57 +146,57 @@ def test_graphs_are_for_cuda_and_can_be_switched_off(monkeypatch):
     assert isinstance(graphs_for(torch.device("cuda:0")), Graphs)
 
 
-def test_every_request_is_served_as_if_it_were_alone(model, recorders):
-    """Beams, draws and greedy requests, of all lengths, in 13 places: rounded up, moved and given away again."""
+def test_every_request_is_served_as_if_it_were_alone(model, capturers):
+    """Beams, draws and greedy requests, of all lengths, in 13 slots: rounded up, moved and given away again."""
     asked = [(source, options_of(i)) for i, source in enumerate(sources(80, seed=21))]
     expected = [alone(model, source, options_of(i)) for i, (source, _) in enumerate(asked)]
-    recorders.clear()
+    capturers.clear()
     served = {}
     with engine_of(model, slots=13, beams=4, max_length=12) as engine:
         for start in range(0, 80, 10):
-            # in waves, so that the places are never all in use for long
+            # in waves, so that the slots are never all in use for long
             wave = engine.run(asked[start : start + 10], ahead=2 + start // 8)
-            served |= {ticket.number: ticket.result() for ticket in wave}
+            served |= {request.number: request.result() for request in wave}
     assert sorted(served) == list(range(80))
     for number, result in served.items():
         same(result, expected[number])
-    (recorder,) = recorders
-    assert recorder.calls.count("record") >= 5
-    assert recorder.calls.count("play") > recorder.calls.count("warm")
+    (capturer,) = capturers
+    assert capturer.calls.count("capture") >= 5
+    assert capturer.calls.count("replay") > capturer.calls.count("warm")
 
 
-def test_guided_and_deterministic_requests_are_too(model, recorders):
+def test_guided_and_deterministic_requests_are_too(model, capturers):
     asked = [(source, options_of(i, cond_scale=1.0 + i % 3)) for i, source in enumerate(sources(20, seed=22))]
     expected = [alone(model, source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in enumerate(asked)]
     for settings in ({"guided": True}, {"guided": True, "deterministic": True}):
-        recorders.clear()
+        capturers.clear()
         with engine_of(model, slots=3, beams=4, max_length=12, **settings) as engine:
-            for ticket in engine.run((source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in
+            for request in engine.run((source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in
                                      enumerate(asked)):  # fmt: skip
-                same(ticket.result(), expected[ticket.number])
-        assert recorders[0].calls.count("play")
+                same(request.result(), expected[request.number])
+        assert capturers[0].calls.count("replay")
 
 
-def test_buffers_that_grow_are_recorded_anew(model, recorders, monkeypatch):
-    """And the old ones are let go before the new ones are made; the stand-in refuses to play what is gone."""
+def test_buffers_that_grow_are_recorded_anew(model, capturers, monkeypatch):
+    """And the old ones are let go before the new ones are made; the stand-in refuses to replay what is gone."""
     monkeypatch.setattr(state, "FIRST_CAPACITY", 8)
     options = DecodingOptions(beam_size=2, max_length=60, min_length=59)
     expected = [alone(model, source, options) for source in sources(3, seed=23)]
-    recorders.clear()
+    capturers.clear()
     with engine_of(model, slots=3, beams=2, max_length=60) as engine:
-        for ticket in engine.run(sources(3, seed=23), options):
-            same(ticket.result(), expected[ticket.number])
-    (recorder,) = recorders
+        for request in engine.run(sources(3, seed=23), options):
+            same(request.result(), expected[request.number])
+    (capturer,) = capturers
     # 8, 16, 32 and 61 positions
-    assert recorder.calls.count("forget") == 3
-    assert recorder.calls.count("record") == 4
+    assert capturer.calls.count("forget") == 3
+    assert capturer.calls.count("capture") == 4
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, recorded):
-    """Neither the views of fewer places nor what is recorded holds on to the others."""
+@pytest.mark.parametrize("captured", [False, True])
+def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, captured):
+    """Neither the views of fewer slots nor what is captured holds on to the others."""
     monkeypatch.setattr(state, "FIRST_CAPACITY", 8)
-    monkeypatch.setattr(runner, "graphs_for", lambda device: Graphs(StandIn()) if recorded else None)
+    monkeypatch.setattr(runner, "graphs_for", lambda device: Graphs(StandIn()) if captured else None)
     decoder, pad, old, alive = model.decoder("text"), F.pad, [], []
 
     def watching(tensor, *arguments):
@@ -216,7 +216,7 @@ def test_growing_holds_one_old_buffer_at_a_time(model, monkeypatch, recorded):
     assert alive == [0] * 4
 
 
-def test_a_function_of_the_callers_is_not_recorded(model, recorders):
+def test_a_function_of_the_callers_is_not_captured(model, capturers):
     asked = []
 
     def no_even_tokens(logits):
@@ -227,17 +227,17 @@ def test_a_function_of_the_callers_is_not_recorded(model, recorders):
     filtered = DecodingOptions(method="greedy", max_length=10, min_length=9, filter_logits=no_even_tokens)
     pair = sources(2, seed=24)
     expected = [alone(model, source, options) for source, options in zip(pair, (plain, filtered), strict=True)]
-    recorders.clear()
+    capturers.clear()
     with engine_of(model, slots=2, beams=1, max_length=10) as engine:
-        tickets = [engine.submit(source, options) for source, options in zip(pair, (plain, filtered), strict=True)]
-        for ticket, result in zip(tickets, expected, strict=True):
-            same(ticket.result(), result)
-    assert "record" not in recorders[0].calls
-    assert (tickets[1].result().tokens[0, 0, :9] % 2 == 1).all()
+        requests = [engine.submit(source, options) for source, options in zip(pair, (plain, filtered), strict=True)]
+        for request, result in zip(requests, expected, strict=True):
+            same(request.result(), result)
+    assert "capture" not in capturers[0].calls
+    assert (requests[1].result().tokens[0, 0, :9] % 2 == 1).all()
 
 
 def test_between_two_growths_every_tensor_stays_where_it_is(model):
-    """A recorded step reads and writes addresses: none of them may change while it is played."""
+    """A captured step reads and writes addresses: none of them may change while it is replayed."""
     decoder = model.decoder("text")
     made = Runner(decoder, slots=4, beams=4, positions=40, max_source=10)
     memories = [torch.randn(n, decoder.dim) for n in (3, 10, 1)]
@@ -266,17 +266,17 @@ def test_between_two_growths_every_tensor_stays_where_it_is(model):
         assert addresses() == before
 
 
-class RecordedInterleavings(interleavings.Interleavings):
-    """The same rules with all steps recorded."""
+class CapturedInterleavings(interleavings.Interleavings):
+    """The same rules with all steps captured."""
 
 
-RecordedInterleavings.TestCase.settings = interleavings.Interleavings.TestCase.settings
+CapturedInterleavings.TestCase.settings = interleavings.Interleavings.TestCase.settings
 
 
-class TestRecordedInterleavings(RecordedInterleavings.TestCase):
+class TestCapturedInterleavings(CapturedInterleavings.TestCase):
     @pytest.fixture(autouse=True)
-    def _recorded(self, recorders, monkeypatch):
-        """Steps are recorded, and played; buffers grow meanwhile."""
+    def _captured(self, capturers, monkeypatch):
+        """Steps are captured, and replayed; buffers grow meanwhile."""
         monkeypatch.setattr(state, "FIRST_CAPACITY", 4)
         yield
-        assert any("play" in recorder.calls for recorder in recorders)
+        assert any("replay" in capturer.calls for capturer in capturers)

@@ -1,4 +1,4 @@
-"""Options and arguments that do not fit: one sentence each. And the products that decoding is made of."""
+"""Options and arguments that do not fit: one sentence each. And the matmuls that decoding is made of."""
 
 from __future__ import annotations
 

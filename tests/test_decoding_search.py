@@ -144,7 +144,7 @@ def test_min_length_keeps_the_end_away(options: dict) -> None:
 @pytest.mark.parametrize(
     "options", [dict(method="greedy"), dict(beam_size=3), dict(beam_size=3, beam_mode="reference")], ids=str
 )
-def test_pads_behind_the_end(options: dict) -> None:
+def test_pads_after_the_end(options: dict) -> None:
     model = build_model(8, num_text_token_ids=4, text_pad_id=-7)
     memory, mask = build_memory(model, 8)
     result = decode(model.decoder("text"), memory, mask, DecodingOptions(max_length=20, **options))
@@ -177,7 +177,7 @@ def test_beam_larger_than_the_vocabulary() -> None:
         result = decode(model.decoder("text"), memory, mask, options)
         assert result.scores.isfinite().all()
         assert (result.scores.diff(dim=-1) <= 0).all()
-        # the reference's hypotheses differ behind their ends, which are wiped out
+        # the reference's hypotheses differ after their ends, which are wiped out
         assert len({tuple(row) for row in result.tokens[0].tolist()}) == (5 if mode == "standard" else 3)
 
 
@@ -205,11 +205,11 @@ def test_vocabulary_of_the_end_alone() -> None:
 def test_ties_go_to_the_lowest_index(rows: list, count: int) -> None:
     for dtype in (torch.float32, torch.float64):
         values, index = best_candidates(torch.tensor(rows, dtype=dtype), count)
-        for row, value, place in zip(
+        for row, value, best in zip(
             torch.tensor(rows, dtype=dtype).tolist(), values.tolist(), index.tolist(), strict=True
         ):
             order = sorted(range(6), key=lambda i: (-row[i], i))[:count]
-            assert place[: min(count, 6)] == order
+            assert best[: min(count, 6)] == order
             assert value == [row[i] for i in order] + [float("-inf")] * (count - 6)
 
 

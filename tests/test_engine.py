@@ -60,7 +60,7 @@ def test_every_request_is_served_as_if_it_were_alone(model):
     asked = [(source, options_of(i)) for i, source in enumerate(sources(60, seed=1))]
     expected = [alone(model, source, options_of(i)) for i, (source, _) in enumerate(asked)]
     with engine_of(model, slots=5, beams=4, max_length=12) as engine:
-        served = {ticket.number: ticket.result() for ticket in engine.run(asked)}
+        served = {request.number: request.result() for request in engine.run(asked)}
     assert sorted(served) == list(range(60))
     for number, result in served.items():
         same(result, expected[number])
@@ -70,14 +70,14 @@ def test_guided_and_unguided_requests_share_a_batch(model):
     asked = [(source, options_of(i, cond_scale=1.0 + i % 3)) for i, source in enumerate(sources(20, seed=2))]
     expected = [alone(model, source, options_of(i, cond_scale=1.0 + i % 3)) for i, (source, _) in enumerate(asked)]
     with engine_of(model, slots=3, beams=4, max_length=12, guided=True) as engine:
-        for ticket in engine.run(asked):
-            same(ticket.result(), expected[ticket.number])
+        for request in engine.run(asked):
+            same(request.result(), expected[request.number])
 
 
 @pytest.mark.parametrize(("dtype", "packs"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
-def test_deterministic_results_are_the_same_to_the_bit_in_any_company(dtype, packs, monkeypatch):
+def test_deterministic_results_are_the_same_to_the_bit_whatever_is_beside_them(dtype, packs, monkeypatch):
     if not packs:
-        # torch's own products, which round by the number of their rows
+        # torch's own matmuls, which round by the number of their rows
         monkeypatch.setattr(linear, "packs", lambda weight: False)
     model = tiny_model().to(dtype)
     asked = [(source, options_of(i)) for i, source in enumerate(sources(30, seed=8))]
@@ -87,7 +87,7 @@ def test_deterministic_results_are_the_same_to_the_bit_in_any_company(dtype, pac
     def served(which):
         with engine_of(model, slots=6, beams=4, max_length=12, deterministic=True) as engine:
             # a fresh generator for each request: seeds are drawn when they are submitted
-            return {which[ticket.number]: ticket.result() for ticket in engine.run(
+            return {which[request.number]: request.result() for request in engine.run(
                 (asked[i][0], options_of(i)) for i in which
             )}  # fmt: skip
 
@@ -106,26 +106,28 @@ def test_a_looping_row_holds_up_nobody(model):
         tokens = sources(31, seed=3)
         looping = engine.submit(tokens[0], DecodingOptions(method="greedy", max_length=60, min_length=59))
         short = [engine.submit(each, DecodingOptions(method="greedy", max_length=1)) for each in tokens[1:]]
-        for ticket in short:
-            ticket.result()
+        for request in short:
+            request.result()
         assert not looping.done()
         assert looping.result().tokens.shape[-1] >= 59
 
 
-def test_who_comes_takes_the_place_of_who_left_and_nobody_is_moved(model, monkeypatch):
+def test_who_comes_takes_the_slot_of_who_left_and_nobody_is_moved(model, monkeypatch):
     moved = []
     move = Runner._move
-    monkeypatch.setattr(Runner, "_move", lambda self, slot, *places: moved.append(places) or move(self, slot, *places))
-    # one after the other ends, from the first place on; those that take their places end together
+    monkeypatch.setattr(
+        Runner, "_move", lambda self, slot, *slot_ids: moved.append(slot_ids) or move(self, slot, *slot_ids)
+    )
+    # one after the other ends, from the first slot on; those that take their slots end together
     lengths = [1, 2, 3, 4, 12, 11, 10, 9]
     asked = [
         (source, DecodingOptions(method="greedy", max_length=n, min_length=n - 1))
         for source, n in zip(sorted(sources(8, seed=5), key=len, reverse=True), lengths, strict=True)
     ]
     with engine_of(model, slots=4, beams=1, max_length=12) as engine:
-        tickets = [engine.submit(*each) for each in asked[:4]]
-        for ticket in tickets:
-            ticket.result()
+        requests = [engine.submit(*each) for each in asked[:4]]
+        for request in requests:
+            request.result()
         # nobody waited: the last ones closed up
         assert moved == [(3, 0), (2, 1)]
         moved.clear()
@@ -140,7 +142,7 @@ def test_results_come_as_they_are_finished(model):
         for source, n in zip(sources(4, seed=4), lengths, strict=True)
     ]
     with engine_of(model, slots=4, beams=1, max_length=12) as engine:
-        assert [ticket.number for ticket in engine.run(asked)] == [1, 2, 3, 0]
+        assert [request.number for request in engine.run(asked)] == [1, 2, 3, 0]
 
 
 WRONG = [
@@ -167,8 +169,8 @@ def test_a_request_that_cannot_be_served_fails_alone(model, source, settings, sa
         with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")) as caught:
             bad.result()
         assert "\n" not in str(caught.value)
-        for ticket, source_ids in ((before, good[0]), (after, good[1])):
-            same(ticket.result(), alone(model, source_ids, DecodingOptions(beam_size=4, max_length=12)))
+        for request, source_ids in ((before, good[0]), (after, good[1])):
+            same(request.result(), alone(model, source_ids, DecodingOptions(beam_size=4, max_length=12)))
 
 
 def test_cancelling_frees_the_slot(model):
@@ -182,23 +184,23 @@ def test_cancelling_frees_the_slot(model):
         assert long.cancel()
         assert not long.cancel()
         assert waiting.result().tokens.numel()
-        for ticket in (long, gone):
+        for request in (long, gone):
             with pytest.raises(CancelledError):
-                ticket.result()
+                request.result()
         assert engine.in_flight == engine.waiting == 0
 
 
 def test_an_exception_in_a_callback_stops_nothing(model, caplog):
     called = []
 
-    def broken(ticket):
-        called.append(ticket.number)
+    def broken(request):
+        called.append(request.number)
         raise RuntimeError("broken callback")
 
     with engine_of(model, slots=2, beams=1, max_length=5) as engine:
-        tickets = [ask(engine, source, callback=broken, beam_size=1, max_length=5) for source in sources(5)]
-        for ticket in tickets:
-            assert ticket.result().tokens.numel()
+        requests = [ask(engine, source, callback=broken, beam_size=1, max_length=5) for source in sources(5)]
+        for request in requests:
+            assert request.result().tokens.numel()
     assert sorted(called) == list(range(5))
     assert "broken callback" in caplog.text
 
@@ -206,11 +208,11 @@ def test_an_exception_in_a_callback_stops_nothing(model, caplog):
 def test_a_callback_may_ask_submit_cancel_and_close(model):
     engine = engine_of(model, slots=1, beams=1, max_length=6)
     later, others = [], []
-    # one place, and the longest goes first
+    # one slot, and the longest goes first
     lengths = [4, 3, 2, 2, 1]
     ordered = [torch.arange(1, length + 1) for length in lengths]
 
-    def busy(ticket):
+    def busy(request):
         later.append(ask(engine, ordered[4], beam_size=1, max_length=6))
         assert others[0].result().tokens.numel()
         assert others[1].cancel()
@@ -220,12 +222,12 @@ def test_a_callback_may_ask_submit_cancel_and_close(model):
     others += [ask(engine, source, beam_size=1, max_length=6) for source in ordered[1:4]]
     assert first.result().tokens.numel()
     assert not others[0].cancelled()
-    assert all(ticket.cancelled() for ticket in (*later, *others[1:]))
+    assert all(request.cancelled() for request in (*later, *others[1:]))
     assert len(later) == 1
 
 
 def test_an_error_of_encoding_is_that_of_what_was_encoded(model, monkeypatch):
-    """Nobody waits for ever: neither for what an error took along nor for what came behind it."""
+    """Nobody waits for ever: neither for what an error took along nor for what came after it."""
     from spear_fast.decoding.packed.encoder import Encoder
 
     encode, calls = Encoder.__call__, []
@@ -241,29 +243,29 @@ def test_an_error_of_encoding_is_that_of_what_was_encoded(model, monkeypatch):
     monkeypatch.setattr(Encoder, "__call__", failing)
     with engine_of(model, slots=4, beams=1, max_length=4) as engine:
         engine._scheduler.encode_tokens = 1
-        tickets = [ask(engine, source, beam_size=1, max_length=4) for source in sources(6)]
-        failed = [ticket for ticket in tickets if ticket.exception() is not None]
-    assert [str(ticket.exception()) for ticket in failed] == ["the encoder is gone"]
+        requests = [ask(engine, source, beam_size=1, max_length=4) for source in sources(6)]
+        failed = [request for request in requests if request.exception() is not None]
+    assert [str(request.exception()) for request in failed] == ["the encoder is gone"]
     assert engine.config.slots == 2
 
 
 def test_closing_ends_everything(model):
     engine = engine_of(model, slots=1, beams=1, max_length=40)
-    tickets = [ask(engine, source, beam_size=1, max_length=40) for source in sources(3)]
+    requests = [ask(engine, source, beam_size=1, max_length=40) for source in sources(3)]
     engine.step()
     engine.close()
     engine.close()
-    for ticket in tickets:
+    for request in requests:
         with pytest.raises(CancelledError):
-            ticket.result()
+            request.result()
     with pytest.raises(RuntimeError, match="closed"):
         ask(engine, sources(1)[0], beam_size=1, max_length=5)
 
 
 def test_coroutines_wait_for_tickets(model):
     async def main(engine):
-        tickets = [ask(engine, source, beam_size=2, max_length=8) for source in sources(9, seed=6)]
-        return await asyncio.gather(*(asyncio.wrap_future(ticket) for ticket in tickets))
+        requests = [ask(engine, source, beam_size=2, max_length=8) for source in sources(9, seed=6)]
+        return await asyncio.gather(*(asyncio.wrap_future(request) for request in requests))
 
     with engine_of(model, slots=2, beams=2, max_length=8).start() as engine:
         results = asyncio.run(asyncio.wait_for(main(engine), timeout=120))
@@ -284,16 +286,16 @@ def test_an_error_of_the_step_is_that_of_what_took_part(model, monkeypatch):
         return step(*arguments)
 
     monkeypatch.setattr(module, "step", failing)
-    tickets = [ask(engine, source, beam_size=1, max_length=5) for source in sources(4)]
-    for ticket in tickets:
-        ticket.exception()
-    failed = [ticket for ticket in tickets if ticket.exception() is not None]
+    requests = [ask(engine, source, beam_size=1, max_length=5) for source in sources(4)]
+    for request in requests:
+        request.exception()
+    failed = [request for request in requests if request.exception() is not None]
     assert len(failed) == 2
-    assert all("the device is gone" in str(ticket.exception()) for ticket in failed)
+    assert all("the device is gone" in str(request.exception()) for request in failed)
     engine.close()
 
 
-def test_out_of_memory_halves_the_places_and_goes_on(model, monkeypatch):
+def test_out_of_memory_halves_the_slots_and_goes_on(model, monkeypatch):
     from spear_fast.decoding import runner as module
 
     engine = engine_of(model, slots=8, beams=1, max_length=6)
@@ -306,15 +308,15 @@ def test_out_of_memory_halves_the_places_and_goes_on(model, monkeypatch):
 
     monkeypatch.setattr(module, "step", failing)
     tokens = sources(12, seed=7)
-    tickets = [ask(engine, source, beam_size=1, max_length=6) for source in tokens]
-    for source, ticket in zip(tokens, tickets, strict=True):
-        same(ticket.result(), alone(model, source, DecodingOptions(beam_size=1, max_length=6)))
+    requests = [ask(engine, source, beam_size=1, max_length=6) for source in tokens]
+    for source, request in zip(tokens, requests, strict=True):
+        same(request.result(), alone(model, source, DecodingOptions(beam_size=1, max_length=6)))
     assert engine.config.slots == 2
     engine.close()
     assert engine.in_flight == 0
 
 
-def test_a_plan_says_what_it_takes_and_refuses_what_it_cannot(model):
+def test_a_config_says_what_it_takes_and_refuses_what_it_cannot(model):
     from spear_fast.decoding.config import EngineConfig
 
     decoder = model.decoder("text")

@@ -24,23 +24,23 @@ def expected(which: int, seed: int):
 
 
 class Interleavings(RuleBasedStateMachine):
-    tickets = Bundle("tickets")
+    requests = Bundle("requests")
 
     @initialize(slots=st.integers(1, 4))
     def make(self, slots):
         self.engine = engine_of(MODEL, slots=slots, beams=4, max_length=12)
         self.slots, self.asked, self.cancelled = slots, {}, set()
 
-    @rule(target=tickets, which=st.integers(0, len(SOURCES) - 1), seed=st.integers(0, 15))
+    @rule(target=requests, which=st.integers(0, len(SOURCES) - 1), seed=st.integers(0, 15))
     def submit(self, which, seed):
-        ticket = self.engine.submit(SOURCES[which], options_of(seed), tag=(which, seed))
-        self.asked[ticket.number] = ticket
-        return ticket
+        request = self.engine.submit(SOURCES[which], options_of(seed), tag=(which, seed))
+        self.asked[request.number] = request
+        return request
 
-    @rule(target=tickets)
+    @rule(target=requests)
     def submit_what_cannot_be_served(self):
-        ticket = self.engine.submit(SOURCES[0], options_of(0, max_length=999))
-        assert isinstance(ticket.exception(), ValueError)
+        request = self.engine.submit(SOURCES[0], options_of(0, max_length=999))
+        assert isinstance(request.exception(), ValueError)
         return multiple()
 
     @rule(steps=st.integers(1, 6))
@@ -48,18 +48,18 @@ class Interleavings(RuleBasedStateMachine):
         for _ in range(steps):
             self.engine.step()
 
-    @rule(ticket=tickets)
-    def cancel(self, ticket):
-        if ticket.cancel():
-            self.cancelled.add(ticket.number)
+    @rule(request=requests)
+    def cancel(self, request):
+        if request.cancel():
+            self.cancelled.add(request.number)
 
-    @rule(ticket=tickets)
-    def wait(self, ticket):
-        if ticket.number not in self.cancelled:
-            same(ticket.result(), expected(*ticket.tag))
+    @rule(request=requests)
+    def wait(self, request):
+        if request.number not in self.cancelled:
+            same(request.result(), expected(*request.tag))
 
     @invariant()
-    def no_more_in_flight_than_places(self):
+    def no_more_in_flight_than_slots(self):
         if hasattr(self, "engine"):
             assert self.engine.in_flight <= self.slots
             assert self.engine.in_flight + self.engine.waiting <= len(self.asked) + len(self.cancelled)
@@ -67,12 +67,12 @@ class Interleavings(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
-        for number, ticket in self.asked.items():
+        for number, request in self.asked.items():
             if number in self.cancelled:
                 with pytest.raises(CancelledError):
-                    ticket.result()
+                    request.result()
             else:
-                same(ticket.result(), expected(*ticket.tag))
+                same(request.result(), expected(*request.tag))
         assert self.engine.in_flight == self.engine.waiting == 0
         self.engine.close()
 
@@ -99,10 +99,10 @@ def test_soak_of_20000_short_requests():
     count, seen, memory = 20_000, set(), []
     with engine_of(MODEL, slots=64, beams=1, max_length=4) as engine:
         asked = ((pool[i % 50], options[i % 6]) for i in range(count))
-        for ticket in engine.run(asked):
-            assert ticket.number not in seen
-            seen.add(ticket.number)
-            assert ticket.result().tokens.tolist() == expected[ticket.number % 50, ticket.number % 6]
+        for request in engine.run(asked):
+            assert request.number not in seen
+            seen.add(request.number)
+            assert request.result().tokens.tolist() == expected[request.number % 50, request.number % 6]
             if len(seen) % (count // 10) == 0:
                 memory.append(resident_bytes())
     assert len(seen) == count

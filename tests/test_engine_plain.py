@@ -1,4 +1,4 @@
-"""The engine against the plain search: lists over the modules' logits, every option, in any company."""
+"""The engine against the plain search: lists over the modules' logits, every option, whatever is beside them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_request_is_served_as_the_plain_search_would(deterministic: bool) 
     model = tiny_model(cond_drop_prob=0.1).double()
     asked = [(source, random_options(seed)) for seed, source in enumerate(sources(150, seed=21))]
     with engine_of(model, slots=7, beams=4, max_length=9, guided=True, deterministic=deterministic) as engine:
-        served = {ticket.number: ticket.result() for ticket in engine.run(asked)}
+        served = {request.number: request.result() for request in engine.run(asked)}
     assert sorted(served) == list(range(150))
     seen = set()
     for number, result in served.items():
@@ -131,9 +131,9 @@ def spread_out(model):
     return model
 
 
-def test_alone_and_in_company_only_ties_differ(record_property, monkeypatch) -> None:
+def test_alone_and_beside_others_only_ties_differ(record_property, monkeypatch) -> None:
     """500 requests, each by itself and among others: whose tokens differ, and whether they are equally likely."""
-    # torch's own products, which round by the number of their rows
+    # torch's own matmuls, which round by the number of their rows
     monkeypatch.setattr(linear, "packs", lambda weight: False)
     model, count = spread_out(tiny_model()), 500
     rows = sources(count, seed=22)
@@ -145,7 +145,7 @@ def test_alone_and_in_company_only_ties_differ(record_property, monkeypatch) -> 
 
     with engine_of(model, slots=16, beams=4, max_length=12) as engine:
         asked = ((source, options(i)) for i, source in enumerate(rows))
-        together = {ticket.number: ticket.result() for ticket in engine.run(asked)}
+        together = {request.number: request.result() for request in engine.run(asked)}
     lengths, ties, others, rounded = set(), [], [], 0
     with engine_of(model, slots=1, beams=4, max_length=12) as engine:
         for i, source in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Workers: an engine whose places and threads are shared out gives the same results as one whose are not."""
+"""Workers: an engine whose slots and threads are shared out gives the same results as one whose are not."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def test_each_thread_is_a_worker_where_there_are_rows_for_it():
 
 
 @needs_extension
-def test_there_are_places_for_every_thread_by_default(model):
+def test_there_are_slots_for_every_thread_by_default(model):
     before = torch.get_num_threads()
     try:
         for threads, slots in ((1, 32), (2, 32), (4, 64)):
             torch.set_num_threads(threads)
-            plan = EngineConfig.for_decoder(model.decoder("text"), beams=4)
-            assert (plan.slots, plan.workers) == (slots, threads)
+            config = EngineConfig.for_decoder(model.decoder("text"), beams=4)
+            assert (config.slots, config.workers) == (slots, threads)
         # rounded up: a row less would leave all threads to one worker
-        plan = EngineConfig.for_decoder(model.decoder("text"), beams=5)
-        assert (plan.slots, plan.workers) == (52, 4)
+        config = EngineConfig.for_decoder(model.decoder("text"), beams=5)
+        assert (config.slots, config.workers) == (52, 4)
     finally:
         torch.set_num_threads(before)
 
@@ -59,7 +59,7 @@ def test_results_are_the_same_to_the_bit(model, count, guided):
             for i, source in enumerate(sources(40, seed=3))
         ]
         with engine_of(model, slots=7, beams=4, max_length=12, guided=guided, workers=workers) as engine:
-            results = {ticket.number: ticket.result() for ticket in engine.run(asked)}
+            results = {request.number: request.result() for request in engine.run(asked)}
             if workers > 1:
                 assert isinstance(engine._scheduler.runner, WorkerPool)
                 assert [part.slots for part in engine._scheduler.runner.parts] == {2: [3, 4], 3: [2, 2, 3]}[count]
@@ -96,8 +96,8 @@ def test_each_worker_has_its_share_of_the_threads_and_everybody_else_keeps_their
     torch.set_num_threads(6)
     try:
         with engine_of(model, slots=4, beams=4, max_length=12, workers=2) as engine:
-            for ticket in [ask(engine, source) for source in sources(6)]:
-                ticket.result()
+            for request in [ask(engine, source) for source in sources(6)]:
+                request.result()
             assert torch.get_num_threads() == 6
         assert len(seen) == 2
         assert set(seen.values()) == {3}
@@ -141,7 +141,7 @@ def test_an_error_of_one_worker_is_that_of_what_took_part_and_the_engine_goes_on
     with engine_of(model, slots=4, beams=4, max_length=12, workers=2) as engine:
         first = [ask(engine, source) for source in sources(4)]
         engine.step()
-        assert [str(ticket.exception()) for ticket in first] == ["out of order"] * 4
+        assert [str(request.exception()) for request in first] == ["out of order"] * 4
         assert ask(engine, torch.arange(5) % VOCABULARY).result().tokens.numel()
 
 

@@ -163,14 +163,14 @@ def test_ids_and_memories_share_an_engine(model):
     for i, source in enumerate(sources(24, seed=6)):
         with torch.no_grad():
             memory = model.source_transformer(model.token_emb["speech"](source)[None])[0]
-        # without any position a memory is the blind branch
+        # without any position a memory is the unconditional branch
         memory = memory[:0] if i % 6 == 5 else memory
         asked.append((memory if i % 3 == 2 else source, options_of(i)))
         mask = torch.ones(1, len(memory), dtype=torch.bool)
         expected.append(model.decode(memory[None], mask, target_type="text", options=options_of(i)))
     with engine_of(model, slots=4, beams=4, max_length=12) as engine:
-        for ticket in engine.run(asked):
-            same(ticket.result(), expected[ticket.number])
+        for request in engine.run(asked):
+            same(request.result(), expected[request.number])
 
 
 def test_a_memory_is_kept_when_memory_runs_out(model, monkeypatch):
@@ -208,16 +208,16 @@ def test_wrong_memories_are_refused(model):
                 engine.submit(source, options).result()
 
 
-def test_a_plan_for_all_has_a_place_for_each(model, monkeypatch):
+def test_a_config_for_a_batch_has_a_slot_for_each(model, monkeypatch):
     from spear_fast.decoding import config
 
     sizes = dict(beams=4, max_length=12, max_source=30)
     decoder = model.decoder("text")
     assert EngineConfig.for_batch(decoder, 3000, **sizes).slots == 3000
     each = EngineConfig.for_batch(decoder, 1, **sizes).slot_bytes
-    for room, places in ((3 * each, 3), (each - 1, 1)):
+    for room, slots in ((3 * each, 3), (each - 1, 1)):
         monkeypatch.setattr(config, "free_bytes", lambda device, room=room: room)
-        assert EngineConfig.for_batch(decoder, 8, **sizes).slots == places
+        assert EngineConfig.for_batch(decoder, 8, **sizes).slots == slots
 
 
 def test_decode_serves_each_row_as_alone(model):

@@ -1,4 +1,4 @@
-"""Generation and labelling on a CUDA device: the host's tokens, the same bits in any company, jobs that go on."""
+"""Generation and labelling on a CUDA device: the host's tokens, batch-invariant bits, jobs that are resumed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_deterministic_results_are_the_same_to_the_bit_in_any_company(dtype):
     def served(which):
         with engine_of(model, slots=6, beams=4, max_length=12, deterministic=True) as engine:
             requests = ((asked[i], options_of(i, return_alignment=True)) for i in which)
-            return {which[ticket.number]: ticket.result() for ticket in engine.run(requests)}
+            return {which[request.number]: request.result() for request in engine.run(requests)}
 
     together, backwards = served(list(range(30))), served(list(range(29, -1, -1)))
     for i in range(30):

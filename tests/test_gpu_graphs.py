@@ -1,4 +1,4 @@
-"""On a CUDA device: the engine's steps are really captured, and give what steps in the ordinary way give."""
+"""On a CUDA device: the engine's steps are really captured, and give what steps without a graph give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_engine import options_of, same
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding import runner
-from spear_fast.decoding.cuda_graphs import WARM_UPS, CudaRecorder, Graphs, graphs_for
+from spear_fast.decoding.cuda_graphs import WARM_UPS, CudaCapturer, Graphs, graphs_for
 from spear_fast.decoding.runner import Runner
 
 pytestmark = [
@@ -28,17 +28,17 @@ def model():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Counts what the recorder is asked for; a failing capture is an error here."""
-    calls = {"warm_up": 0, "record": 0, "replay": 0}
+    """Counts what the capturer is asked for; a failing capture is an error here."""
+    calls = {"warm_up": 0, "capture": 0, "replay": 0}
 
-    class Counting(CudaRecorder):
+    class Counting(CudaCapturer):
         def warm_up(self, step):
             calls["warm_up"] += 1
             super().warm_up(step)
 
-        def record(self, step):
-            replay = super().record(step)
-            calls["record"] += 1
+        def capture(self, step):
+            replay = super().capture(step)
+            calls["capture"] += 1
 
             def counting():
                 calls["replay"] += 1
@@ -54,12 +54,12 @@ def counted(monkeypatch):
 
 def served(model, asked, **settings):
     with engine_of(model, **settings) as engine:
-        return {ticket.number: ticket.result() for ticket in engine.run(asked())}
+        return {request.number: request.result() for request in engine.run(asked())}
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 def test_captured_steps_serve_every_request_as_ordinary_ones_do(model, counted, monkeypatch, guided):
-    """Beams, draws and greedy requests in 13 places, coming and going."""
+    """Beams, draws and greedy requests in 13 slots, coming and going."""
     tokens = sources(60, seed=31)
 
     def asked():
@@ -67,8 +67,8 @@ def test_captured_steps_serve_every_request_as_ordinary_ones_do(model, counted, 
 
     settings = {"slots": 13, "beams": 4, "max_length": 12, "guided": guided}
     found = served(model, asked, **settings)
-    assert counted["record"] >= 1
-    assert counted["replay"] > counted["record"]
+    assert counted["capture"] >= 1
+    assert counted["replay"] > counted["capture"]
     monkeypatch.setattr(runner, "graphs_for", lambda device: None)
     wanted = served(model, asked, **settings)
     for number, result in wanted.items():
@@ -81,7 +81,7 @@ def test_buffers_that_grow_are_captured_anew(model, counted, monkeypatch):
     tokens = sources(5, seed=32)
     settings = {"slots": 5, "beams": 4, "max_length": 150}
     found = served(model, lambda: [(source, options) for source in tokens], **settings)
-    assert counted["record"] == 5
+    assert counted["capture"] == 5
     monkeypatch.setattr(runner, "graphs_for", lambda device: None)
     wanted = served(model, lambda: [(source, options) for source in tokens], **settings)
     for number, result in wanted.items():
@@ -104,10 +104,10 @@ def no_waiting():
     return strict
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["played", "ordinary"])
+@pytest.mark.parametrize("captured", [True, False], ids=["replayed", "ordinary"])
 @pytest.mark.parametrize("method", ["beam", "sample", "greedy"])
-def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_waiting, method, recorded):
-    if not recorded:
+def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_waiting, method, captured):
+    if not captured:
         monkeypatch.setattr(runner, "graphs_for", lambda device: None)
     decoder = model.decoder("text")
     made = Runner(decoder, slots=4, beams=4, positions=60, max_source=30)
@@ -115,7 +115,7 @@ def test_neither_a_step_nor_giving_places_away_waits(model, monkeypatch, no_wait
     with torch.inference_mode():
         memories = [torch.randn(n, decoder.dim, device="cuda") for n in (3, 30, 1)]
         made.admit(requests_of(memories, [options] * 3, [1, 2, 3]))
-        # recording waits, and so does what is planned at first
+        # capture waits, and so does what is planned at first
         for _ in range(WARM_UPS):
             made.step()
         with no_waiting():

@@ -1,4 +1,4 @@
-"""The CPU's packed products and its whole step in C++: the same numbers as the ops one by one."""
+"""The CPU's packed matmuls and its whole step in C++: the same numbers as the ops one by one."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def packed(weight: Tensor, bias: Tensor | None, kind: str):
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
-def test_products(rows: int, inputs: int, outputs: int) -> None:
+def test_matmuls(rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias, to = (
         torch.randn(shape) for shape in ((rows, 2 * inputs), (outputs, inputs), (outputs,), (rows, outputs))
     )
     # every second column belongs to somebody else
     for given in (x[:, :inputs], x[:, ::2]):
         for b in (None, bias):
-            product = packed(weight, b, "float32")
+            linear = packed(weight, b, "float32")
             exact = F.linear(given.double(), weight.double(), None if b is None else b.double())
             plain = F.linear(given, weight, b)
-            assert_within(product.forward(given), exact, plain)
-            assert_within(product.added(given, to.clone()), exact + to.double(), plain + to)
+            assert_within(linear.forward(given), exact, plain)
+            assert_within(linear.added(given, to.clone()), exact + to.double(), plain + to)
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
-def test_int8_is_the_rounded_product(rows: int, inputs: int, outputs: int) -> None:
+def test_int8_is_the_rounded_matmul(rows: int, inputs: int, outputs: int) -> None:
     x, weight, bias, to = (
         torch.randn(shape) for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
     )
     weight[0] = 0
     if rows > 1:
         x[1] = 0
-    product = packed(weight, bias, "int8")
-    assert product.kind() == "int8"
+    linear = packed(weight, bias, "int8")
+    assert linear.kind() == "int8"
     # filled up to whole vectors and to four numbers in the depth
-    assert weight.numel() <= product.bytes() < (outputs + 16) * (inputs + 4)
+    assert weight.numel() <= linear.bytes() < (outputs + 16) * (inputs + 4)
 
     def rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
         unit = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
@@ -67,55 +67,55 @@ def test_int8_is_the_rounded_product(rows: int, inputs: int, outputs: int) -> No
     exact = (whole @ whole_weight.T) * unit * weight_unit.T + bias.double()
     # a rounding may fall to the other side: one unit of x times one weight
     slack = 1e-5 + float((unit.amax() if rows else torch.zeros(())) * weight.abs().amax())
-    for result, wanted in ((product.forward(x), exact), (product.added(x, to.clone()), exact + to.double())):
+    for result, wanted in ((linear.forward(x), exact), (linear.added(x, to.clone()), exact + to.double())):
         assert result.shape == wanted.shape
         assert not rows or (result.double() - wanted).abs().max() <= slack
         close = torch.isclose(result.double(), wanted, rtol=1e-5, atol=1e-5)
         assert not rows or close.float().mean() > 0.98
     if rows:
         full = F.linear(x.double(), weight.double(), bias.double())
-        assert (product.forward(x) - full).abs().max() < 0.05 * full.abs().max()
+        assert (linear.forward(x) - full).abs().max() < 0.05 * full.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 def test_a_row_depends_on_no_other_row_nor_on_how_many_there_are(kind: str) -> None:
-    product, x = packed(torch.randn(70, 1365), torch.randn(70), kind), torch.randn(203, 1365)
+    linear, x = packed(torch.randn(70, 1365), torch.randn(70), kind), torch.randn(203, 1365)
     to = torch.randn(203, 70)
-    whole, whole_added = product.forward(x), product.added(x, to.clone())
+    whole, whole_added = linear.forward(x), linear.added(x, to.clone())
     for count in (1, 2, 5, 8, 9, 17, 100):
         for start in (0, 3, 203 - count):
             some = slice(start, start + count)
-            assert torch.equal(product.forward(x[some]), whole[some])
-            assert torch.equal(product.added(x[some], to[some].clone()), whole_added[some])
+            assert torch.equal(linear.forward(x[some]), whole[some])
+            assert torch.equal(linear.added(x[some], to[some].clone()), whole_added[some])
     threads = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        assert torch.equal(product.forward(x), whole)
+        assert torch.equal(linear.forward(x), whole)
     finally:
         torch.set_num_threads(threads)
 
 
 def test_int8_of_a_row_depends_on_no_other_row_and_says_what_is_no_number() -> None:
     weight, x = torch.randn(24, 40), torch.randn(6, 40)
-    product = packed(weight, None, "int8")
-    together = product.forward(x)
+    linear = packed(weight, None, "int8")
+    together = linear.forward(x)
     louder = x.clone()
     louder[1:] *= 1000
     louder[2, 5] = torch.nan
     louder[3, 39] = torch.inf
-    out = product.forward(louder)
+    out = linear.forward(louder)
     torch.testing.assert_close(out[0], together[0], rtol=0, atol=0)
     assert out[2:4].isnan().all()
     assert out[4:].isfinite().all()
 
 
 def test_wrong_arguments_are_refused() -> None:
-    product = packed(torch.randn(4, 8), None, "float32")
+    linear = packed(torch.randn(4, 8), None, "float32")
     for wrong in (torch.randn(3, 7), torch.randn(8), torch.randn(3, 8).double()):
         with pytest.raises(ValueError, match=r"x must be float32 \[rows, 8\]"):
-            product.forward(wrong)
+            linear.forward(wrong)
     with pytest.raises(ValueError, match="added to must be dense"):
-        product.added(torch.randn(3, 8), torch.randn(3, 5))
+        linear.added(torch.randn(3, 8), torch.randn(3, 5))
     with pytest.raises(ValueError, match="kind must be"):
         packed(torch.randn(4, 8), None, "int4")
     with pytest.raises(ValueError, match=r"weight must be float32 \[outputs, features\]"):
@@ -209,7 +209,7 @@ def test_int8_weights_decode_nearly_the_same() -> None:
     )
 
 
-def test_a_build_without_vectors_leaves_the_products_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_vectors_leaves_the_matmuls_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     built = {**extension.facts(), "capability": "DEFAULT", "machine": "x86_64"}
     monkeypatch.setattr(extension, "facts", lambda: built)
     _, decoder, memory, mask = decoders(False)

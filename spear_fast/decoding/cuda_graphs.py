@@ -1,7 +1,7 @@
-"""Decoding steps on CUDA recorded once, as graphs, and played again: one launch instead of hundreds.
+"""Decoding steps on CUDA captured once, as graphs, and replayed: one launch instead of hundreds.
 
-A graph reads and writes the addresses it was recorded with, always for the same number of places. So it is recorded
-once for each of a few numbers of places, over buffers that stay where they are until they grow; then all are dropped.
+A graph reads and writes the addresses it was captured with, always for the same number of slots. So it is captured
+once for each of a few numbers of slots, over buffers that stay where they are until they grow; then all are dropped.
 SPEAR_FAST_GRAPHS=0 leaves them out.
 """
 
@@ -19,25 +19,25 @@ from spear_fast.ops.reference import ranges
 
 Step = Callable[[], None]
 
-# steps that are made in the ordinary way before one is recorded: they compile, load and plan what is needed; and what
-# lasts no longer than from one look at who is done to the next is not worth a recording
+# steps that are made without a graph before one is captured: they compile, load and plan what is needed; and what
+# lasts no longer than from one look at who is done to the next is not worth a capture
 WARM_UPS = 4
 
 
-class Recorder(Protocol):
+class Capturer(Protocol):
     """What a kind of device makes of a step."""
 
     def warm_up(self, step: Step) -> None:
-        """Makes the step, as it will be recorded."""
+        """Makes the step, as it will be captured."""
 
-    def record(self, step: Step) -> Step:
-        """Records the step without making it; returns what makes it."""
+    def capture(self, step: Step) -> Step:
+        """Captures the step without making it; returns what makes it."""
 
     def forget(self) -> None:
-        """Lets go of the memory that the recordings share; none of them is played again."""
+        """Lets go of the memory that the captures share; none of them is replayed again."""
 
 
-class CudaRecorder:
+class CudaCapturer:
     """CUDA graphs that share one pool of memory: what a step makes for itself is not needed behind its end."""
 
     def __init__(self, device: torch.device) -> None:
@@ -53,19 +53,19 @@ class CudaRecorder:
                 step()
             current.wait_stream(self._stream)
 
-    def record(self, step: Step) -> Step:
+    def capture(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            # while it is recorded nothing can be freed to make room
+            # while it is captured nothing can be freed to make room
             torch.cuda.empty_cache()
-            # not torch.cuda.graph, which stays on its stream where the recording fails
+            # not torch.cuda.graph, which stays on its stream where the capture fails
             with torch.cuda.stream(self._stream):
                 # other threads may use the device meanwhile
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     step()
                 except BaseException:
-                    # that the recording has failed is no news
+                    # that the capture has failed is no news
                     with contextlib.suppress(RuntimeError):
                         graph.capture_end()
                     raise
@@ -78,71 +78,71 @@ class CudaRecorder:
 
 
 class Graphs:
-    """Plays what it has recorded, and records what it is asked for again and again.
+    """Replays what it has captured, and captures what it is asked for again and again.
 
-    Where recording fails it says so once, as a warning, and makes every step in the ordinary way from then on.
+    Where capture fails it says so once, as a warning, and makes every step without a graph from then on.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, capturer: Capturer) -> None:
+        self._capturer = capturer
         self._made: dict[Hashable, int] = {}
-        self._recorded: dict[Hashable, Step] = {}
+        self._captured: dict[Hashable, Step] = {}
         self._fails = False
 
     def run(self, key: Hashable, step: Step) -> None:
         """Makes a step. Steps of the same key do the same, over the same memory, until `drop`."""
-        recorded = self._recorded.get(key)
-        if recorded is not None:
-            recorded()
+        captured = self._captured.get(key)
+        if captured is not None:
+            captured()
             return
         made = self._made.get(key, 0)
         if self._fails:
             step()
         elif made < WARM_UPS:
-            self._recorder.warm_up(step)
+            self._capturer.warm_up(step)
             self._made[key] = made + 1
         else:
-            self._record(key, step)
+            self._capture(key, step)
 
-    def _record(self, key: Hashable, step: Step) -> None:
+    def _capture(self, key: Hashable, step: Step) -> None:
         try:
-            recorded = self._recorder.record(step)
+            captured = self._capturer.capture(step)
         except Exception as error:
             self.drop()
             self._fails = True
             reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(
-                f"decoding goes on without CUDA graphs, which is slower: the step cannot be recorded ({reason[0]}); "
+                f"decoding goes on without CUDA graphs, which is slower: the step cannot be captured ({reason[0]}); "
                 "SPEAR_FAST_GRAPHS=0 does not try to.",
                 RuntimeWarning,
                 stacklevel=2,
             )
             step()
             return
-        self._recorded[key] = recorded
-        recorded()
+        self._captured[key] = captured
+        captured()
 
     def drop(self) -> None:
-        """Forgets all recordings, because the memory that they work on is to be replaced."""
+        """Forgets all captures, because the memory that they work on is to be replaced."""
         self._made.clear()
-        self._recorded.clear()
-        self._recorder.forget()
+        self._captured.clear()
+        self._capturer.forget()
 
 
 def graphs_for(device: torch.device) -> Graphs | None:
-    """Returns graphs for a device, or None where steps are made in the ordinary way: on the CPU, and on request.
+    """Returns graphs for a device, or None where steps are made without a graph: on the CPU, and on request.
 
-    So it is in debug mode too: what is recorded looks at no ranges.
+    So it is in debug mode too: what is captured looks at no ranges.
     """
     if device.type != "cuda" or os.environ.get("SPEAR_FAST_GRAPHS", "") == "0" or ranges.DEBUG:
         return None
-    return Graphs(CudaRecorder(device))
+    return Graphs(CudaCapturer(device))
 
 
 def rounded_slots(used: int, count: int) -> int:
-    """Returns how many of `count` places take part in a recorded step where `used` are in use.
+    """Returns how many of `count` slots take part in a captured step where `used` are in use.
 
-    That is one of four numbers between powers of two: the free places among them are at most a fifth.
+    That is one of four numbers between powers of two: the free slots among them are at most a fifth.
     """
     step = max(1, (1 << max(used - 1, 0).bit_length()) // 8)
     return min(-(-used // step) * step, count)

@@ -55,7 +55,7 @@ class Slot:
 
 
 @dataclass
-class _Recorded:
+class _Finished:
     """What the steps of an utterance wrote, on the host; see `backtrace`."""
 
     slot: Slot
@@ -92,7 +92,7 @@ class Runner:
         self._failures: list[Failure] = []
         # of the reference's search: out of their slots, with all the steps they may make, before it is known when
         # those that they stop with do
-        self._held: list[_Recorded] = []
+        self._held: list[_Finished] = []
 
     @property
     def taken(self) -> list[Slot]:
@@ -125,16 +125,16 @@ class Runner:
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Gives encoded requests slots; there must be as many free ones."""
-        vacant = [place for place, slot in enumerate(self.occupied) if slot is None]
-        places = [*vacant, *range(len(self.occupied), self.slots)][: len(requests)]
+        vacant = [slot_id for slot_id, slot in enumerate(self.occupied) if slot is None]
+        slot_ids = [*vacant, *range(len(self.occupied), self.slots)][: len(requests)]
         memories = [request.memory for request in requests if request.memory is not None]
         options, seeds = [request.options for request in requests], [request.seed for request in requests]
-        self.state.fill(places, memories, options, seeds, self.decoder)
-        self.occupied += [None] * (max(places) + 1 - len(self.occupied))
-        for place, request in zip(places, requests, strict=True):
+        self.state.fill(slot_ids, memories, options, seeds, self.decoder)
+        self.occupied += [None] * (max(slot_ids) + 1 - len(self.occupied))
+        for slot_id, request in zip(slot_ids, requests, strict=True):
             # one that may leave its slot before it is done looks at its source again
-            kept = request.memory if request.options.aligns and request.group is not None else None
-            self.occupied[place] = Slot(request, kept)
+            remembered = request.memory if request.options.aligns and request.group is not None else None
+            self.occupied[slot_id] = Slot(request, remembered)
         self._mix = None
 
     def step(self) -> None:
@@ -142,7 +142,7 @@ class Runner:
         self._close_up()
         slots = self.taken
         if self._mix is None:
-            self._mix = Mix.of((place, slot.options) for place, slot in enumerate(slots))
+            self._mix = Mix.of((slot_id, slot.options) for slot_id, slot in enumerate(slots))
         for _ in range(interval(self.decoder.device, min(slot.steps for slot in slots))):
             self._reserve(slots, self._mix)
             self._step(self.view(), self._mix)
@@ -177,35 +177,37 @@ class Runner:
         outcomes = self._failed()
         done, ended, made = self._look()
         groups = {}
-        for place, slot in enumerate(self.occupied):
+        for slot_id, slot in enumerate(self.occupied):
             if slot is None:
                 continue
             if slot.options.kind == SelectionMethod.SPECULATIVE:
-                slot.steps = made[place]
+                slot.steps = made[slot_id]
             if slot.request.group is not None:
                 groups[id(slot.request.group)] = slot.request.group
-                if ended[place] or done[place]:
-                    slot.request.group.note(slot.request, ended[place] or slot.options.max_length)
+                if ended[slot_id] or done[slot_id]:
+                    slot.request.group.note(slot.request, ended[slot_id] or slot.options.max_length)
         # all have noted their ends
         stops = {key: group.stop for key, group in groups.items()}
         finished: list[int] = []
         held: list[int] = []
-        for place, slot in enumerate(self.occupied):
+        for slot_id, slot in enumerate(self.occupied):
             if slot is None:
                 continue
             stop = stops.get(id(slot.request.group))
-            if stop is not None and made[place] >= stop:
-                finished.append(place)
-            elif done[place]:
-                (finished if slot.request.group is None else held).append(place)
-        for place, recorded in zip(finished, self._take(finished), strict=True):
-            outcomes.append((recorded.slot.request, self._result(recorded, place)))
+            if stop is not None and made[slot_id] >= stop:
+                finished.append(slot_id)
+            elif done[slot_id]:
+                (finished if slot.request.group is None else held).append(slot_id)
+        for slot_id, finished_slot in zip(finished, self._take(finished), strict=True):
+            outcomes.append((finished_slot.slot.request, self._result(finished_slot, slot_id)))
         self._held += self._take(held)
         return outcomes + self._released()
 
     def drop(self, unwanted: Callable[[Request], bool]) -> None:
         """Frees the slots of unwanted requests."""
-        self._vacate([place for place, slot in enumerate(self.occupied) if slot is not None and unwanted(slot.request)])
+        self._vacate(
+            [slot_id for slot_id, slot in enumerate(self.occupied) if slot is not None and unwanted(slot.request)]
+        )
         self._held = [held for held in self._held if not unwanted(held.slot.request)]
 
     def close(self) -> None:
@@ -214,11 +216,11 @@ class Runner:
     def _failed(self) -> list[Outcome]:
         """Frees the slots whose callers' functions failed."""
         outcomes: list[Outcome] = []
-        for places, error in self._failures:
+        for slot_ids, error in self._failures:
             wrong = error if isinstance(error, Exception) else RuntimeError(f"filter_logits raised {error!r}.")
             wrong.__cause__ = None if wrong is error else error
-            outcomes += [(slot.request, wrong) for place in places if (slot := self.occupied[place]) is not None]
-            self._vacate(places)
+            outcomes += [(slot.request, wrong) for slot_id in slot_ids if (slot := self.occupied[slot_id]) is not None]
+            self._vacate(slot_ids)
         self._failures = []
         return outcomes
 
@@ -233,19 +235,19 @@ class Runner:
         done, ended, made = found.tolist()
         return [bool(each) for each in done], ended, made
 
-    def _take(self, places: Sequence[int]) -> list[_Recorded]:
+    def _take(self, slot_ids: Sequence[int]) -> list[_Finished]:
         """Frees slots; returns what their steps wrote. The keys and values of their sources are still there."""
-        slots = [slot for slot in (self.occupied[place] for place in places) if slot is not None]
+        slots = [slot for slot in (self.occupied[slot_id] for slot_id in slot_ids) if slot is not None]
         if not slots:
             return []
-        index, state = to_device(torch.tensor(places), self.decoder.device), self.state
+        index, state = to_device(torch.tensor(slot_ids), self.decoder.device), self.state
         steps = min(max(slot.steps for slot in slots), state.capacity)
         taken = {name: getattr(state, name)[index] for name in (*ROW_FIELDS, "lengths")}
         taken |= {name: getattr(state, name)[index, :steps] for name in HISTORY_FIELDS}
         rows = to_host(taken)
-        self._vacate(places)
+        self._vacate(slot_ids)
         return [
-            _Recorded(
+            _Finished(
                 slot,
                 {name: rows[name][i] for name in (*ROW_FIELDS, "lengths")},
                 {name: rows[name][i] for name in HISTORY_FIELDS},
@@ -259,12 +261,12 @@ class Runner:
         self._held = [held for held in self._held if held not in released]
         return [(held.slot.request, self._result(held, None)) for held in released]
 
-    def _vacate(self, places: Sequence[int]) -> None:
-        if not places:
+    def _vacate(self, slot_ids: Sequence[int]) -> None:
+        if not slot_ids:
             return
-        for place in places:
-            self.occupied[place] = None
-        index, state = to_device(torch.tensor(places), self.decoder.device), self.state
+        for slot_id in slot_ids:
+            self.occupied[slot_id] = None
+        index, state = to_device(torch.tensor(slot_ids), self.decoder.device), self.state
         state.done[index] = True
         # what is free reads next to nothing
         state.memory.lengths[index] = 0
@@ -276,8 +278,8 @@ class Runner:
         """Moves the last utterances into the slots that nobody has taken."""
         if None not in self.occupied:
             return
-        taken = [(place, slot) for place, slot in enumerate(self.occupied) if slot is not None]
-        vacant = [place for place in range(len(taken)) if self.occupied[place] is None]
+        taken = [(slot_id, slot) for slot_id, slot in enumerate(self.occupied) if slot is not None]
+        vacant = [slot_id for slot_id in range(len(taken)) if self.occupied[slot_id] is None]
         # as many are after the first slots as are free among them
         for target, (origin, slot) in zip(vacant, reversed(taken), strict=False):
             self._move(slot, origin, target)
@@ -290,12 +292,12 @@ class Runner:
         written = min(slot.steps + 1, self.state.capacity)
         self.state.move(origin, target, written=written, source=slot.request.length)
 
-    def _result(self, recorded: _Recorded, place: int | None) -> DecodingResult:
+    def _result(self, finished_slot: _Finished, slot_id: int | None) -> DecodingResult:
         """Returns the result of an utterance that stood in a slot, or is held, its source projected again."""
-        slot, group = recorded.slot, recorded.slot.request.group
+        slot, group = finished_slot.slot, finished_slot.slot.request.group
         result = backtrace(
-            recorded.row,
-            recorded.history,
+            finished_slot.row,
+            finished_slot.history,
             slot.options,
             eos_id=self.decoder.eos_id,
             pad_id=self.decoder.pad_id,
@@ -303,12 +305,12 @@ class Runner:
         )
         if not slot.options.aligns:
             return result
-        if place is None:
+        if slot_id is None:
             memory: Tensor = slot.memory  # type: ignore[assignment]
             keys, values = ([each[None] for each in buffers] for buffers in self.decoder.project(memory))
         else:
             own = self.state.memory
-            keys, values = ([each[place : place + 1] for each in buffers] for buffers in (own.keys, own.values))
+            keys, values = ([each[slot_id : slot_id + 1] for each in buffers] for buffers in (own.keys, own.values))
         found = aligned(self.decoder, result, slot.options, keys, values, slot.request.length)
         # tensors of inference mode could not be written to by the caller
         with torch.inference_mode(False):

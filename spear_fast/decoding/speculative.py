@@ -112,11 +112,11 @@ def _commit(
         finished = finished | ended.any(dim=-1)
     logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
     written = steps < count[:, None]
-    places = generated + steps
+    positions = generated + steps
     # what comes after a length is never read: there drafts may stand that were not accepted
     for history, new in ((state.tokens, tokens), (state.logprobs, logprobs), (state.parents, torch.zeros_like(tokens))):
-        old = history[:, :, 0].gather(1, places)
-        history[:, :, 0] = history[:, :, 0].scatter(1, places, torch.where(written, new.to(history.dtype), old))
+        old = history[:, :, 0].gather(1, positions)
+        history[:, :, 0] = history[:, :, 0].scatter(1, positions, torch.where(written, new.to(history.dtype), old))
     # where logits are NaN nothing sensible can follow
     finished = finished | (logprobs[:, 0].isnan() & live)
     state.finished[:, 0] = finished
