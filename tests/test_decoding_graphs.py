@@ -86,10 +86,10 @@ def test_a_step_is_recorded_once_it_is_warm_and_then_played():
     assert capturer.calls[-2:] == ["forget", "warm"]
 
 
-def test_a_failing_recording_is_told_once_and_every_step_is_made_once():
+def test_a_failing_capture_is_told_once_and_every_step_is_made_once():
     capturer, made = StandIn(fails="operation not permitted when stream is capturing\nmore"), []
     captured = Graphs(capturer)
-    with warnings.catch_warnings(capture=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for i in range(3 * WARM_UPS):
             captured.run(i % 2, lambda i=i: made.append(i))
