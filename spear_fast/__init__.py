@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from spear_fast.checkpoint import load_model as load_model
+    from spear_fast.checkpoints.accelerate import accelerate as accelerate
+    from spear_fast.checkpoints.load import load_model as load_model
     from spear_fast.decoding import DecodingOptions as DecodingOptions
     from spear_fast.decoding import DecodingResult as DecodingResult
-    from spear_fast.dropin import accelerate as accelerate
     from spear_fast.model import TextToSemantic as TextToSemantic
     from spear_fast.training import (
         GeneratedAudioTextDataset as GeneratedAudioTextDataset,
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 # loaded at first use: the command line answers --help without waiting for torch
 _HOMES = {
-    "checkpoint": ("load_model",),
+    "checkpoints.load": ("load_model",),
     "decoding": ("DecodingOptions", "DecodingResult"),
-    "dropin": ("accelerate",),
+    "checkpoints.accelerate": ("accelerate",),
     "model": ("TextToSemantic",),
     "training": (
         "GeneratedAudioTextDataset",

@@ -165,7 +165,7 @@ def run_label(arguments: argparse.Namespace) -> int:
     """Labels; see `spear_fast.labelling.label`."""
     import torch
 
-    from spear_fast.checkpoint import load_model
+    from spear_fast.checkpoints.load import load_model
     from spear_fast.labelling import Interrupted, LabelOptions, label
     from spear_fast.labelling.options import DEFAULT_BATCH_TOKENS, DEFAULT_ROWS_PER_SHARD
     from spear_fast.labelling.progress import make_reporter
@@ -249,7 +249,7 @@ def _add_import(commands: Any) -> None:
 
 def run_import(arguments: argparse.Namespace) -> int:
     """Imports; see `spear_fast.labelling.import_rows`."""
-    from spear_fast.checkpoint import load_model
+    from spear_fast.checkpoints.load import load_model
     from spear_fast.labelling.rows_pt import RowFormat, import_rows
 
     sizes = (arguments.num_speech_ids, arguments.num_text_ids)

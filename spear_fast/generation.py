@@ -24,7 +24,7 @@ from spear_fast.decoding import (
     decode_ids,
 )
 from spear_fast.filters import top_k as keep_top_k
-from spear_fast.inputs import Inputs, Modality, Source
+from spear_fast.inputs import InputMixin, Modality, Source
 from spear_fast.transformer import Transformer, unpackable
 
 # decoders packed from a model's weights, outside the model so that copies, pickles and state dicts do not carry them
@@ -32,7 +32,7 @@ _ENCODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Encoder]] 
 _DECODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Decoder]] = weakref.WeakKeyDictionary()
 
 
-class Generation(Inputs):
+class Generation(InputMixin):
     """The part of `TextToSemantic` that decodes; runs on `spear_fast.decoding`."""
 
     target_transformer: Transformer

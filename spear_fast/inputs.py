@@ -15,7 +15,7 @@ Modality = Literal["speech", "text"]
 Source = Tensor | list[str]
 
 
-class Inputs(nn.Module):
+class InputMixin(nn.Module):
     """The part of `TextToSemantic` that reads what it is given."""
 
     wav2vec: nn.Module | None

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
-from spear_fast.alignment import alignment_loss
+from spear_fast.checkpoints.hub import HubModel
+from spear_fast.checkpoints.weights import load_into, read_package
 from spear_fast.generation import Generation
-from spear_fast.hub import HubModel
 from spear_fast.inputs import Modality, Source
-from spear_fast.loss import token_loss
+from spear_fast.losses.similarity import alignment_loss
+from spear_fast.losses.tokens import token_loss
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
-from spear_fast.weights import load_into, read_package
 
 
 class TextToSemantic(HubModel, Generation):

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from reference import assert_as_exact, build_pair, build_reference, load_reference, pad_rows, random_ids
 
 import spear_fast
-from spear_fast import distributed
+from spear_fast.losses import gather
 
 
 def loss_of(model, source, target, source_type="speech", target_type="text", **kwargs) -> torch.Tensor:
@@ -266,7 +266,7 @@ def _regularised(model, rows: slice) -> tuple:
 def _regulariser_in_two_processes(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    assert distributed.is_distributed()
+    assert gather.is_distributed()
     _, ours = build_pair(dtype=torch.float64)
     term, gradients = _regularised(ours, slice(0, 2) if rank == 0 else slice(2, 5))
     torch.save({"term": term, "gradients": gradients}, f"{folder}/{rank}.pt")

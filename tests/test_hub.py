@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import spear_fast
-from spear_fast.checkpoint import load_model
+from spear_fast.checkpoints.load import load_model
 
 RARE = dict(
     dim=20,

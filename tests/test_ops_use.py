@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spear_fast import TextToSemantic, ops
-from spear_fast.loss import token_loss
+from spear_fast.losses.tokens import token_loss
 from spear_fast.ops import providers
 from spear_fast.transformer import GEGLU, FeedForward, RMSNorm
 

@@ -12,7 +12,7 @@ from training_jobs import model, pairs, settings
 from training_processes import ALL_DROPPED, STEPS, gathered, in_two_processes, labelled, stepped_schedule, trained
 
 from spear_fast import SemanticToTextTrainer
-from spear_fast.distributed import all_gather, all_gather_rows
+from spear_fast.losses.gather import all_gather, all_gather_rows
 
 
 def test_rows_are_gathered_with_their_gradients(tmp_path):

@@ -13,7 +13,7 @@ import torch.multiprocessing as multiprocessing
 from training_jobs import Rows, model, pairs, reference_model, reference_trainers, same_weights, settings, speech
 
 from spear_fast import SemanticToTextDatasetGenerator, SemanticToTextTrainer, SpeechSpeechPretrainer
-from spear_fast.distributed import all_gather, all_gather_rows
+from spear_fast.losses.gather import all_gather, all_gather_rows
 
 # every row loses its source, so that the regulariser compares all
 ALL_DROPPED = dict(cond_drop_prob=1 - 1e-9, align_reg_loss_weight=5.0)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from spear_fast.checkpoints.weights import fingerprint as weights_fingerprint
 from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.sources import Listing
-from spear_fast.weights import fingerprint as weights_fingerprint
 
 FORMAT = "spear_fast.labels/1"
 

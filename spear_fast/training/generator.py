@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from spear_fast.distributed import is_distributed
+from spear_fast.checkpoints.weights import fingerprint
+from spear_fast.losses.gather import is_distributed
 from spear_fast.model import TextToSemantic
 from spear_fast.training.checkpoints import write_whole
 from spear_fast.training.data import Collate, speech_ids
-from spear_fast.weights import fingerprint
 
 JOB_NAME = "generator.json"
 

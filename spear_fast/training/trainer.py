@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from spear_fast.model import TextToSemantic
+from spear_fast.training.base import Trainer
 from spear_fast.training.data import GeneratedAudioTextDataset
-from spear_fast.training.loop import Trainer
 from spear_fast.wrappers import SemanticToTextWrapper, SpeechSpeechPretrainWrapper, TextToSemanticWrapper
 
 _SHARED = (

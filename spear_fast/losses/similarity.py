@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.distributed import all_gather_rows, is_distributed
+from spear_fast.losses.gather import all_gather_rows, is_distributed
 
 
 def _pool(states: Tensor, mask: Tensor, temperature: float | None) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from spear_fast.checkpoints.weights import load_into, read_package, read_state
 from spear_fast.model import TextToSemantic
-from spear_fast.weights import load_into, read_package, read_state
 
 
 def load_model(path: str | Path, **overrides: Any) -> TextToSemantic:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from spear_fast.weights import load_into, read_state, write_state
+from spear_fast.checkpoints.weights import load_into, read_state, write_state
 
 WEIGHTS_NAME = "model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"

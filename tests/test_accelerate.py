@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import pickle
+import pkgutil
 from collections.abc import Callable
 
 import pytest
@@ -429,3 +431,11 @@ def test_annotation_of_callables() -> None:
         return encode(["a"])
 
     assert takes(fast.tokenizer_encode).tolist() == [[98]]
+
+
+def test_no_module_takes_the_name_of_a_public_function() -> None:
+    # importing a submodule sets its name in the package: a function of that name would be lost
+    modules = {module.name for module in pkgutil.iter_modules(spear_fast.__path__)}
+    assert not modules & set(spear_fast.__all__)
+    importlib.import_module("spear_fast.checkpoints.accelerate")
+    assert callable(spear_fast.accelerate)

@@ -1,0 +1,1 @@
+"""The losses of training: of tokens, and of rows compared with each other across processes."""
