@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +25,6 @@ def t5(case: Case, device: torch.device = CPU) -> Any:
 
     Where the case's utterances end at lengths of their own, source ids say where; see `asking`.
     """
-    # transformers asks for a package of this name, and the checkout has a folder that is called so
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)

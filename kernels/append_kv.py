@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import padded, rows_apart
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.rotation import cos_sin, turn
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import padded, rows_apart
+from .declaration import Declaration
+from .rotation import cos_sin, rotate
+from .tiles import tile
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def append_kv_kernel(
     b_value = tl.load(p_value, mask=m_block, other=0.0)
     b_freqs = tl.load(freqs + o_pair, mask=o_pair < HEAD_DIM // 2, other=0.0).to(tl.float32)
     b_cos, b_sin = cos_sin(i_position.to(tl.float32) * b_freqs)
-    b_key = turn(b_key, b_cos[None, :], b_sin[None, :])
+    b_key = rotate(b_key, b_cos[None, :], b_sin[None, :])
 
     p_cache_key = cache_key + i_row * s_cache_key_row + i_position * s_cache_key_position
     p_cache_key += o_head[:, None] * s_cache_key_head + o_size[None, :] * s_cache_key_size

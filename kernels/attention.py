@@ -6,13 +6,14 @@ import math
 
 import torch
 import triton
-from spear_fast.kernels.attention_backward_key_value import attention_backward_key_value_kernel
-from spear_fast.kernels.attention_backward_query import attention_backward_query_kernel
-from spear_fast.kernels.attention_forward import attention_forward_kernel
-from spear_fast.kernels.attention_rotation import rotated
-from spear_fast.kernels.blocks import INTERPRETED, padded, rows_apart
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .attention_backward_key_value import attention_backward_key_value_kernel
+from .attention_backward_query import attention_backward_query_kernel
+from .attention_forward import attention_forward_kernel
+from .attention_rotation import rotated
+from .blocks import INTERPRETED, padded, rows_apart
+from .tiles import tile
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

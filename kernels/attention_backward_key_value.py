@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from spear_fast.kernels.attention_blocks import LOG2E, angles, kept, load_lse, load_rows, span, store_rows
-from spear_fast.kernels.blocks import product
-from spear_fast.kernels.precision import cast
-from spear_fast.kernels.rotation import turn
+
+from .attention_blocks import LOG2E, angles, dropout_mask, load_lse, load_rows, span, store_rows
+from .blocks import product
+from .precision import cast
+from .rotation import rotate
 
 
 @triton.jit
@@ -58,8 +59,8 @@ def _pass_over_queries(
             b_weights = tl.where(o_query[None, :] >= o_key[:, None], b_weights, 0.0)
         b_dropped = b_weights
         if b_seed is not None:
-            m_kept = kept(b_seed, threshold, o_query[None, :], o_key[:, None] + NULLS, i_line)
-            b_dropped = tl.where(m_kept, b_weights * share, 0.0)
+            m_dropout = dropout_mask(b_seed, threshold, o_query[None, :], o_key[:, None] + NULLS, i_line)
+            b_dropped = tl.where(m_dropout, b_weights * share, 0.0)
         b_grad_out = load_rows(grad_out, o_query, s_grad, m_query, HEAD_DIM, SIZE)
         if VALUE:
             b_grad_value += product(cast(b_dropped, b_grad_out.dtype, INTERPRETED), b_grad_out, INTERPRETED)
@@ -250,5 +251,5 @@ def attention_backward_key_value_kernel(
     b_grad_key = tl.where(m_read[:, None], b_grad_key * (scale / LOG2E), 0.0)
     if freqs is not None:
         b_cos, b_sin = angles(freqs, o_key, HEAD_DIM, SIZE)
-        b_grad_key = turn(b_grad_key, b_cos, -b_sin)
+        b_grad_key = rotate(b_grad_key, b_cos, -b_sin)
     store_rows(grad_key, o_key, kv_heads * HEAD_DIM, m_key, b_grad_key, HEAD_DIM, SIZE, INTERPRETED)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from spear_fast.kernels.attention_blocks import (
+
+from .attention_blocks import (
     LOG2E,
     angles,
-    kept,
+    dropout_mask,
     key_bounds,
     load_lse,
     load_rows,
@@ -18,9 +19,9 @@ from spear_fast.kernels.attention_blocks import (
     span,
     store_rows,
 )
-from spear_fast.kernels.blocks import product
-from spear_fast.kernels.precision import cast
-from spear_fast.kernels.rotation import turn
+from .blocks import product
+from .precision import cast
+from .rotation import rotate
 
 
 @triton.jit
@@ -65,14 +66,14 @@ def _pass_over_keys(
         b_value = load_rows(value, o_key, s_value, m_key, HEAD_DIM, SIZE)
         b_weights = tl.exp2(product(b_query, tl.trans(b_key), INTERPRETED) * scale - b_lse[:, None])
         if MASKED:
-            m_read = m_key[None, :]
+            m_read = m_key[None, :]  # type: ignore[index]
             if CAUSAL:
                 m_read = m_read & (o_query[:, None] >= o_key[None, :])
             b_weights = tl.where(m_read, b_weights, 0.0)
         b_grad = product(b_grad_out, tl.trans(b_value), INTERPRETED)
         if b_seed is not None:
-            m_kept = kept(b_seed, threshold, o_query[:, None], o_key[None, :] + NULLS, i_line)
-            b_grad = tl.where(m_kept, b_grad * share, 0.0)
+            m_dropout = dropout_mask(b_seed, threshold, o_query[:, None], o_key[None, :] + NULLS, i_line)
+            b_grad = tl.where(m_dropout, b_grad * share, 0.0)
         b_grad = b_weights * (b_grad - b_delta[:, None])
         b_grad_query += product(cast(b_grad, b_key.dtype, INTERPRETED), b_key, INTERPRETED)
     return b_grad_query
@@ -179,9 +180,9 @@ def attention_backward_query_kernel(
         b_grad = tl.sum(b_grad_out.to(tl.float32) * b_null_value[None, :], 1)
         b_dropped = b_weight
         if b_seed is not None:
-            m_kept = kept(b_seed, threshold, o_query, tl.zeros([], tl.int32), i_line)
-            b_grad = tl.where(m_kept, b_grad * share, 0.0)
-            b_dropped = tl.where(m_kept, b_weight * share, 0.0)
+            m_dropout = dropout_mask(b_seed, threshold, o_query, tl.zeros([], tl.int32), i_line)
+            b_grad = tl.where(m_dropout, b_grad * share, 0.0)
+            b_dropped = tl.where(m_dropout, b_weight * share, 0.0)
         b_grad = b_weight * (b_grad - b_delta)
         o_size = tl.arange(0, SIZE)
         o_partial = i_program.to(tl.int64) * HEAD_DIM + o_size
@@ -210,5 +211,5 @@ def attention_backward_query_kernel(
     b_grad_query = b_grad_query * (scale / LOG2E)
     if freqs is not None:
         b_cos, b_sin = angles(freqs, o_query, HEAD_DIM, SIZE)
-        b_grad_query = turn(b_grad_query, b_cos, -b_sin)
+        b_grad_query = rotate(b_grad_query, b_cos, -b_sin)
     store_rows(grad_query, o_query, heads * HEAD_DIM, m_query, b_grad_query, HEAD_DIM, SIZE, INTERPRETED)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from spear_fast.kernels.precision import cast
-from spear_fast.kernels.rotation import cos_sin
 from triton.language.random import philox_impl
+
+from .precision import cast
+from .rotation import cos_sin
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -101,7 +102,7 @@ def key_bounds(key_mask, stride, n_keys, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kept(b_seed, threshold, o_query, o_key, i_head):
+def dropout_mask(b_seed, threshold, o_query, o_key, i_head):
     """Returns which weights dropout keeps: the upper 24 bits of Philox-4x32-10's first word are at least threshold.
 
     b_seed: int64, the generator's key. o_query, o_key, i_head: int32, in shapes that broadcast; the generator's

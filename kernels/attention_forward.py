@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from spear_fast.kernels.attention_blocks import angles, kept, key_bounds, load_rows, load_size, span, store_rows
-from spear_fast.kernels.blocks import product
-from spear_fast.kernels.precision import cast
-from spear_fast.kernels.rotation import turn
+
+from .attention_blocks import angles, dropout_mask, key_bounds, load_rows, load_size, span, store_rows
+from .blocks import product
+from .precision import cast
+from .rotation import rotate
 
 # what log2 is multiplied by to be a natural logarithm
 LN2 = tl.constexpr(0.6931471805599453)
@@ -55,7 +56,7 @@ def _pass_over_keys(
         b_key = load_rows(key, o_key, s_key, m_key, HEAD_DIM, SIZE)
         b_scores = product(b_query, tl.trans(b_key), INTERPRETED)
         if MASKED:
-            m_read = m_key[None, :]
+            m_read = m_key[None, :]  # type: ignore[index]
             if CAUSAL:
                 m_read = m_read & (o_query[:, None] >= o_key[None, :])
             b_scores = tl.where(m_read, b_scores, float("-inf"))
@@ -69,8 +70,8 @@ def _pass_over_keys(
         b_max = b_new
         b_sum = b_sum * b_shrink + tl.sum(b_weights, 1)
         if b_seed is not None:
-            m_kept = kept(b_seed, threshold, o_query[:, None], o_key[None, :] + NULLS, i_head)
-            b_weights = tl.where(m_kept, b_weights, 0.0)
+            m_dropout = dropout_mask(b_seed, threshold, o_query[:, None], o_key[None, :] + NULLS, i_head)
+            b_weights = tl.where(m_dropout, b_weights, 0.0)
         b_value = load_rows(value, o_key, s_value, m_key, HEAD_DIM, SIZE)
         b_out = b_out * b_shrink[:, None]
         b_out += product(cast(b_weights, b_value.dtype, INTERPRETED), b_value, INTERPRETED)
@@ -124,7 +125,8 @@ def attention_forward_kernel(
         rotated here. key_mask, cu_query, cu_key, null_key, null_value, freqs, seed: None where the option is off.
     out: like query, contiguous. lse: float32, `[rows, heads, length]` or `[heads, total]`.
     length, key_length: of padded rows; of all packed rows together. blocks: of queries in the longest row.
-    scale: of the scores, times log2(e). threshold, share: the chance and the weight of what dropout keeps; see `kept`.
+    scale: of the scores, times log2(e). threshold, share: the chance and the weight of what dropout keeps, see
+        `dropout_mask`.
     """
     i_program = tl.program_id(0)
     i_block = i_program % blocks
@@ -156,7 +158,7 @@ def attention_forward_kernel(
     b_query = load_rows(query, o_query, s_query, m_query, HEAD_DIM, SIZE)
     if freqs is not None:
         b_cos, b_sin = angles(freqs, o_query, HEAD_DIM, SIZE)
-        b_query = cast(turn(b_query.to(tl.float32), b_cos, b_sin), b_query.dtype, INTERPRETED)
+        b_query = cast(rotate(b_query.to(tl.float32), b_cos, b_sin), b_query.dtype, INTERPRETED)
 
     NULLS: tl.constexpr = 0 if null_key is None else 1
     if null_key is None:
@@ -170,8 +172,8 @@ def attention_forward_kernel(
         b_sum = tl.full([BLOCK_QUERY], 1.0, tl.float32)
         b_out = tl.zeros([BLOCK_QUERY, SIZE], tl.float32) + b_null_value[None, :]
         if b_seed is not None:
-            m_kept = kept(b_seed, threshold, o_query, tl.zeros([], tl.int32), i_line)
-            b_out = tl.where(m_kept[:, None], b_out, 0.0)
+            m_dropout = dropout_mask(b_seed, threshold, o_query, tl.zeros([], tl.int32), i_line)
+            b_out = tl.where(m_dropout[:, None], b_out, 0.0)
 
     full, bound = key_bounds(key_mask, s_mask, n_keys, 1024)
     if CAUSAL:

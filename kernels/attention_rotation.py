@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from spear_fast.kernels.attention_blocks import angles, load_rows, span, store_rows
-from spear_fast.kernels.blocks import INTERPRETED, padded
-from spear_fast.kernels.rotation import turn
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .attention_blocks import angles, load_rows, span, store_rows
+from .blocks import INTERPRETED, padded
+from .rotation import rotate
+from .tiles import tile
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def attention_rotation_kernel(
     INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program turns one block of positions of one head of one row, each by its position in the row.
+    """A program rotates one block of positions of one head of one row, each by its position in the row.
 
     x: strided. out: like it, contiguous. offsets: cumulative lengths of packed rows, or None. length: of padded rows.
     """
@@ -44,12 +45,12 @@ def attention_rotation_kernel(
     out += ((row * length + first) * heads + i_head) * HEAD_DIM
     block = load_rows(x, o_position, s_position, m_position, HEAD_DIM, SIZE).to(tl.float32)
     b_cos, b_sin = angles(freqs, o_position, HEAD_DIM, SIZE)
-    block = turn(block, b_cos, b_sin)
+    block = rotate(block, b_cos, b_sin)
     store_rows(out, o_position, heads * HEAD_DIM, m_position, block, HEAD_DIM, SIZE, INTERPRETED)
 
 
 def rotated(x: Tensor, freqs: Tensor | None, offsets: Tensor | None, longest: int) -> Tensor:
-    """Returns x with each position turned by its angles, contiguous; x itself where there are no freqs.
+    """Returns x with each position rotated by its angles, contiguous; x itself where there are no freqs.
 
     x: `[rows, length, heads, head_dim]`, or `[total, heads, head_dim]` with offsets `[rows + 1]`, int32, and the
         longest row's length.
@@ -58,7 +59,7 @@ def rotated(x: Tensor, freqs: Tensor | None, offsets: Tensor | None, longest: in
         return x
     out = x.new_empty(x.shape)
     packed = offsets is not None
-    rows, longest = (offsets.shape[0] - 1, longest) if packed else x.shape[:2]
+    rows, longest = x.shape[:2] if offsets is None else (offsets.shape[0] - 1, longest)
     heads, size = x.shape[-2:]
     launch = tile("attention_rotation", x.device, size, x.dtype)
     blocks = triton.cdiv(longest, launch["BLOCK"])

@@ -7,9 +7,10 @@ import os
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .declaration import Declaration
+from .tiles import tile
 
 # read when kernels are defined, as Triton does
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"

@@ -7,9 +7,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .declaration import Declaration
+from .tiles import tile
 
 
 @triton.jit

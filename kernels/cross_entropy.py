@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import INTERPRETED, product, rows_apart
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import INTERPRETED, product, rows_apart
+from .declaration import Declaration
+from .tiles import tile
 
 # gradients of logits that are held at once
 CHUNK = 1 << 25

@@ -11,10 +11,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import INTERPRETED, merge_splits, padded, product, rows_apart, softmax_step
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import INTERPRETED, merge_splits, padded, product, rows_apart, softmax_step
+from .declaration import Declaration
+from .tiles import tile
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def decode_cross_attention(
         INTERPRETED=INTERPRETED,
         **blocks,
     )
-    if splits > 1:
+    if splits > 1 and log_sums is not None:
         log_sums = merge_splits(partial, log_sums, out, return_weights)
     if return_weights:
         blocks = tile("decode_cross_weights", query.device, source, query.dtype)
@@ -209,7 +210,7 @@ _STRIDES = (
     "s_query_utterance s_query_beam s_query_head s_key_utterance s_key_head s_key_position "
     "s_value_utterance s_value_head s_value_position s_null_key_head s_null_value_head"
 ).split()
-_VARIANTS = {
+_VARIANTS: dict[str, dict[str, bool | None]] = {
     "whole": {"SPLIT": False, "log_sums": None, "scores": None},
     "weights": {"SPLIT": True},
 }

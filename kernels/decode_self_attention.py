@@ -15,11 +15,12 @@ import math
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import INTERPRETED, merge_splits, padded, product, rows_apart, softmax_step
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.rotation import cos_sin, turn
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import INTERPRETED, merge_splits, padded, product, rows_apart, softmax_step
+from .declaration import Declaration
+from .rotation import cos_sin, rotate
+from .tiles import tile
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def decode_self_attention_kernel(
     b_query = tl.load(p_query, mask=m_row[:, None] & m_size[None, :], other=0.0)
     b_freqs = tl.load(freqs + o_pair, mask=o_pair < HEAD_DIM // 2, other=0.0).to(tl.float32)
     b_cos, b_sin = cos_sin(tl.maximum(b_limit - 1, 0).to(tl.float32)[:, None] * b_freqs[None, :])
-    b_query = turn(b_query.to(tl.float32), b_cos, b_sin).to(query.dtype.element_ty)
+    b_query = rotate(b_query.to(tl.float32), b_cos, b_sin).to(query.dtype.element_ty)
 
     p_ancestors = ancestors + i_utterance * s_ancestor_utterance
     p_key = cache_key + i_utterance * beams * s_key_row + i_group * s_key_head + o_size[None, :]
@@ -213,7 +214,7 @@ def decode_self_attention(
         INTERPRETED=INTERPRETED,
         **blocks,
     )
-    if splits > 1:
+    if log_sums is not None:
         merge_splits(partial, log_sums, out)
     return out
 

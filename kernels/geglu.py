@@ -7,11 +7,12 @@ from math import prod
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import rows_apart
-from spear_fast.kernels.column_sums import column_sums, parts_of
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import rows_apart
+from .column_sums import column_sums, parts_of
+from .declaration import Declaration
+from .tiles import tile
 
 
 @triton.jit

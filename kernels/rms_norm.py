@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import INTERPRETED, padded, rows_apart
-from spear_fast.kernels.column_sums import column_sums, parts_of
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.precision import cast
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import INTERPRETED, padded, rows_apart
+from .column_sums import column_sums, parts_of
+from .declaration import Declaration
+from .precision import cast
+from .tiles import tile
 
 SMALLEST_NORM = tl.constexpr(1e-12)
 

@@ -1,15 +1,16 @@
-"""Rotary positions on their own; inside attention and the caches they are turned where they are read."""
+"""Rotary positions on their own; inside attention and the caches they are rotated where they are read."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from spear_fast.kernels.blocks import padded, rows_apart
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.rotation import cos_sin, turn
-from spear_fast.kernels.tiles import tile
 from torch import Tensor
+
+from .blocks import padded, rows_apart
+from .declaration import Declaration
+from .rotation import cos_sin, rotate
+from .tiles import tile
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def rotary_kernel(
     b_cos, b_sin = cos_sin(position.to(tl.float32) * b_freqs)
     if INVERSE:
         b_sin = -b_sin
-    b_out = turn(b_x, b_cos[None, :], b_sin[None, :])
+    b_out = rotate(b_x, b_cos[None, :], b_sin[None, :])
     p_out = out + (tl.program_id(0).to(tl.int64) * heads + o_head[:, None]) * HEAD_DIM + o_size[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_block)
 

@@ -1,4 +1,4 @@
-"""Rotary positions inside kernels: pairs of neighbours (2i, 2i + 1) turned by `position * freqs[i]`, in float32."""
+"""Rotary positions inside kernels: pairs of neighbours (2i, 2i + 1) rotated by `position * freqs[i]`, in float32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cos_sin(angle):
 
 
 @triton.jit
-def turn(x, cos, sin):
-    """Returns the rows `x` `[ROWS, SIZE]`, each pair of neighbours turned by `[ROWS, SIZE / 2]` cosines and sines."""
+def rotate(x, cos, sin):
+    """Returns the rows `x` `[ROWS, SIZE]`, each pair of neighbours rotated by `[ROWS, SIZE / 2]` cosines and sines."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), x.shape)

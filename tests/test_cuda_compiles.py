@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulator import library
-from spear_fast.kernels import audit_nvcc
+from spear_fast.kernels.audit import nvcc
 
 from spear_fast.ops.cuda import sources
 from spear_fast.ops.cuda.decode_self_attention import plan
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("kernel", audit_nvcc.KERNELS[2::5], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
+@pytest.mark.parametrize("kernel", nvcc.KERNELS[2::5], ids=lambda kernel: f"{kernel.name} {kernel.arguments}")
 def test_nvcc(kernel):
     """Some of the kernels on one architecture; `make audit` compiles them all."""
-    found = audit_nvcc.compile_kernel(kernel, 90)
+    found = nvcc.compile_kernel(kernel, 90)
     assert found["spilled"] == 0
     assert 0 < found["registers"] <= 168
     assert found["shared"] <= 48 * 1024, "more needs a launch that asks for it"

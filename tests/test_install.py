@@ -60,15 +60,6 @@ def test_import_is_light():
     assert done.stdout.split() == ["False", PROJECT["version"]], done.stderr
 
 
-def test_bare_kernels_import_says_what_to_import():
-    done = run("import kernels")
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("ImportError: This folder is spear_fast's package of kernels")
-    )
-    assert "use `import spear_fast.kernels`" in done.stderr
-
-
 @pytest.mark.parametrize("inside", [True, False], ids=["in the repository", "elsewhere"])
 def test_kernels_resolve(inside, tmp_path):
     code = "import spear_fast.kernels; print(spear_fast.kernels.__name__)"

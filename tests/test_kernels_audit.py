@@ -8,18 +8,20 @@ import sys
 from dataclasses import replace
 
 import pytest
-from spear_fast.kernels.audit_rows import Job, Row, remembered
+from spear_fast.kernels.audit.rows import AuditRow, Job, remembered
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from spear_fast.kernels import audit, audit_triton, tiles  # noqa: E402
+from spear_fast.kernels import tiles  # noqa: E402
+from spear_fast.kernels.audit import __main__ as audit  # noqa: E402
+from spear_fast.kernels.audit import triton_kernels  # noqa: E402
 from spear_fast.kernels.declaration import Declaration  # noqa: E402
 from spear_fast.kernels.tiles import Entry  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-GOOD = Row("copy", "", 90, "bf16", "64: 16", wanted=("wgmma",), registers=40, shared=1024, matrix=("wgmma", "mma"))
+GOOD = AuditRow("copy", "", 90, "bf16", "64: 16", wanted=("wgmma",), registers=40, shared=1024, matrix=("wgmma", "mma"))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def audited(monkeypatch, kernel, rows, warps, architecture):
         constants=lambda size: {"SIZE": size},
         matrix=kernel is product_kernel,
     )
-    jobs = [job for job in audit_triton.jobs([declaration]) if job.row.architecture == architecture]
+    jobs = [job for job in triton_kernels.jobs([declaration]) if job.row.architecture == architecture]
     tiles.lookup.cache_clear()
     return jobs
 
@@ -99,7 +101,7 @@ def test_an_argument_that_is_not_declared_is_named(monkeypatch):
     tiles.lookup.cache_clear()
     declaration = Declaration(product_kernel, "tested", {"a": "*T", "b": "*T"}, lambda size: {"SIZE": size})
     with pytest.raises(ValueError, match="product_kernel must declare out"):
-        list(audit_triton.jobs([declaration]))
+        list(triton_kernels.jobs([declaration]))
     tiles.lookup.cache_clear()
 
 
@@ -111,7 +113,7 @@ def test_variants_are_all_compiled_for_the_main_target_only(monkeypatch):
     declaration = Declaration(
         product_kernel, "tested", signature, lambda size: {"SIZE": size}, {"light": {}, "heavy": {}}
     )
-    found = [(job.row.architecture, job.row.dtype, job.row.variant) for job in audit_triton.jobs([declaration])]
+    found = [(job.row.architecture, job.row.dtype, job.row.variant) for job in triton_kernels.jobs([declaration])]
     tiles.lookup.cache_clear()
     heavy = [(sm, dtype, "heavy") for sm in (80, 90, 100) for dtype in ("bf16", "fp32")]
     assert sorted(found) == sorted([*heavy, (90, "bf16", "light")])
@@ -126,7 +128,7 @@ def test_results_are_kept_and_failures_are_not(tmp_path):
             raise RuntimeError("first line\nlast line")
         return {"registers": 3, "spilled": 0, "shared": 5, "matrix": ("wgmma",)}
 
-    job = Job("copy", "key", Row("copy", "", 90, "bf16", ""), compile, (True,))
+    job = Job("copy", "key", AuditRow("copy", "", 90, "bf16", ""), compile, (True,))
     assert remembered(job, tmp_path).error == "last line"
     good = replace(job, arguments=(False,))
     rows = [remembered(good, tmp_path) for _ in range(3)]

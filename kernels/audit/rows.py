@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditRow:
     """One kernel, compiled for one architecture at one tile.
 
     registers: of a thread. spilled, shared: bytes.
@@ -39,12 +39,12 @@ class Job:
 
     name: str
     key: str
-    row: Row
+    row: AuditRow
     compile: Callable[..., dict]
     arguments: tuple
 
 
-def remembered(job: Job, cache: Path) -> Row:
+def remembered(job: Job, cache: Path) -> AuditRow:
     """Returns the row of a job: compiled now, or read from the cache. Failures are not kept."""
     path = cache / f"{job.key}.json"
     if path.is_file():

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spear_fast.kernels.audit_rows import Job, Row
-from spear_fast.kernels.tiles import ARCHITECTURES
+from ..tiles import ARCHITECTURES
+from .rows import AuditRow, Job
 
-FOLDER = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+FOLDER = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 
-class Kernel(NamedTuple):
+class CudaKernel(NamedTuple):
     """A kernel to compile. name: without its arguments. arguments: of the template. struct: what it takes."""
 
     source: str
@@ -38,16 +38,19 @@ SELF_ATTENTION = (
     "float, 16, 5, false",
 )
 KERNELS = (
-    *(Kernel("decode_self_attention.cu", "decode_self_attention", each, "SelfAttention") for each in SELF_ATTENTION),
-    Kernel("decode_self_attention.cu", "merge_self_attention", "BFloat16", "SelfAttention"),
-    Kernel("beam_step.cu", "beam_step", "BFloat16", "BeamStep"),
-    Kernel("beam_step.cu", "beam_step", "float", "BeamStep"),
-    Kernel("sample_step.cu", "sample_step", "BFloat16", "SampleStep"),
-    Kernel("sample_step.cu", "sample_step", "float", "SampleStep"),
+    *(
+        CudaKernel("decode_self_attention.cu", "decode_self_attention", each, "SelfAttention")
+        for each in SELF_ATTENTION
+    ),
+    CudaKernel("decode_self_attention.cu", "merge_self_attention", "BFloat16", "SelfAttention"),
+    CudaKernel("beam_step.cu", "beam_step", "BFloat16", "BeamStep"),
+    CudaKernel("beam_step.cu", "beam_step", "float", "BeamStep"),
+    CudaKernel("sample_step.cu", "sample_step", "BFloat16", "SampleStep"),
+    CudaKernel("sample_step.cu", "sample_step", "float", "SampleStep"),
 )
 
 
-def compile_kernel(kernel: Kernel, architecture: int) -> dict[str, Any]:
+def compile_kernel(kernel: CudaKernel, architecture: int) -> dict[str, Any]:
     """Returns registers, spilled bytes and shared memory of a kernel, compiled to a cubin."""
     program = f'#include "{FOLDER / kernel.source}"\nnamespace spear_fast {{\n'
     program += f"template __global__ void {kernel.name}<{kernel.arguments}>({kernel.struct});\n}}\n"
@@ -78,5 +81,5 @@ def jobs() -> Iterator[Job]:
         for architecture in ARCHITECTURES:
             key = hashlib.sha256("\0".join([*text, str(architecture)]).encode()).hexdigest()[:32]
             dtype, _, tile = kernel.arguments.partition(", ")
-            row = Row(kernel.name, "nvcc", architecture, dtype.lower(), tile or "-")
+            row = AuditRow(kernel.name, "nvcc", architecture, dtype.lower(), tile or "-")
             yield Job(kernel.name, key, row, compile_kernel, (kernel, architecture))

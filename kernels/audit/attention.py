@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from spear_fast.kernels.attention_backward_key_value import attention_backward_key_value_kernel
-from spear_fast.kernels.attention_backward_query import attention_backward_query_kernel
-from spear_fast.kernels.attention_forward import attention_forward_kernel
-from spear_fast.kernels.attention_rotation import attention_rotation_kernel
-from spear_fast.kernels.blocks import padded
-from spear_fast.kernels.declaration import Declaration
+from ..attention_backward_key_value import attention_backward_key_value_kernel
+from ..attention_backward_query import attention_backward_query_kernel
+from ..attention_forward import attention_forward_kernel
+from ..attention_rotation import attention_rotation_kernel
+from ..blocks import padded
+from ..declaration import Declaration
 
 _TENSORS = "grad_out query key value out grad_query grad_key grad_value null_key null_value x"
 _NUMBERS = "s_mask_row s_mask length key_length heads kv_heads blocks threshold"

@@ -6,7 +6,7 @@ Prints registers, spilled bytes, shared memory and matrix instruction for each k
 fails where registers are spilled, shared memory is above the architecture's or a wanted matrix instruction is missing.
 Results are kept by a hash of sources, settings and compiler, so that a second run takes seconds.
 
-Triton's kernels declare themselves (declaration.py); another compiler's are added to SECTIONS.
+Triton's kernels declare themselves (declaration.py); another compiler's jobs are added to SECTIONS.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
-from spear_fast.kernels import audit_nvcc, audit_triton
-from spear_fast.kernels.audit_rows import Job, Row, remembered
-from spear_fast.kernels.tiles import SHARED_MEMORY
+from ..tiles import SHARED_MEMORY
+from . import nvcc, triton_kernels
+from .rows import AuditRow, Job, remembered
 
 # each returns what is to be compiled: a name, a hash, and the function that compiles it
-SECTIONS: list[Callable[[], Iterable[Job]]] = [audit_triton.jobs, audit_nvcc.jobs]
+SECTIONS: list[Callable[[], Iterable[Job]]] = [triton_kernels.jobs, nvcc.jobs]
 
 
-def faults(row: Row) -> list[str]:
+def faults(row: AuditRow) -> list[str]:
     """Returns what is wrong with a compiled kernel, in words; nothing if all is well."""
     found = []
     if row.error:
@@ -45,7 +45,7 @@ def faults(row: Row) -> list[str]:
     return found
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[AuditRow]) -> str:
     """Returns the rows as text, columns aligned."""
     lines = [("kernel", "variant", "sm", "dtype", "tile", "registers", "spilled", "shared", "matrix")]
     for row in rows:
@@ -59,7 +59,7 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def compiled(jobs: Sequence[Job], cache: Path, processes: int) -> list[Row]:
+def compiled(jobs: Sequence[Job], cache: Path, processes: int) -> list[AuditRow]:
     """Returns a row for each job, from the cache where it has been compiled before."""
     global _shared
     _shared = jobs, cache
@@ -73,7 +73,7 @@ def compiled(jobs: Sequence[Job], cache: Path, processes: int) -> list[Row]:
 _shared: tuple[Sequence[Job], Path] = ((), Path())
 
 
-def _row(index: int) -> Row:
+def _row(index: int) -> AuditRow:
     jobs, cache = _shared
     return remembered(jobs[index], cache)
 

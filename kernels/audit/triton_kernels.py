@@ -14,11 +14,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from spear_fast.kernels.audit_rows import Job, Row
-from spear_fast.kernels.declaration import Declaration
-from spear_fast.kernels.tiles import Entry, entries
-
-from spear_fast import kernels
+from .. import __path__ as KERNELS
+from ..declaration import Declaration
+from ..tiles import Entry, entries
+from .rows import AuditRow, Job
 
 DTYPES = {16: "bf16", 32: "fp32"}
 # name → what the PTX calls it
@@ -29,10 +28,10 @@ WANTED = {80: ("mma",), 90: ("wgmma",), 100: ("tcgen05", "mma")}
 
 
 def declarations() -> Iterator[Declaration]:
-    """Returns what all modules of kernels declare."""
-    for module in sorted(pkgutil.iter_modules(kernels.__path__), key=lambda each: each.name):
-        if not module.name.startswith("audit"):
-            yield from getattr(importlib.import_module(f"spear_fast.kernels.{module.name}"), "AUDIT", [])
+    """Returns what all modules of kernels declare, and what is declared of attention beside them."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(KERNELS) if not module.ispkg)
+    for name in (*modules, "audit.attention"):
+        yield from getattr(importlib.import_module(f"spear_fast.kernels.{name}"), "AUDIT", [])
 
 
 def jobs(declared: Iterable[Declaration] | None = None) -> Iterator[Job]:
@@ -73,7 +72,7 @@ def _job(declaration: Declaration, entry: Entry, variant: str) -> Job:
     key = hashlib.sha256((text + repr((entry.architecture, options))).encode()).hexdigest()[:32]
     blocks = "×".join(map(str, entry.blocks.values()))
     tile = f"{entry.size}: {blocks}, {entry.num_warps} warps, {entry.num_stages} stages"
-    row = Row(kernel.__name__, variant, entry.architecture, dtype, tile, _wanted(declaration, entry))
+    row = AuditRow(kernel.__name__, variant, entry.architecture, dtype, tile, _wanted(declaration, entry))
     return Job(kernel.__name__, key, row, compile_kernel, arguments)
 
 
