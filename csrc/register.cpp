@@ -1,6 +1,10 @@
-// every C++ implementation is registered here; the schemas are defined by the families in spear_fast/ops
+// every C++ implementation on the CPU is registered here, and the native classes; the schemas are defined by the families
+// in spear_fast/ops, the CUDA implementations in cuda/register.cpp
 #include <ATen/Parallel.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <thread>
 
 #include "cpu/decoder_layers.h"
 #include "cpu/packed_linear.h"
@@ -22,6 +26,11 @@ TORCH_LIBRARY_FRAGMENT(spear_fast, library) {
   library.def("give_memory_back() -> ()", &spear_fast::give_memory_back);
   // of the calling thread, which takes the number for all when a library first asks: torch's own, and this one
   library.def("set_num_threads(int count) -> ()", [](int64_t count) {
+    // each thread takes a stack; OpenMP ends the process where it cannot have one
+    const int64_t most = std::max<int64_t>(1024, std::thread::hardware_concurrency());
+    TORCH_CHECK_VALUE(
+        count >= 1 && count <= most, "set_num_threads: count must lie in 1..", most, ", got ", count,
+        "; one for each core is best");
     at::internal::lazy_init_num_threads();
     at::get_num_threads();
     at::set_num_threads(static_cast<int>(count));

@@ -5,10 +5,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 
 #include "../ops.h"
+#include "checks.h"
 #include "pages.h"
 #include "rows.h"
 
@@ -84,39 +86,128 @@ void lay_together(const std::vector<c10::intrusive_ptr<PackedLinear>>& linears) 
 
 DecoderLayers::DecoderLayers(
     Linears linears, std::vector<at::Tensor> constants, at::Tensor embedding, int64_t heads, int64_t kv_heads)
-    : embedding_(embedding.contiguous()), heads_(heads), kv_heads_(kv_heads) {
+    : heads_(heads), kv_heads_(kv_heads) {
   const auto count = static_cast<int64_t>(linears.size()) / kLinears;
   TORCH_CHECK_VALUE(
-      static_cast<int64_t>(linears.size()) == count * kLinears + 1 &&
+      count >= 1 && static_cast<int64_t>(linears.size()) == count * kLinears + 1 &&
           static_cast<int64_t>(constants.size()) == count * kConstants,
-      "DecoderLayers: wanted ", kLinears, " products and ", kConstants, " constants a layer and one product for the logits, got ",
-      linears.size(), " and ", constants.size());
+      "DecoderLayers: wanted at least one layer, ", kLinears, " products and ", kConstants,
+      " constants for each and one product for the logits, got ", linears.size(), " and ", constants.size());
+  TORCH_CHECK_VALUE(
+      kv_heads >= 1 && heads >= kv_heads && heads % kv_heads == 0,
+      "DecoderLayers: heads must be a multiple of kv_heads, got ", heads, " and ", kv_heads);
+  TORCH_CHECK_VALUE(
+      is_plain(embedding, at::kFloat) && embedding.dim() == 2,
+      "DecoderLayers: embedding must be float32 [vocabulary + 1, dim] on the CPU, strided, got ", described(embedding));
+  embedding_ = embedding.contiguous();
+  const int64_t dim = embedding_.size(1);
+  const at::Tensor& null_key = constants.front();
+  TORCH_CHECK_VALUE(
+      is_plain(null_key, at::kFloat) && null_key.dim() == 2 && null_key.size(0) == heads && null_key.size(1) >= 2 &&
+          null_key.size(1) % 2 == 0,
+      "DecoderLayers: null_key of layer 0 must be float32 [", heads, ", an even size] on the CPU, strided, got ",
+      described(null_key));
+  head_size_ = null_key.size(1);
+  const int64_t width = heads * head_size_;
+  const auto check_linear = [](int64_t layer, const char* name, const auto& linear, int64_t outputs, int64_t features) {
+    TORCH_CHECK_VALUE(
+        linear && linear->outputs() == outputs && linear->features() == features, "DecoderLayers: ", name, " of layer ", layer,
+        " must have a weight [", outputs, ", ", features, "], got ",
+        linear ? c10::str(c10::IntArrayRef{linear->outputs(), linear->features()}) : "none");
+  };
   for (int64_t i = 0; i < count; ++i) {
     const auto* linear = linears.data() + i * kLinears;
+    auto* constant = constants.data() + i * kConstants;
+    TORCH_CHECK_VALUE(linear[5] != nullptr, "DecoderLayers: last of layer ", i, " must be a PackedLinear, got none");
+    const at::Tensor& bias = constant[3];
+    TORCH_CHECK_VALUE(
+        is_plain(bias, at::kFloat) && bias.dim() == 1 && bias.size(0) % 2 == 0 && bias.size(0) >= 2 &&
+            bias.size(0) / 2 <= linear[5]->features(),
+        "DecoderLayers: bias of layer ", i, " must be float32 [2 * inner] on the CPU, strided, inner at most ",
+        linear[5]->features(), ", got ", described(bias));
+    check_linear(i, "query_key_value", linear[0], width + 2 * kv_heads * head_size_, dim);
+    check_linear(i, "self_output", linear[1], dim, width);
+    check_linear(i, "cross_query", linear[2], width, dim);
+    check_linear(i, "cross_output", linear[3], dim, width);
+    check_linear(i, "both", linear[4], bias.size(0), dim);
+    check_linear(i, "last", linear[5], dim, linear[5]->features());
+    const auto check_constant = [&](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
+      check_tensor("DecoderLayers", c10::str(name, " of layer ", i), tensor, at::kFloat, sizes);
+    };
+    check_constant("null_key", constant[0], {heads, head_size_});
+    check_constant("null_value", constant[1], {heads, head_size_});
+    check_constant("null_output", constant[2], {dim});
+    check_constant("freqs", constant[4], {head_size_ / 2});
     for (int64_t j = 0; j < kConstants; ++j) {
-      constants[i * kConstants + j] = constants[i * kConstants + j].contiguous();
+      constant[j] = constant[j].contiguous();
     }
-    const auto* constant = constants.data() + i * kConstants;
     layers_.push_back(
         {linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], constant[0], constant[1], constant[2], constant[3],
          constant[4]});
   }
   logits_ = linears.back();
+  TORCH_CHECK_VALUE(
+      logits_ && logits_->features() == dim, "DecoderLayers: the logits' product must take ", dim, " features, got ",
+      logits_ ? c10::str(logits_->features()) : "none");
   lay_together(linears);
   // what packing held in between is a third of the weights
   give_memory_back();
+}
+
+void DecoderLayers::check(
+    const at::Tensor& inputs, const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
+    const std::vector<at::Tensor>& memory_keys, const std::vector<at::Tensor>& memory_values,
+    const at::Tensor& memory_lengths, const at::Tensor& ancestors, const at::Tensor& lengths) const {
+  constexpr const char* name = "DecoderLayers";
+  const size_t count = layers_.size();
+  TORCH_CHECK_VALUE(
+      keys.size() == count && values.size() == count && memory_keys.size() == count && memory_values.size() == count,
+      "DecoderLayers: each layer must have caches and a memory, wanted ", count, " of each, got ", keys.size(), ", ",
+      values.size(), ", ", memory_keys.size(), " and ", memory_values.size());
+  TORCH_CHECK_VALUE(
+      is_plain(inputs, at::kLong) && inputs.dim() == 2,
+      "DecoderLayers: inputs must be int64 [utterances, beams] on the CPU, strided, got ", described(inputs));
+  const int64_t utterances = inputs.size(0), beams = inputs.size(1);
+  TORCH_CHECK_VALUE(
+      is_plain(lengths, at::kLong) && lengths.dim() == 2 && lengths.size(1) == beams &&
+          (lengths.size(0) == utterances || lengths.size(0) == 2 * utterances),
+      "DecoderLayers: lengths must be int64 [", utterances, " or ", 2 * utterances, ", ", beams,
+      "] on the CPU, strided, got ", described(lengths));
+  const int64_t halves = lengths.size(0);
+  TORCH_CHECK_VALUE(
+      is_plain(ancestors, at::kByte) && ancestors.dim() == 3,
+      "DecoderLayers: ancestors must be uint8 [", halves, ", ", beams, ", capacity] on the CPU, strided, got ",
+      described(ancestors));
+  const int64_t capacity = ancestors.size(2);
+  check_tensor(name, "ancestors", ancestors, at::kByte, {halves, beams, capacity});
+  check_tensor(name, "memory_lengths", memory_lengths, at::kLong, {utterances});
+  for (size_t i = 0; i < count; ++i) {
+    for (const auto* caches : {&keys, &values}) {
+      const at::Tensor& cache = (*caches)[i];
+      check_tensor(
+          name, caches == &keys ? "keys" : "values", cache, at::kFloat, {halves * beams, kv_heads_, capacity, head_size_});
+      TORCH_CHECK_VALUE(
+          cache.stride(3) == 1, "DecoderLayers: keys and values must be contiguous in their last dimension, got strides ",
+          cache.strides(), "; call .contiguous() when they are made");
+    }
+    const at::Tensor& memory = memory_keys[i];
+    TORCH_CHECK_VALUE(
+        is_plain(memory, at::kFloat) && memory.dim() == 4,
+        "DecoderLayers: memory_keys must be float32 [", utterances, ", ", heads_, ", positions, ", head_size_,
+        "] on the CPU, strided, got ", described(memory));
+    const std::array<int64_t, 4> sizes{utterances, heads_, memory.size(2), head_size_};
+    check_tensor(name, "memory_keys", memory, at::kFloat, sizes);
+    check_tensor(name, "memory_values", memory_values[i], at::kFloat, sizes);
+  }
 }
 
 at::Tensor DecoderLayers::step(
     const at::Tensor& inputs, std::vector<at::Tensor> keys, std::vector<at::Tensor> values,
     const std::vector<at::Tensor>& memory_keys, const std::vector<at::Tensor>& memory_values,
     const at::Tensor& memory_lengths, const at::Tensor& ancestors, const at::Tensor& lengths) const {
+  // all of it before the first layer writes into its caches
+  check(inputs, keys, values, memory_keys, memory_values, memory_lengths, ancestors, lengths);
   const size_t count = layers_.size();
-  TORCH_CHECK_VALUE(
-      inputs.dim() == 2 && inputs.scalar_type() == at::kLong && lengths.dim() == 2 && lengths.size(1) == inputs.size(1) &&
-          (lengths.size(0) == inputs.size(0) || lengths.size(0) == 2 * inputs.size(0)) && keys.size() == count &&
-          values.size() == count && memory_keys.size() == count && memory_values.size() == count,
-      "DecoderLayers: the shapes of the arguments do not fit each other");
   const int64_t utterances = inputs.size(0), beams = inputs.size(1), dim = embedding_.size(1);
   const int64_t rows = lengths.size(0) * beams, sourced = utterances * beams;
   const at::Tensor dense_inputs = inputs.contiguous();
@@ -131,8 +222,7 @@ at::Tensor DecoderLayers::step(
   }
   const at::Tensor positions = lengths.reshape({rows});
   const at::Tensor written = lengths.add(1);
-  const at::IntArrayRef sizes = layers_.front().null_key.sizes();
-  const int64_t size = sizes[1];
+  const int64_t size = head_size_;
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = layers_[i];
     const at::Tensor projected = layer.query_key_value->forward(unit(x)).view({rows, 1, heads_ + 2 * kv_heads_, size});

@@ -33,10 +33,15 @@ class DecoderLayers : public torch::CustomClassHolder {
     at::Tensor null_key, null_value, null_output, bias, freqs;
   };
 
+  void check(
+      const at::Tensor& inputs, const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
+      const std::vector<at::Tensor>& memory_keys, const std::vector<at::Tensor>& memory_values,
+      const at::Tensor& memory_lengths, const at::Tensor& ancestors, const at::Tensor& lengths) const;
+
   std::vector<Layer> layers_;
   c10::intrusive_ptr<PackedLinear> logits_;
   at::Tensor embedding_;
-  int64_t heads_, kv_heads_;
+  int64_t heads_, kv_heads_, head_size_;
 };
 
 }  // namespace spear_fast

@@ -1,15 +1,18 @@
 #include "packed_linear.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "checks.h"
 #include "pages.h"
 #include "panels.h"
 #include "rows.h"
@@ -114,13 +117,13 @@ float largest_of(const float* row, int64_t size) {
 PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, const std::string& kind)
     : kind_(kind_of(kind)) {
   TORCH_CHECK_VALUE(
-      weight.dim() == 2 && weight.scalar_type() == at::kFloat && weight.device().is_cpu(),
-      "PackedLinear: weight must be float32 [outputs, features] on the CPU, got ", weight.scalar_type(), " ", weight.sizes());
+      is_plain(weight, at::kFloat) && weight.dim() == 2,
+      "PackedLinear: weight must be float32 [outputs, features] on the CPU, strided, got ", described(weight));
   outputs_ = weight.size(0), features_ = weight.size(1);
   TORCH_CHECK_VALUE(features_ > 0, "PackedLinear: weight must have features, got ", weight.sizes());
-  TORCH_CHECK_VALUE(
-      !bias || (bias->dim() == 1 && bias->size(0) == outputs_ && bias->scalar_type() == at::kFloat),
-      "PackedLinear: bias must be float32 [", outputs_, "]");
+  if (bias) {
+    check_tensor("PackedLinear", "bias", *bias, at::kFloat, {outputs_});
+  }
   const at::Tensor dense = weight.contiguous();
   const auto* p_dense = dense.const_data_ptr<float>();
   // vectors are read whole
@@ -156,8 +159,8 @@ PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Ten
 
 void PackedLinear::check(const at::Tensor& x) const {
   TORCH_CHECK_VALUE(
-      x.dim() == 2 && x.size(1) == features_ && x.scalar_type() == at::kFloat && x.device().is_cpu(),
-      "PackedLinear: x must be float32 [rows, ", features_, "] on the CPU, got ", x.scalar_type(), " ", x.sizes());
+      is_plain(x, at::kFloat) && x.dim() == 2 && x.size(1) == features_, "PackedLinear: x must be float32 [rows, ",
+      features_, "] on the CPU, strided, got ", described(x));
 }
 
 at::Tensor PackedLinear::forward(const at::Tensor& x) const {
@@ -171,10 +174,13 @@ at::Tensor PackedLinear::forward(const at::Tensor& x) const {
 at::Tensor PackedLinear::added(const at::Tensor& x, const at::Tensor& to) const {
   RECORD_FUNCTION("spear_fast::PackedLinear", c10::ArrayRef<const c10::IValue>{});
   check(x);
+  const std::array<int64_t, 2> sizes{x.size(0), outputs_};
   TORCH_CHECK_VALUE(
-      to.dim() == 2 && to.size(0) == x.size(0) && to.size(1) == outputs_ && to.scalar_type() == at::kFloat &&
-          to.is_contiguous(),
-      "PackedLinear: what the product is added to must be dense float32 [", x.size(0), ", ", outputs_, "]");
+      is_plain(to, at::kFloat) && to.sizes() == at::IntArrayRef(sizes) && to.is_contiguous(),
+      "PackedLinear: what the product is added to must be dense float32 ", at::IntArrayRef(sizes), " on the CPU, got ",
+      described(to), "; call .contiguous()");
+  // rows of x are still read when those of the result are written
+  at::assert_no_overlap(to, x);
   at::Tensor out = to;
   multiply(x, out, true);
   return out;

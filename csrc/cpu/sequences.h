@@ -159,7 +159,9 @@ class Sequences {
     std::vector<Span> found;
     bool rising = p_offsets[0] == 0 && p_offsets[rows] == total;
     for (int64_t row = 0; row < rows; ++row) {
-      found.push_back({p_offsets[row], p_offsets[row + 1] - p_offsets[row]});
+      // in 64 bits: a difference that wraps would pass for a length
+      const int64_t first = p_offsets[row], last = p_offsets[row + 1];
+      found.push_back({first, last - first});
       rising = rising && found.back().length >= 0;
     }
     TORCH_CHECK_VALUE(

@@ -76,7 +76,7 @@ def attention(
 
 
 def _longest(offsets: Tensor) -> int:
-    return int(offsets.diff().max()) if offsets.dim() == 1 and offsets.shape[0] > 1 else 0
+    return int(offsets.long().diff().max()) if offsets.dim() == 1 and offsets.shape[0] > 1 else 0
 
 
 def _backward_options(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Options:

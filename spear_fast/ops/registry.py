@@ -8,12 +8,13 @@ check.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from spear_fast.ops import ranges
+from spear_fast.ops.checks import refuse
 from spear_fast.ops.providers import Inputs, add_op, choose
 
 LIBRARY = torch.library.Library("spear_fast", "DEF")
@@ -29,6 +30,24 @@ _PLAIN = (Tensor, nn.Parameter)
 def autocasts(device: str) -> bool:
     """Returns whether autocast is on for a type of device."""
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _refuse_views(name: str) -> Callable[..., NoReturn]:
+    """Returns what the dispatcher calls where an argument of an op that writes into its arguments has such a bit.
+
+    torch's own way, to compute with copies and to copy back, wants every written argument returned, and else crashes.
+    """
+
+    def refuse_views(*arguments: Any) -> NoReturn:
+        refuse(
+            name.partition(".")[0],
+            "every argument",
+            "a tensor whose memory holds its numbers",
+            "a negated or conjugated view",
+            "call .resolve_neg() or .resolve_conj()",
+        )
+
+    return refuse_views
 
 
 def define(
@@ -66,6 +85,9 @@ def define(
     for name in (op, *(f"{op}.{provider}" for provider in native)):
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"spear_fast::{name}", fake, lib=LIBRARY)
+        if "!" in schema:
+            for bit in ("Negative", "Conjugate"):
+                LIBRARY.impl(name, _refuse_views(name), bit)
     LIBRARY.impl(op, run, "CompositeExplicitAutograd")
     _runs[op] = run
     dispatched = getattr(torch.ops.spear_fast, op).default

@@ -27,7 +27,8 @@ def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name:
     """Raises unless `offsets` rises from 0 to `total` in steps of at most `longest`, where looking is free."""
     if offsets.device.type != "cpu" and not DEBUG:
         return
-    steps = offsets.diff()
+    # in 64 bits: a difference that wraps would pass for a length
+    steps = offsets.long().diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != total or (steps.numel() and int(steps.min()) < 0):
         got = f"{offsets[:8].tolist()}{' ...' if offsets.numel() > 8 else ''}"
         raise ValueError(f"{op}: {name} must rise from 0 to {total}, got {got}; pass cumulative lengths, 0 in front")
