@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from spear_fast.speech.audio import Samples, resample
@@ -26,6 +26,8 @@ FRAME_SHIFT_MS = 10
 PAD_ID = -1
 # fixed noise under every sound, this far below it: the logarithm of digital silence would tell files apart, not sounds
 NOISE_DECIBELS = 50.0
+# sample rates and all else are below
+LARGEST_SETTING = 1_000_000
 SETTINGS = ("sample_rate", "frames_per_token", "num_ceps", "num_mels", "order_decay", "slope_weight")
 
 Features = npt.NDArray[np.float32]
@@ -52,6 +54,15 @@ class MelKMeansTokenizer(nn.Module):
         slope_weight: float = 0.5,
     ) -> None:
         super().__init__()
+        counts = dict(sample_rate=sample_rate, frames_per_token=frames_per_token, num_ceps=num_ceps, num_mels=num_mels)
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= LARGEST_SETTING:
+                raise ValueError(f"{name} must be a whole number from 1 to {LARGEST_SETTING}, got {count!r}.")
+        if num_ceps > num_mels:
+            raise ValueError(f"num_ceps must be at most num_mels {num_mels}, got {num_ceps}.")
+        for name, weight in (("order_decay", order_decay), ("slope_weight", slope_weight)):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= LARGEST_SETTING:
+                raise ValueError(f"{name} must be a number from 0 to {LARGEST_SETTING}, got {weight!r}.")
         self.sample_rate = self.target_sample_hz = sample_rate
         self.frames_per_token = frames_per_token
         self.num_ceps = num_ceps
@@ -86,6 +97,7 @@ class MelKMeansTokenizer(nn.Module):
         multiplied by `slope_weight`: higher orders tell voices apart rather than sounds.
 
         samples: `[n]`, mono, at `sample_rate`. A sound shorter than one token gives no rows.
+        Raises ValueError where the samples are so far from -1 to 1 that features are not finite.
         """
         import kaldi_native_fbank as knf
 
@@ -98,6 +110,10 @@ class MelKMeansTokenizer(nn.Module):
         options.num_ceps = self.num_ceps
         options.use_energy = False
         extractor = knf.OnlineMfcc(options)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._features(extractor, samples)
+
+    def _features(self, extractor: Any, samples: Samples) -> Features:
         noise = np.random.default_rng(0).standard_normal(len(samples), dtype=np.float32)
         loudness = np.sqrt(np.mean(np.square(samples, dtype=np.float64))) if len(samples) else 0.0
         noisy = samples + noise * np.float32(loudness * 10 ** (-NOISE_DECIBELS / 20))
@@ -112,6 +128,11 @@ class MelKMeansTokenizer(nn.Module):
         padded = np.pad(cepstra, ((2, 2), (0, 0)), mode="edge")
         slopes = (2 * (padded[4:] - padded[:-4]) + padded[3:-1] - padded[1:-3]) / 10
         frames = np.concatenate((cepstra, slopes), axis=1)[: tokens * self.frames_per_token]
+        if not np.isfinite(frames).all():
+            raise ValueError(
+                f"the sound gives features that are not finite: its samples go up to {np.abs(samples).max():g}, wanted "
+                "about -1 to 1; export it again."
+            )
         pooled = frames.reshape(tokens, self.frames_per_token, -1).mean(axis=1)
         normal = (pooled - pooled.mean(axis=0)) / np.maximum(pooled.std(axis=0), 1e-3)
         weights = 1 / (1 + self.order_decay * np.arange(self.num_ceps))
@@ -128,7 +149,7 @@ class MelKMeansTokenizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave: Tensor, flatten: bool = True, input_sample_hz: int | None = None) -> Tensor:
-        """Returns ids `[batch, tokens]`, int64, shorter rows padded behind with -1.
+        """Returns ids `[batch, tokens]`, int64, shorter rows padded at the end with -1.
 
         wave: `[batch, samples]` float, mono, at `input_sample_hz` Hz (default: `sample_rate`).
         flatten: taken for the interface of audiolm-pytorch's tokenizers; there is one id a step either way.
@@ -152,6 +173,8 @@ class MelKMeansTokenizer(nn.Module):
         folder = Path(folder)
         (folder / CONFIG_NAME).write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
         save_file({"centres": self.centres.cpu().contiguous()}, folder / CENTRES_NAME)
+        # it is written for its owner alone; this is as readable as the file beside it
+        (folder / CENTRES_NAME).chmod((folder / CONFIG_NAME).stat().st_mode & 0o777)
 
     @classmethod
     def load(cls, folder: str | Path) -> MelKMeansTokenizer:
@@ -162,7 +185,7 @@ class MelKMeansTokenizer(nn.Module):
                 raise FileNotFoundError(f"no {name} in {folder}; a speech tokenizer needs it.")
         try:
             settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            centres = load_file(folder / CENTRES_NAME)["centres"]
+            centres = load((folder / CENTRES_NAME).read_bytes())["centres"]
             return cls(centres, **settings)
-        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"the speech tokenizer in {folder} is damaged ({error}); copy it again.") from error
