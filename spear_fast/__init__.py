@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from spear_fast.checkpoints.load import load_model as load_model
     from spear_fast.decoding import DecodingOptions as DecodingOptions
     from spear_fast.decoding import DecodingResult as DecodingResult
+    from spear_fast.decoding import Engine as Engine
+    from spear_fast.decoding import EngineConfig as EngineConfig
+    from spear_fast.labelling import LabelOptions as LabelOptions
+    from spear_fast.labelling import label as label
     from spear_fast.model import TextToSemantic as TextToSemantic
     from spear_fast.training import (
         GeneratedAudioTextDataset as GeneratedAudioTextDataset,
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
 # loaded at first use: the command line answers --help without waiting for torch
 _HOMES = {
     "checkpoints.load": ("load_model",),
-    "decoding": ("DecodingOptions", "DecodingResult"),
+    "decoding": ("DecodingOptions", "DecodingResult", "Engine", "EngineConfig"),
+    "labelling": ("LabelOptions", "label"),
     "checkpoints.accelerate": ("accelerate",),
     "model": ("TextToSemantic",),
     "training": (

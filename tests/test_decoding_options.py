@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_models import tiny_model
 from plain_decoding import build_memory, build_model
 from tolerance import assert_within
 
-from spear_fast.decoding import Decoder, DecodingOptions, decode
+from spear_fast.decoding import Decoder, DecodingOptions, EngineConfig, Request, decode
 from spear_fast.decoding.packed import linear as packing
 from spear_fast.decoding.packed.linear import Linear, PackedFeedForward, l2_normalize
 from spear_fast.ops import extension
@@ -133,3 +134,29 @@ def test_l2_normalize(dtype: torch.dtype) -> None:
         F.normalize(x.double(), dim=-1),
         F.normalize(x.float(), dim=-1).to(dtype) if dtype.itemsize == 2 else F.normalize(x, dim=-1),
     )
+
+
+def test_names_of_the_last_release_still_work_and_say_their_new_names() -> None:
+    model = tiny_model()
+    with pytest.warns(DeprecationWarning, match="is now EngineConfig"):
+        from spear_fast.decoding import Plan
+    with pytest.warns(DeprecationWarning, match="is now Request"):
+        from spear_fast.decoding import Ticket
+    assert Ticket is Request
+    sizes = dict(beams=2, max_length=8, max_source=9)
+    with pytest.warns(DeprecationWarning, match="EngineConfig.for_decoder"):
+        old = Plan.of(model.decoder("text"), budget=10**9, **sizes)
+    assert old == EngineConfig.for_decoder(model.decoder("text"), memory_budget=10**9, **sizes)
+    with pytest.warns(DeprecationWarning, match="memory_budget"):
+        engine = model.engine(budget=10**9, **sizes)
+    with engine, pytest.warns(DeprecationWarning, match=r"Engine.config"):
+        assert engine.plan == engine.config == old
+    with pytest.raises(ImportError, match="Tickets"):
+        from spear_fast.decoding import Tickets  # noqa: F401
+
+
+@pytest.mark.parametrize("name", ["slots", "beams", "max_length", "max_source"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, "4"])
+def test_sizes_of_an_engine_are_whole_numbers(name: str, value) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got"):
+        tiny_model().engine(**{name: value})

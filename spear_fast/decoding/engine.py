@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -87,6 +88,12 @@ class Engine:
     def config(self) -> EngineConfig:
         """The sizes of the buffers; fewer slots once memory has run out."""
         return self._scheduler.config
+
+    @property
+    def plan(self) -> EngineConfig:
+        """Deprecated: the name of `config` in the last release."""
+        warnings.warn("Engine.plan is now Engine.config.", DeprecationWarning, stacklevel=2)
+        return self.config
 
     @property
     def waiting(self) -> int:
