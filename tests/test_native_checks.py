@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spear_fast import ops
-from spear_fast.ops import extension, providers
+from spear_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
@@ -250,10 +250,9 @@ def test_views_with_a_bit_are_refused_where_an_op_writes(overload, which):
 
 
 def test_every_op_that_writes_refuses_views_with_a_bit():
-    for op in providers.ops():
-        for overload in getattr(torch.ops.spear_fast, op).overloads():
-            schema = getattr(getattr(torch.ops.spear_fast, op), overload)._schema
-            name = f"spear_fast::{op}" + ("" if overload == "default" else f".{overload}")
-            for bit in ("Negative", "Conjugate"):
-                registered = torch._C._dispatch_has_kernel_for_dispatch_key(name, bit)
-                assert registered == schema.is_mutable, name
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("spear_fast::")]
+    assert sum(schema.is_mutable for schema in schemas) >= 3
+    for schema in schemas:
+        name = f"{schema.name}.{schema.overload_name}".rstrip(".")
+        for bit in ("Negative", "Conjugate"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, bit) == schema.is_mutable, name
