@@ -6,6 +6,8 @@ finds them by. `test_gpu_graphs.py` has the real ones.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
 
 import pytest
@@ -17,7 +19,7 @@ from test_engine import options_of, same
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import cuda_graphs, runner, state
+from spear_fast.decoding import config, cuda_graphs, runner, state
 from spear_fast.decoding.cuda_graphs import WARM_UPS, Graphs, graphs_for, rounded_slots
 from spear_fast.decoding.runner import Runner
 
@@ -25,6 +27,12 @@ from spear_fast.decoding.runner import Runner
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch):
+    """A capture that failed in one test switches off no other."""
+    monkeypatch.setattr(cuda_graphs._Switch, "failed_of", None)
 
 
 class StandIn:
@@ -280,3 +288,71 @@ class TestCapturedInterleavings(CapturedInterleavings.TestCase):
         monkeypatch.setattr(state, "FIRST_CAPACITY", 4)
         yield
         assert any("replay" in capturer.calls for capturer in capturers)
+
+
+def test_after_a_failed_capture_the_process_captures_no_more(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "CudaCapturer", lambda device: StandIn())
+    one, other = (graphs_for(torch.device("cuda:0")) for _ in range(2))
+    one._capturer.fails = "no"
+    made = []
+    for i in range(WARM_UPS):
+        one.run("a", lambda i=i: made.append(i))
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        one.run("a", lambda: made.append("not captured"))
+    for i in range(2 * WARM_UPS):
+        other.run("a", lambda i=i: made.append(i))
+    assert other._capturer.calls == []
+    assert len(made) == 3 * WARM_UPS + 1
+    assert graphs_for(torch.device("cuda:0")) is None
+
+
+class FakeCuda:
+    """Stands for `torch.cuda` where a step is captured: what it is asked for, and whether garbage is collected."""
+
+    class CUDAGraph:
+        ends = 0
+
+        def capture_begin(self, **_):
+            assert not gc.isenabled()
+
+        def capture_end(self):
+            type(self).ends += 1
+            raise RuntimeError("the capture was invalidated")
+
+        def replay(self):
+            raise AssertionError
+
+    device = stream = staticmethod(lambda *_: contextlib.nullcontext())
+    graph_pool_handle = staticmethod(object)
+    empty_cache = staticmethod(lambda: None)
+
+    Stream = staticmethod(lambda device: object())
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_failed_to_be_captured_stays_alive_and_collection_goes_on(monkeypatch, within):
+    monkeypatch.setattr(cuda_graphs.torch, "cuda", FakeCuda)
+    monkeypatch.setattr(cuda_graphs, "_STREAMS", {})
+    monkeypatch.setattr(cuda_graphs, "_FAILED", failed := [])
+    device = torch.device("cuda:0")
+    first, second = cuda_graphs.CudaCapturer(device), cuda_graphs.CudaCapturer(device)
+    # one for all engines of a device
+    assert first._stream is second._stream
+
+    def step():
+        assert not gc.isenabled()
+        if within:
+            raise ValueError("in the midst of it")
+
+    with pytest.raises(ValueError if within else RuntimeError):
+        first.capture(step)
+    assert gc.isenabled()
+    assert [type(each) for each in failed] == [FakeCuda.CUDAGraph, object]
+
+
+def test_free_bytes_counts_what_torch_holds_and_does_not_use(monkeypatch):
+    held = {"mem_get_info": (100, 1000), "memory_reserved": 70, "memory_allocated": 20}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert config.free_bytes(torch.device("cuda:0")) == int(config.SHARE * 150)
+    assert config.free_bytes(torch.device("cpu")) is None

@@ -124,8 +124,14 @@ def _workers(decoder: Decoder, slots: int, beams: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Returns the bytes of a device that buffers may take, None for no limit."""
-    return int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+    """Returns the bytes of a device that buffers may take, None for no limit.
+
+    On a GPU that is a share of what is free, and of what torch holds without using it.
+    """
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(SHARE * (torch.cuda.mem_get_info(device)[0] + idle))
 
 
 def slot_bytes(decoder: Decoder, *, beams: int, max_length: int, max_source: int, guided: bool = False) -> int:

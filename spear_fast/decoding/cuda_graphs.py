@@ -8,9 +8,10 @@ SPEAR_FAST_GRAPHS=0 leaves them out.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol
 
 import torch
@@ -22,6 +23,17 @@ Step = Callable[[], None]
 # steps that are made without a graph before one is captured: they compile, load and plan what is needed; and what
 # lasts no longer than from one look at who is done to the next is not worth a capture
 WARM_UPS = 4
+
+# the stream on which steps of a device are captured: cuBLAS keeps a workspace for each, so that there is only one
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+# what has failed stays alive: the allocator may hold on to its capture, and later ones would be undefined without it
+_FAILED: list[object] = []
+
+
+class _Switch:
+    """Whether this process captures steps: not any more once a capture has failed, by the reason why."""
+
+    failed_of: str | None = None
 
 
 class Capturer(Protocol):
@@ -38,11 +50,11 @@ class Capturer(Protocol):
 
 
 class CudaCapturer:
-    """CUDA graphs that share one pool of memory: what a step makes for itself is not needed behind its end."""
+    """CUDA graphs that share one pool of memory: what a step makes for itself is not needed after its end."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _STREAMS.get(device) or _STREAMS.setdefault(device, torch.cuda.Stream(device))
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> None:
@@ -55,7 +67,7 @@ class CudaCapturer:
 
     def capture(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), _no_collection():
             # while it is captured nothing can be freed to make room
             torch.cuda.empty_cache()
             # not torch.cuda.graph, which stays on its stream where the capture fails
@@ -65,11 +77,16 @@ class CudaCapturer:
                 try:
                     step()
                 except BaseException:
+                    _FAILED.extend((graph, self._pool))
                     # that the capture has failed is no news
                     with contextlib.suppress(RuntimeError):
                         graph.capture_end()
                     raise
-                graph.capture_end()
+                try:
+                    graph.capture_end()
+                except BaseException:
+                    _FAILED.extend((graph, self._pool))
+                    raise
         return graph.replay
 
     def forget(self) -> None:
@@ -80,14 +97,13 @@ class CudaCapturer:
 class Graphs:
     """Replays what it has captured, and captures what it is asked for again and again.
 
-    Where capture fails it says so once, as a warning, and makes every step without a graph from then on.
+    Where a capture fails it says so once, as a warning, and no step of the process is captured from then on.
     """
 
     def __init__(self, capturer: Capturer) -> None:
         self._capturer = capturer
         self._made: dict[Hashable, int] = {}
         self._captured: dict[Hashable, Step] = {}
-        self._fails = False
 
     def run(self, key: Hashable, step: Step) -> None:
         """Makes a step. Steps of the same key do the same, over the same memory, until `drop`."""
@@ -96,7 +112,7 @@ class Graphs:
             captured()
             return
         made = self._made.get(key, 0)
-        if self._fails:
+        if _Switch.failed_of is not None:
             step()
         elif made < WARM_UPS:
             self._capturer.warm_up(step)
@@ -109,10 +125,10 @@ class Graphs:
             captured = self._capturer.capture(step)
         except Exception as error:
             self.drop()
-            self._fails = True
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            _Switch.failed_of = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warnings.warn(
-                f"decoding goes on without CUDA graphs, which is slower: the step cannot be captured ({reason[0]}); "
+                "decoding goes on without CUDA graphs, which is slower: the step cannot be captured "
+                f"({_Switch.failed_of}); "
                 "SPEAR_FAST_GRAPHS=0 does not try to.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -132,11 +148,25 @@ class Graphs:
 def graphs_for(device: torch.device) -> Graphs | None:
     """Returns graphs for a device, or None where steps are made without a graph: on the CPU, and on request.
 
-    So it is in debug mode too: what is captured looks at no ranges.
+    So it is in debug mode too: what is captured looks at no ranges; and once a capture has failed in this process.
     """
     if device.type != "cuda" or os.environ.get("SPEAR_FAST_GRAPHS", "") == "0" or ranges.DEBUG:
         return None
+    if _Switch.failed_of is not None:
+        return None
     return Graphs(CudaCapturer(device))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from freeing CUDA memory in the midst of a capture, which would end it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def rounded_slots(used: int, count: int) -> int:
