@@ -31,7 +31,7 @@ from benchmarks.options import add_common, device_lost, in_fresh_process, resolv
 from benchmarks.timing import interleaved, quantiles
 from benchmarks.variants import DISTRIBUTIONS, Generation
 from spear_fast import ops
-from spear_fast.ops.providers import Inputs
+from spear_fast.ops.providers import ProviderQuery
 
 # utterances that the gate looks at where the batch is larger: beside the reference, and of the engine
 CHECKED, CHECKED_OF_ENGINE = 2, 4
@@ -44,7 +44,7 @@ DECODING = ("append_kv", "decode_self_attention", "decode_cross_attention")
 
 def providers(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
     """Returns which provider each decoding op uses on this machine."""
-    inputs = Inputs(device, dtype, head_dim)
+    inputs = ProviderQuery(device, dtype, head_dim)
     return {op: chosen_by_itself(op, inputs) for op in DECODING}
 
 

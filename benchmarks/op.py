@@ -40,7 +40,7 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
     device, dtype = settings.device, settings.dtype
     arguments = case.inputs(dtype, device)
     gate = Gate.of(case, arguments)
-    inputs = providers.Inputs(device, dtype, arguments[0].shape[-1], case.options(arguments))
+    inputs = providers.ProviderQuery(device, dtype, arguments[0].shape[-1], case.options(arguments))
     automatic = chosen_by_itself(case.op, inputs)
     candidates = [*_providers(case, settings, inputs), *(_baselines(case) if settings.baselines else ())]
     candidates = [each for each in candidates if _check(case, gate, each, arguments)]
@@ -57,14 +57,14 @@ def measured(case: OpCase, settings: Settings) -> tuple[list[rowfile.Row], list[
     return rows, [f"{case.title}: {each.name}: {each.refused}" for each in candidates if each.refused]
 
 
-def chosen_by_itself(op: str, inputs: providers.Inputs) -> str:
+def chosen_by_itself(op: str, inputs: providers.ProviderQuery) -> str:
     """Returns the provider that computes an op for such inputs where nobody forces one."""
     with providers.forced(""):
         function = providers.choose(op, inputs)
     return next(name for name in providers.names(op) if providers.get(op, name).function is function)
 
 
-def _providers(case: OpCase, settings: Settings, inputs: providers.Inputs) -> Iterator[Candidate]:
+def _providers(case: OpCase, settings: Settings, inputs: providers.ProviderQuery) -> Iterator[Candidate]:
     for name in providers.names(case.op):
         if settings.providers and name not in settings.providers:
             continue

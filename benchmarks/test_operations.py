@@ -24,7 +24,9 @@ CANDIDATES = [
 def test_operation(case, name, benchmark):
     arguments = case.inputs(torch.float32, CPU)
     provider = providers.get(case.op, name)
-    reason = provider.refusal(providers.Inputs(CPU, torch.float32, arguments[0].shape[-1], case.options(arguments)))
+    reason = provider.refusal(
+        providers.ProviderQuery(CPU, torch.float32, arguments[0].shape[-1], case.options(arguments))
+    )
     if reason is not None:
         pytest.skip(reason)
     Gate.of(case, arguments).error(computed(case, name, arguments))

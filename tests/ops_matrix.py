@@ -32,7 +32,7 @@ def runnable(*ops: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[st
         for name in providers.names(op):
             provider = providers.get(op, name)
             for dtype in dtypes:
-                if provider.refusal(providers.Inputs(device_of(provider), dtype, 64)) is None:
+                if provider.refusal(providers.ProviderQuery(device_of(provider), dtype, 64)) is None:
                     found.append((op, name, dtype))
     return found
 

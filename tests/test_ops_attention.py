@@ -13,15 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
 from spear_fast.ops import providers
-from spear_fast.ops.attention_options import options_of
+from spear_fast.ops.attention_arguments import options_of
 from spear_fast.ops.reference import attention as reference
-from spear_fast.ops.reference.philox import kept
+from spear_fast.ops.reference.philox import dropout_mask
 
 
 def takes(provider, dtype, arguments):
     """Returns whether a provider computes both the values and the gradients for such arguments."""
     row = providers.get("attention", provider)
-    inputs = providers.Inputs(device_of(row), dtype, arguments[QUERY].shape[-1], options_of(*arguments))
+    inputs = providers.ProviderQuery(device_of(row), dtype, arguments[QUERY].shape[-1], options_of(*arguments))
     return row.refusal(inputs) is None
 
 
@@ -141,14 +141,14 @@ def test_dropout_drops_the_weights_that_the_seed_says(provider):
     sent = [each.to(device) if isinstance(each, torch.Tensor) else each for each in arguments]
     weights = row.function(*sent)[0].cpu().transpose(1, 2)
     whole = reference.attention(*arguments[:13], 0.0, None)[0].transpose(1, 2)
-    torch.testing.assert_close(weights, whole * 2 * kept(arguments[14], (3, 2, size, size), 0.5))
+    torch.testing.assert_close(weights, whole * 2 * dropout_mask(arguments[14], (3, 2, size, size), 0.5))
 
 
 def test_dropout_keeps_its_share():
-    share = kept(torch.tensor(7), (4, 2, 100, 100), 0.3).double()
+    share = dropout_mask(torch.tensor(7), (4, 2, 100, 100), 0.3).double()
     assert abs(share.mean().item() - 0.7) < 5 * (0.3 * 0.7 / share.numel()) ** 0.5
     assert share.mean((0, 1, 2)).std() < 0.05
-    assert kept(torch.tensor(7), (1, 1, 9, 9), 0.0).all()
+    assert dropout_mask(torch.tensor(7), (1, 1, 9, 9), 0.0).all()
 
 
 def test_the_seed_is_drawn_from_torch_s_generator():

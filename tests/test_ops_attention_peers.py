@@ -10,15 +10,15 @@ from ops_attention_inputs import CASES, make
 
 from spear_fast.ops import attention_peers as peers
 from spear_fast.ops import attention_sdpa as sdpa
-from spear_fast.ops.attention_options import options_of
-from spear_fast.ops.providers import Inputs
+from spear_fast.ops.attention_arguments import options_of
+from spear_fast.ops.providers import ProviderQuery
 from spear_fast.ops.reference import attention as reference
 
 CUDA = torch.device("cuda")
 
 
 def reason(why_not, case, dtype=torch.bfloat16, device=CUDA, size=64):
-    return why_not(Inputs(device, dtype, size, options_of(*make(**case))))
+    return why_not(ProviderQuery(device, dtype, size, options_of(*make(**case))))
 
 
 @pytest.mark.parametrize("why_not", [peers.flash_attn_why_not, peers.xformers_why_not, sdpa.why_not])

@@ -15,7 +15,7 @@ from torch._library.simple_registry import singleton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import cli, ops
-from spear_fast.ops import extension, providers, ranges
+from spear_fast.ops import debug_ranges, extension, providers
 
 # its first argument is an object of Python, for which the dispatcher has no type
 UNDISPATCHED = ["decode_step"]
@@ -95,7 +95,7 @@ def test_opcheck(op):
 
 def inputs_of(op):
     first = EXAMPLES[op]()[0]
-    return providers.Inputs(first.device, first.dtype, first.shape[-1])
+    return providers.ProviderQuery(first.device, first.dtype, first.shape[-1])
 
 
 @pytest.mark.parametrize("op", PUBLIC)
@@ -125,7 +125,7 @@ def test_a_backward_op_belongs_to_an_op(op):
 @pytest.mark.parametrize("op", OPS)
 def test_integers_have_ranges(op):
     addresses = {name for name in tensors(op) if name in ADDRESSES and (op, name) not in ANGLES}
-    assert bool(addresses) == (op in ranges.RANGES), f"{op} takes {addresses or 'no addresses'}"
+    assert bool(addresses) == (op in debug_ranges.RANGES), f"{op} takes {addresses or 'no addresses'}"
 
 
 def test_every_op_has_examples():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spear_fast.ops.reference.philox import kept, philox
+from spear_fast.ops.reference.philox import dropout_mask, philox
 
 CSRC = Path(__file__).parent.parent / "csrc"
 # counter, key, words: the test vectors published with the generator
@@ -56,7 +56,9 @@ def test_the_header_gives_the_same_numbers(tmp_path):
     (tmp_path / "philox.cpp").write_text(PROGRAM)
     command = ["c++", "-std=c++17", "-Wall", "-Werror", f"-I{CSRC}", tmp_path / "philox.cpp", "-o", tmp_path / "philox"]
     subprocess.run(command, check=True)
-    wanted = "".join(str(int(each)) for each in kept(torch.tensor(-123456789012345), (1, 2, 3, 5), 0.3).flatten())
+    wanted = "".join(
+        str(int(each)) for each in dropout_mask(torch.tensor(-123456789012345), (1, 2, 3, 5), 0.3).flatten()
+    )
     for counter, key, words in VECTORS:
         arguments = [tmp_path / "philox", *counter.split(), *key.split()]
         printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout

@@ -134,7 +134,7 @@ def test_small_gradients_of_losses_survive_float16():
 
 def test_rows_that_do_not_fit_a_program_are_left_to_others():
     row = providers.get("rms_norm", "triton")
-    inputs = providers.Inputs(device_of(row), torch.float32, 8193)
+    inputs = providers.ProviderQuery(device_of(row), torch.float32, 8193)
     assert row.refusal(inputs) == "holds whole rows, of at most 8192 numbers"
     assert row.refusal(inputs._replace(size=8192)) is None
     assert "not torch.float64" in row.refusal(inputs._replace(dtype=torch.float64))

@@ -28,7 +28,7 @@ def decode_step(decoder: Decoder, state: DecodeState) -> Tensor:
     Writes the inputs' keys and values at position `lengths` of each hypothesis' own beam; selection raises `lengths`.
     """
     query = decoder.device, decoder.dtype, decoder.head_dim, (decoder.fused is not None,)
-    function = _CHOICES.get(query) or providers.choose("decode_step", providers.Inputs(*query))
+    function = _CHOICES.get(query) or providers.choose("decode_step", providers.ProviderQuery(*query))
     return function(decoder, state)
 
 
@@ -45,7 +45,7 @@ def _layered(decoder: Decoder, state: DecodeState) -> Tensor:
     return decoder.logits(l2_normalize(run_layers(decoder, state, x, range(len(decoder.layers)))))
 
 
-def _why_not_fused(query: providers.Inputs) -> str | None:
+def _why_not_fused(query: providers.ProviderQuery) -> str | None:
     if not query.options[0]:
         return "the weights are not packed: that takes a float32 model and an extension built with vectors"
     for op in FUSED_OPS:

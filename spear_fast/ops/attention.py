@@ -10,10 +10,10 @@ from torch import Tensor
 from spear_fast.ops import attention_peers as peers
 from spear_fast.ops import attention_sdpa as sdpa
 from spear_fast.ops import backends
+from spear_fast.ops.attention_arguments import AttentionOptions, options_of
 from spear_fast.ops.attention_checks import check_attention
-from spear_fast.ops.attention_options import Options, options_of
 from spear_fast.ops.checks import check_shapes, refuse
-from spear_fast.ops.providers import Inputs, Provider, register
+from spear_fast.ops.providers import Provider, ProviderQuery, register
 from spear_fast.ops.reference import attention as reference
 from spear_fast.ops.registry import define, differentiate
 
@@ -79,7 +79,7 @@ def _longest(offsets: Tensor) -> int:
     return int(offsets.long().diff().max()) if offsets.dim() == 1 and offsets.shape[0] > 1 else 0
 
 
-def _backward_options(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Options:
+def _backward_options(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> AttentionOptions:
     return options_of(query, key, value, *others[2:])
 
 
@@ -162,10 +162,10 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor
 differentiate("attention", _differentiate, _save)
 
 
-def _triton_why_not(inputs: Inputs) -> str | None:
-    if inputs.size > 128:
-        return f"takes heads of up to 128 numbers, not {inputs.size}"
-    return backends.of_dtypes(*backends.TRITON_DTYPES)(inputs)
+def _triton_why_not(query: ProviderQuery) -> str | None:
+    if query.size > 128:
+        return f"takes heads of up to 128 numbers, not {query.size}"
+    return backends.of_dtypes(*backends.TRITON_DTYPES)(query)
 
 
 for _op in ("attention", "attention_backward"):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_fast.ops.attention_options import Options
-from spear_fast.ops.providers import Inputs, Provider
+from spear_fast.ops.attention_arguments import AttentionOptions
+from spear_fast.ops.providers import Provider, ProviderQuery
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -29,30 +29,30 @@ def _missing(module: str, package: str) -> Callable[[], str | None]:
     return missing
 
 
-def _lacks(options: Options, names: dict[str, str]) -> str | None:
+def _lacks(options: AttentionOptions, names: dict[str, str]) -> str | None:
     for option, name in names.items():
         if getattr(options, option):
             return f"has no {name}"
     return None
 
 
-def flash_attn_why_not(inputs: Inputs) -> str | None:
-    """Returns why flash-attn cannot compute `attention` for such inputs, or None."""
-    if inputs.dtype not in HALVES:
-        return f"takes torch.float16 and torch.bfloat16, not {inputs.dtype}"
-    if inputs.size % 8 or inputs.size > 256:
-        return f"takes head sizes that are multiples of 8 up to 256, not {inputs.size}"
+def flash_attn_why_not(query: ProviderQuery) -> str | None:
+    """Returns why flash-attn cannot compute `attention` for such a query, or None."""
+    if query.dtype not in HALVES:
+        return f"takes torch.float16 and torch.bfloat16, not {query.dtype}"
+    if query.size % 8 or query.size > 256:
+        return f"takes head sizes that are multiples of 8 up to 256, not {query.size}"
     lacking = {"null": "null key", "rotary": "rotation", "dropout": "dropout by seed", "masked": "key mask"}
-    return _lacks(Options(*inputs.options), lacking | {"modulo": "key heads read in turns"})
+    return _lacks(AttentionOptions(*query.options), lacking | {"modulo": "key heads read by turns"})
 
 
-def xformers_why_not(inputs: Inputs) -> str | None:
-    """Returns why xformers cannot compute `attention` for such inputs, or None."""
-    if inputs.dtype not in (*HALVES, torch.float32):
-        return f"takes torch.float32, torch.float16 and torch.bfloat16, not {inputs.dtype}"
+def xformers_why_not(query: ProviderQuery) -> str | None:
+    """Returns why xformers cannot compute `attention` for such a query, or None."""
+    if query.dtype not in (*HALVES, torch.float32):
+        return f"takes torch.float32, torch.float16 and torch.bfloat16, not {query.dtype}"
     lacking = {"null": "null key", "rotary": "rotation", "dropout": "dropout by seed", "masked": "key mask"}
     lacking |= {"grouped": "log-sum-exp for grouped heads", "packed": "log-sum-exp of one shape for packed rows"}
-    return _lacks(Options(*inputs.options), lacking)
+    return _lacks(AttentionOptions(*query.options), lacking)
 
 
 def _flash_attn() -> Any:

@@ -9,37 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.ops.attention_options import Options
+from spear_fast.ops.attention_arguments import AttentionOptions
 from spear_fast.ops.pointwise import rotary
-from spear_fast.ops.providers import Inputs
+from spear_fast.ops.providers import ProviderQuery
 
 Maybe = Tensor | None
 
 
-def why_not(inputs: Inputs) -> str | None:
-    """Returns why torch's kernels cannot compute `attention` for such inputs, or None."""
-    options = Options(*inputs.options)
+def why_not(query: ProviderQuery) -> str | None:
+    """Returns why torch's kernels cannot compute `attention` for such a query, or None."""
+    options = AttentionOptions(*query.options)
     if options.dropout:
         return "has no dropout by seed"
-    if inputs.device.type == "cpu":
+    if query.device.type == "cpu":
         return "takes no packed rows on the CPU" if options.packed else None
-    if inputs.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes torch.float16 and torch.bfloat16 on CUDA, not {inputs.dtype}"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes torch.float16 and torch.bfloat16 on CUDA, not {query.dtype}"
     if options.masked:
         return "takes no key mask on CUDA; pack the rows"
     if options.packed and (options.rotary or options.null):
         return f"has no {'rotation' if options.rotary else 'null key'} for packed rows"
     if options.modulo:
         return "reads key heads in consecutive groups only on CUDA"
-    if inputs.size % 8 or inputs.size > 256:
-        return f"takes head sizes that are multiples of 8 up to 256 on CUDA, not {inputs.size}"
+    if query.size % 8 or query.size > 256:
+        return f"takes head sizes that are multiples of 8 up to 256 on CUDA, not {query.size}"
     return None
 
 
-def fastest(inputs: Inputs) -> bool:
+def fastest(query: ProviderQuery) -> bool:
     """Returns whether torch's kernel is measured to be the fastest: on the CPU, where no key is masked or added."""
-    options = Options(*inputs.options)
-    return inputs.device.type == "cpu" and not (options.masked or options.packed or options.null)
+    options = AttentionOptions(*query.options)
+    return query.device.type == "cpu" and not (options.masked or options.packed or options.null)
 
 
 def _mask(query: Tensor, key_mask: Maybe, causal: bool, null: bool) -> tuple[Maybe, Maybe]:

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from spear_fast.ops import extension
 from spear_fast.ops.cuda import runtime
-from spear_fast.ops.providers import Inputs, Provider
+from spear_fast.ops.providers import Provider, ProviderQuery
 
-WhyNot = Callable[[Inputs], str | None]
+WhyNot = Callable[[ProviderQuery], str | None]
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def of_dtypes(*dtypes: torch.dtype) -> WhyNot:
-    """Returns a `why_not` that refuses inputs of other dtypes."""
+    """Returns a `why_not` that refuses other dtypes."""
 
-    def why_not(inputs: Inputs) -> str | None:
-        return None if inputs.dtype in dtypes else f"takes {', '.join(map(str, dtypes))}, not {inputs.dtype}"
+    def why_not(query: ProviderQuery) -> str | None:
+        return None if query.dtype in dtypes else f"takes {', '.join(map(str, dtypes))}, not {query.dtype}"
 
     return why_not
 
@@ -91,8 +91,8 @@ def triton(op: str, module: str, why_not: WhyNot | None = None) -> Provider:
     """
     of_dtype = of_dtypes(*TRITON_DTYPES)
 
-    def refusal(inputs: Inputs) -> str | None:
-        return of_dtype(inputs) or (why_not(inputs) if why_not else None)
+    def refusal(query: ProviderQuery) -> str | None:
+        return of_dtype(query) or (why_not(query) if why_not else None)
 
     @functools.cache
     def found() -> Callable:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Inputs, Provider, register
+from spear_fast.ops.providers import Provider, ProviderQuery, register
 from spear_fast.ops.reference import decode_attention as reference
 from spear_fast.ops.registry import define
 
@@ -20,7 +20,7 @@ def append_kv(
     """Writes each row's new keys, rotated at their positions, and values into the caches, in place.
 
     key, value: `[rows, tokens, kv_heads, head_dim]`, floating point, the keys not yet rotated.
-    freqs: `[head_dim / 2]`, float32; the pair (2i, 2i + 1) is turned by `position * freqs[i]`.
+    freqs: `[head_dim / 2]`, float32; the pair (2i, 2i + 1) is rotated by `position * freqs[i]`.
     positions: `[rows]`, int64, in 0..length - tokens; token t goes to `positions[row] + t`.
     cache_key, cache_value: `[rows, kv_heads, length, head_dim]`, like key; nothing else of them changes.
     """
@@ -125,7 +125,7 @@ def _check_append_kv(
     if tokens > cache_key.shape[2]:
         refuse(op, "tokens", f"at most the caches' length {cache_key.shape[2]}", str(tokens), "make the caches longer")
     if size % 2:
-        refuse(op, "head_dim", "even", str(size), "rotation turns pairs of numbers")
+        refuse(op, "head_dim", "even", str(size), "rotation takes pairs of numbers")
     if not (
         value.dtype == cache_key.dtype == cache_value.dtype == dtype
         and value.device == freqs.device == positions.device == cache_key.device == cache_value.device == device
@@ -168,7 +168,7 @@ def _check_decode_self_attention(
             },
         )
     if size % 2:
-        refuse(op, "head_dim", "even", str(size), "rotation turns pairs of numbers")
+        refuse(op, "head_dim", "even", str(size), "rotation takes pairs of numbers")
     if groups == 0 or heads % groups:
         refuse(
             op, "kv_heads", f"a divisor of the {heads} heads", str(groups), "each key head serves as many query heads"
@@ -232,11 +232,11 @@ def _check_decode_cross_attention(
         check_common(op, "query", tensors, None, {"lengths": (lengths, torch.int64)})
 
 
-def _cuda_cannot(inputs: Inputs) -> str | None:
+def _cuda_cannot(query: ProviderQuery) -> str | None:
     """Returns why csrc/cuda/decode_self_attention.cu does not take such a query, or None."""
-    if inputs.size * inputs.dtype.itemsize > 512:
-        return f"takes heads of at most 512 bytes, not {inputs.size} numbers of {inputs.dtype}"
-    return backends.of_dtypes(*backends.TRITON_DTYPES)(inputs)
+    if query.size * query.dtype.itemsize > 512:
+        return f"takes heads of at most 512 bytes, not {query.size} numbers of {query.dtype}"
+    return backends.of_dtypes(*backends.TRITON_DTYPES)(query)
 
 
 def _fake_append_kv(*arguments: Tensor) -> None:

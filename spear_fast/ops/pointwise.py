@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Inputs, Provider, register
+from spear_fast.ops.providers import Provider, ProviderQuery, register
 from spear_fast.ops.reference import pointwise as reference
 from spear_fast.ops.registry import define, differentiate
 
@@ -37,12 +37,12 @@ def geglu(x: Tensor, bias: Tensor | None = None, width: int | None = None) -> Te
 
 
 def rotary(x: Tensor, freqs: Tensor, positions: Tensor | None = None, inverse: bool = False) -> Tensor:
-    """Returns `x` with its pairs (2i, 2i + 1) turned by `position * freqs[i]`, like x, contiguous.
+    """Returns `x` with its pairs (2i, 2i + 1) rotated by `position * freqs[i]`, like x, contiguous.
 
     x: `[..., length, heads, head_dim]`, floating point.
     freqs: `[head_dim / 2]`, float32; it gets no gradient.
     positions: int64, `[length]` or `[..., length]` like x, any sign; None for 0..length - 1.
-    inverse: turn the other way.
+    inverse: rotate the other way.
     """
     return _rotary(x, freqs, positions, inverse)
 
@@ -118,7 +118,7 @@ def _check_rotary(x: Tensor, freqs: Tensor, positions: Tensor | None, inverse: b
     if x.dim() < 3:
         refuse(op, "x", "[..., length, heads, head_dim]", shape_of(x), "split the heads, one is enough")
     if x.shape[-1] % 2:
-        refuse(op, "head_dim", "even", str(int(x.shape[-1])), "rotation turns pairs of numbers")
+        refuse(op, "head_dim", "even", str(int(x.shape[-1])), "rotation takes pairs of numbers")
     check_shapes(op, {"freqs": (freqs, "head_dim / 2", (x.shape[-1] // 2,))})
     integers = {}
     if positions is not None:
@@ -241,8 +241,8 @@ differentiate("geglu", _differentiate_geglu, _save_geglu)
 differentiate("rotary", _differentiate_rotary, _save_rotary)
 
 
-def _rows_too_long(inputs: Inputs) -> str | None:
-    return "holds whole rows, of at most 8192 numbers" if inputs.size > 8192 else None
+def _rows_too_long(query: ProviderQuery) -> str | None:
+    return "holds whole rows, of at most 8192 numbers" if query.size > 8192 else None
 
 
 for _op in ("rms_norm", "rms_norm_backward", "geglu", "geglu_backward", "rotary"):

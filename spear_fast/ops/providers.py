@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 
-class Inputs(NamedTuple):
+class ProviderQuery(NamedTuple):
     """What a choice depends on: the device and dtype of an op's first argument, and its last size (head_dim).
 
     options: what else the op's definition says that it depends on, such as which optional tensors are there.
@@ -34,8 +34,8 @@ class Provider:
     function: takes the op's arguments, already checked, and returns what the op returns.
     devices: types of device it runs on; empty for any.
     missing: why it cannot run on this machine at all, or None.
-    why_not: why it cannot run on such inputs, or None.
-    fastest: whether an automatic choice asks it first for such inputs, whatever the order.
+    why_not: why it cannot run on such a query, or None.
+    fastest: whether an automatic choice asks it first for such a query, whatever the order.
     """
 
     op: str
@@ -43,17 +43,17 @@ class Provider:
     function: Callable
     devices: tuple[str, ...] = ()
     missing: Callable[[], str | None] = lambda: None
-    why_not: Callable[[Inputs], str | None] = lambda inputs: None
-    fastest: Callable[[Inputs], bool] = lambda inputs: False
+    why_not: Callable[[ProviderQuery], str | None] = lambda query: None
+    fastest: Callable[[ProviderQuery], bool] = lambda query: False
 
-    def refusal(self, inputs: Inputs) -> str | None:
-        """Returns why this provider cannot take such inputs here, or None."""
-        if self.devices and inputs.device.type not in self.devices:
-            return f"runs on {', '.join(self.devices)}, not on {inputs.device.type}"
-        return self.missing() or self.why_not(inputs)
+    def refusal(self, query: ProviderQuery) -> str | None:
+        """Returns why this provider cannot take such a query here, or None."""
+        if self.devices and query.device.type not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {query.device.type}"
+        return self.missing() or self.why_not(query)
 
 
-class Row(NamedTuple):
+class ProviderRow(NamedTuple):
     """A line of the table that `spear-fast info` prints."""
 
     op: str
@@ -128,22 +128,22 @@ def get(op: str, name: str) -> Provider:
     raise ValueError(f"{op} has no provider {name!r}; choose from {', '.join(names(op))}")
 
 
-def choose(op: str, inputs: Inputs) -> Callable:
-    """Returns the function that computes `op` for such inputs: the forced one, or the first that can."""
+def choose(op: str, query: ProviderQuery) -> Callable:
+    """Returns the function that computes `op` for such a query: the forced one, or the first that can."""
     global _forced
     if _forced is None:
         _forced = _parse(os.environ.get("SPEAR_FAST_PROVIDER", ""))
-    by_speed = sorted(_providers[op], key=lambda provider: not provider.fastest(inputs))
+    by_speed = sorted(_providers[op], key=lambda provider: not provider.fastest(query))
     candidates = [get(op, _forced[op])] if op in _forced else by_speed
     refusals = []
     for provider in candidates:
-        reason = provider.refusal(inputs)
+        reason = provider.refusal(query)
         if reason is None:
-            _chosen[op][inputs] = provider.function
+            _chosen[op][query] = provider.function
             return provider.function
         refusals.append(f"{provider.name}: {reason}")
     asked = "the provider asked for cannot" if op in _forced else "no provider can"
-    raise RuntimeError(f"{op} on {inputs.device.type} in {inputs.dtype}: {asked} compute it ({'; '.join(refusals)})")
+    raise RuntimeError(f"{op} on {query.device.type} in {query.dtype}: {asked} compute it ({'; '.join(refusals)})")
 
 
 def chosen(op: str) -> dict[tuple, Callable]:
@@ -167,10 +167,10 @@ def forced(setting: str) -> Iterator[None]:
             memory.clear()
 
 
-def available() -> list[Row]:
+def available() -> list[ProviderRow]:
     """Returns a row for each op and provider, with the reason where it cannot run on this machine."""
     return [
-        Row(op, provider.name, ", ".join(provider.devices) or "any", provider.missing())
+        ProviderRow(op, provider.name, ", ".join(provider.devices) or "any", provider.missing())
         for op, rows in _providers.items()
         for provider in rows
     ]

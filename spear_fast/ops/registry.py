@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from spear_fast.ops import ranges
+from spear_fast.ops import debug_ranges
 from spear_fast.ops.checks import refuse
-from spear_fast.ops.providers import Inputs, add_op, choose
+from spear_fast.ops.providers import ProviderQuery, add_op, choose
 
 LIBRARY = torch.library.Library("spear_fast", "DEF")
 
@@ -62,7 +62,7 @@ def define(
     """Defines `spear_fast::op`; returns the function that calls it with all of the schema's arguments, by position.
 
     schema: the dispatcher's, without the name; the first argument is a tensor.
-    check: raises ValueError unless the arguments fit each other; it looks at no numbers: those are for ranges.py.
+    check: raises ValueError unless the arguments fit each other; it looks at no numbers: those are for debug_ranges.py.
     fake: takes the same arguments, checked by it too, and returns empty tensors like the result.
     options: returns what a provider's `why_not` may want to know of the arguments, hashable.
     native: providers whose functions are registered from C++, each as an overload of the op.
@@ -71,11 +71,11 @@ def define(
 
     def run(first: Tensor, *others: Any) -> Any:
         check(first, *others)
-        ranges.check(op, first, *others)
-        # a plain tuple equals the Inputs it was remembered under, and is quicker to make
+        debug_ranges.check(op, first, *others)
+        # a plain tuple equals the ProviderQuery it was remembered under, and is quicker to make
         depends = () if options is None else options(first, *others)
-        inputs = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends
-        function = memory.get(inputs) or choose(op, Inputs(*inputs))
+        query = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends
+        function = memory.get(query) or choose(op, ProviderQuery(*query))
         if not autocasts(first.device.type):
             return function(first, *others)
         # the op's arguments say what it computes in, whatever its provider is made of

@@ -19,7 +19,7 @@ LANES = (8, 16, 32)
 ADVICE = "call .contiguous() when they are made"
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """How a call is cut up; csrc/cuda/plan.h computes the same in C++, and a test compares the two.
 
     lanes: of a row. rows: query rows of a block, at most. splits: chunks of the buffer. tiles: blocks that the query
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     partial: int
 
 
-def plan(sizes: tuple[int, ...], itemsize: int, aligned: bool) -> Plan:
+def plan(sizes: tuple[int, ...], itemsize: int, aligned: bool) -> LaunchPlan:
     """Returns how to cut up a call.
 
     sizes: utterances, beams, tokens, heads, groups, head_dim, buffer. itemsize: bytes of a number.
@@ -47,7 +47,7 @@ def plan(sizes: tuple[int, ...], itemsize: int, aligned: bool) -> Plan:
     splits, tiles = max(1, -(-buffer // CHUNK)), -(-all_rows // rows)
     partial = utterances * all_rows * groups * splits * (size + 2) if splits > 1 else 0
     lanes = next(lanes for lanes in LANES if lanes * 16 >= size * itemsize)
-    return Plan(lanes, rows, splits, tiles, utterances * groups * splits * tiles, partial)
+    return LaunchPlan(lanes, rows, splits, tiles, utterances * groups * splits * tiles, partial)
 
 
 def aligned(size: int, *tensors: Tensor) -> bool:

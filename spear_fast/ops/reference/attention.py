@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops.reference.decode_attention import rotate
-from spear_fast.ops.reference.philox import kept
+from spear_fast.ops.reference.philox import dropout_mask
 from spear_fast.ops.reference.ranges import check_offsets
 
 
@@ -57,7 +57,7 @@ def _heads_read(heads: int, kv_heads: int, modulo_heads: bool, device: torch.dev
     return head % kv_heads if modulo_heads else head // (heads // kv_heads)
 
 
-def _turn(x: Tensor, freqs: Tensor | None, sign: int = 1) -> Tensor:
+def _rotate(x: Tensor, freqs: Tensor | None, sign: int = 1) -> Tensor:
     if freqs is None:
         return x
     return rotate(x, freqs, sign * torch.arange(x.shape[1], device=x.device))
@@ -112,15 +112,15 @@ def attention(
 
     batch, length, heads, size = query.shape
     read = _heads_read(heads, key.shape[2], modulo_heads, query.device)
-    keys = _in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
+    keys = _in_front(null_key, _rotate(key, freqs))[:, :, read].transpose(1, 2)
     values = _in_front(null_value, value)[:, :, read].transpose(1, 2)
-    scores = (_turn(query, freqs) * size**-0.5).transpose(1, 2) @ keys.mT
+    scores = (_rotate(query, freqs) * size**-0.5).transpose(1, 2) @ keys.mT
     readable = _readable(batch, length, key.shape[1], key_mask, null_key is not None, causal, query)
     scores = scores.to(_precise(query.dtype))
     lse = scores.detach().masked_fill(~readable, -torch.inf).logsumexp(-1)
     weights = _softmax(scores, readable)
     if dropout > 0 and seed is not None:
-        weights = weights * kept(seed, weights.shape, dropout) / (1 - dropout)
+        weights = weights * dropout_mask(seed, weights.shape, dropout) / (1 - dropout)
     out = weights.to(query.dtype) @ values
     return out.transpose(1, 2).contiguous(), lse
 
@@ -172,15 +172,15 @@ def attention_backward(
     query, key, value, grad_out = (each.to(precise) for each in (query, key, value, grad_out))
     batch, length, heads, size = query.shape
     read = _heads_read(heads, key.shape[2], modulo_heads, query.device)
-    keys = _in_front(null_key, _turn(key, freqs))[:, :, read].transpose(1, 2)
+    keys = _in_front(null_key, _rotate(key, freqs))[:, :, read].transpose(1, 2)
     values = _in_front(null_value, value)[:, :, read].transpose(1, 2)
-    scaled = (_turn(query, freqs) * size**-0.5).transpose(1, 2)
+    scaled = (_rotate(query, freqs) * size**-0.5).transpose(1, 2)
     grad = grad_out.transpose(1, 2)
     readable = _readable(batch, length, key.shape[1], key_mask, null_key is not None, causal, query)
     weights = _softmax(scaled @ keys.mT, readable)
     share = torch.ones_like(weights)
     if dropout > 0 and seed is not None:
-        share = kept(seed, weights.shape, dropout).to(precise) / (1 - dropout)
+        share = dropout_mask(seed, weights.shape, dropout).to(precise) / (1 - dropout)
     grad_weights = grad @ values.mT * share
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
 
@@ -189,11 +189,11 @@ def attention_backward(
         summed = gradient.new_zeros(batch, key.shape[2], *gradient.shape[2:])
         return summed.index_add(1, read, gradient).transpose(1, 2)
 
-    grad_query = _turn((grad_scores @ keys * size**-0.5).transpose(1, 2), freqs, -1)
+    grad_query = _rotate((grad_scores @ keys * size**-0.5).transpose(1, 2), freqs, -1)
     grad_keys, grad_values = by_kv_head(grad_scores.mT @ scaled), by_kv_head((weights * share).mT @ grad)
     grad_null_key, grad_null_value = query.new_empty(0), query.new_empty(0)
     if null_key is not None:
         grad_null_key, grad_null_value = grad_keys[:, 0].sum(0), grad_values[:, 0].sum(0)
         grad_keys, grad_values = grad_keys[:, 1:], grad_values[:, 1:]
-    grads = grad_query, _turn(grad_keys, freqs, -1), grad_values, grad_null_key, grad_null_value
+    grads = grad_query, _rotate(grad_keys, freqs, -1), grad_values, grad_null_key, grad_null_value
     return tuple(each.to(dtype).contiguous() for each in grads)

@@ -9,7 +9,7 @@ from spear_fast.ops.reference.ranges import check_range
 
 
 def rotate(heads: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:
-    """Returns `heads` turned by their positions: the pair (2i, 2i + 1) by the angle `position * freqs[i]`.
+    """Returns `heads` rotated by their positions: the pair (2i, 2i + 1) by the angle `position * freqs[i]`.
 
     heads: `[..., heads, head_dim]`.
     freqs: `[head_dim / 2]`; angles are computed in float32, or in float64 where heads are.
@@ -70,8 +70,8 @@ def _attend_one(
         # unwritten memory may hold NaN, which a weight of zero does not remove
         return by_position[utterance, slots, position].masked_fill_(~valid[..., None, None], 0).transpose(2, 3)
 
-    turned = rotate(query, freqs, (lengths - 1).clamp(min=0)) * size**-0.5
-    scores = turned.unflatten(2, (groups, -1)) @ follow(cache_key).mT
+    rotated = rotate(query, freqs, (lengths - 1).clamp(min=0)) * size**-0.5
+    scores = rotated.unflatten(2, (groups, -1)) @ follow(cache_key).mT
     weights = _softmax(scores.masked_fill_(~valid[:, :, None, None], torch.finfo(scores.dtype).min))
     out = (weights @ follow(cache_value)).flatten(2, 3)
     return out.masked_fill_(lengths[..., None, None] == 0, 0)

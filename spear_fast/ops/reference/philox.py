@@ -45,7 +45,7 @@ def uniform(counter: tuple[Tensor, Tensor, Tensor, Tensor], seeds: Tensor) -> Te
     return ((first >> 5) * 2**26 + (second >> 6)).double() * 2.0**-53
 
 
-def kept(seed: Tensor, shape: tuple[int, ...], dropout: float) -> Tensor:
+def dropout_mask(seed: Tensor, shape: tuple[int, ...], dropout: float) -> Tensor:
     """Returns which attention weights dropout keeps, bool, of the shape `[rows, heads, length, keys]`.
 
     seed: `[]`, int64.

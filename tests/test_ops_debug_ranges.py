@@ -10,7 +10,7 @@ from ops_examples import EXAMPLES
 from ops_matrix import tensors_of
 from torch import Tensor
 
-from spear_fast.ops import providers, ranges
+from spear_fast.ops import debug_ranges, providers
 from spear_fast.ops.reference import ranges as reference
 from spear_fast.ops.selection_params import IntParam
 
@@ -104,11 +104,13 @@ def test_outside_of_the_range(op, options, index, spoil, said, debug, monkeypatc
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("op", sorted(ranges.RANGES))
+@pytest.mark.parametrize("op", sorted(debug_ranges.RANGES))
 def test_right_arguments_pass_in_debug_mode(op, monkeypatch):
     monkeypatch.setattr(reference, "DEBUG", True)
     seen = []
-    monkeypatch.setitem(ranges.RANGES, op, lambda *given, check=ranges.RANGES[op]: seen.append(check(*given)))
+    monkeypatch.setitem(
+        debug_ranges.RANGES, op, lambda *given, check=debug_ranges.RANGES[op]: seen.append(check(*given))
+    )
     arguments = EXAMPLES[op]()
     with providers.forced(f"{op}=reference"):
         results = getattr(torch.ops.spear_fast, op).default(*arguments)
@@ -117,10 +119,10 @@ def test_right_arguments_pass_in_debug_mode(op, monkeypatch):
 
 
 def test_every_op_with_ranges_is_tried():
-    assert {case[0] for case in WRONG} == set(ranges.RANGES)
+    assert {case[0] for case in WRONG} == set(debug_ranges.RANGES)
 
 
 def test_nothing_is_read_where_there_are_no_numbers(monkeypatch):
     monkeypatch.setattr(reference, "DEBUG", True)
     arguments = [each.to("meta") if isinstance(each, Tensor) else each for each in EXAMPLES["append_kv"]()]
-    ranges.check("append_kv", *arguments)
+    debug_ranges.check("append_kv", *arguments)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class Options(NamedTuple):
+class AttentionOptions(NamedTuple):
     """What a provider of `attention` may refuse, beside device, dtype and head size."""
 
     packed: bool = False
@@ -20,12 +20,12 @@ class Options(NamedTuple):
     dropout: bool = False
 
 
-def options_of(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Options:
+def options_of(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> AttentionOptions:
     """Returns the options of a call of `attention` with these arguments, by position."""
     key_mask, cu_query, _, _, _, null_key, _, freqs, causal, modulo_heads, dropout, _ = others
     kv_heads = key.shape[-2]
     grouped = kv_heads != query.shape[-2]
-    return Options(
+    return AttentionOptions(
         packed=cu_query is not None,
         masked=key_mask is not None,
         null=null_key is not None,
