@@ -39,7 +39,7 @@ class Work:
         return max(self.bytes / gbs, self.flops / gflops) / 1e9
 
     def bound(self, gbs: float, gflops: float) -> str:
-        return "bandwidth" if self.bytes / gbs >= self.flops / gflops else "products"
+        return "bandwidth" if self.bytes / gbs >= self.flops / gflops else "matmuls"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Case:
         return float(size * total)
 
     def step(self, generated: int, size: int = 2, *, shared: bool = True, distinct: int | None = None) -> Work:
-        """Returns the work of the step behind `generated` tokens of each hypothesis, over the longest sources.
+        """Returns the work of the step after `generated` tokens of each hypothesis, over the longest sources.
 
         size: bytes of a number. shared: cross-attention's keys and values are read once for all beams of an utterance
         and no cache is moved; otherwise once a beam, and every cache is copied. distinct: (position, ancestor) pairs of
@@ -237,7 +237,7 @@ EQUAL_ROWS = {(128, 5): (640, 1)}
 
 
 def step_cases() -> list[Case]:
-    """Returns the cases of single steps, the most telling first; each greedy one in front of the beam search."""
+    """Returns the cases of single steps, the most telling first; each greedy one before the beam search."""
     found = [replace(_TINY, name=f"step tiny {b}x{k}", batch=b, beam=k, tokens=60) for b, k in ((6, 1), (2, 3))]
     found += [
         replace(CASES[name], name=f"step {name}", peers=(), wanted={}) for name in ("b32-beam4", "b8-beam4", "b1-beam4")

@@ -1,4 +1,4 @@
-"""The gate in front of every time: what is to be timed must first give the right numbers, by the tests' own rule."""
+"""The gate before every time: what is to be timed must first give the right numbers, by the tests' own rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Gate:
 
     case: OpCase
     truths: Sequence[Tensor]
-    yardsticks: Sequence[Tensor]
+    plain: Sequence[Tensor]
 
     @classmethod
     def of(cls, case: OpCase, arguments: Sequence[Any]) -> Gate:
@@ -36,16 +36,16 @@ class Gate:
         """
         worst: dict[str, float | None] = {"max_error": None, "allowed_error": None}
         for i, result in enumerate(results):
-            truth, yardstick = self.truths[i], self.yardsticks[i]
-            plain = self.case.outputs if self.case.gradients else len(self.truths)
-            factor = VALUES if i < (plain or 1) else GRADIENTS
+            truth, baseline = self.truths[i], self.plain[i]
+            values = self.case.outputs if self.case.gradients else len(self.truths)
+            factor = VALUES if i < (values or 1) else GRADIENTS
             # only what the definition's dtype differs in: a baseline may return losses in the tested dtype
-            assert_within(result.to(yardstick.dtype), truth, yardstick, factor=factor, what=f"result {i}")
+            assert_within(result.to(baseline.dtype), truth, baseline, factor=factor, what=f"result {i}")
             if not truth.is_floating_point() or not truth.numel():
                 continue
             difference = (result.double() - truth).nan_to_num(0.0, 0.0, 0.0).abs().max().item()
             if worst["max_error"] is None or difference > worst["max_error"]:
-                allowed = allowed_error(truth, yardstick, factor=factor)
+                allowed = allowed_error(truth, baseline, factor=factor)
                 worst = {"max_error": difference, "allowed_error": allowed}
         return worst
 

@@ -65,13 +65,13 @@ def of_commits(chosen: argparse.Namespace, options: Sequence[str]) -> tuple[list
     found: dict[str, list[rowfile.Row]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="spear-fast-compare-") as folder:
         new = checkout(chosen.commits[0], Path(folder, "new")) if len(chosen.commits) == 2 else REPOSITORY
-        places = dict(zip(SIDES, (new, checkout(chosen.commits[-1], Path(folder, "old"))), strict=True))
+        folders = dict(zip(SIDES, (new, checkout(chosen.commits[-1], Path(folder, "old"))), strict=True))
         try:
             for i in range(chosen.rounds):
                 for side in SIDES if i % 2 == 0 else reversed(SIDES):
                     out = Path(folder, f"{side}-{i}.jsonl")
                     command = [sys.executable, "-m", "benchmarks", "op", *options, "--without-baselines", "--out", out]
-                    subprocess.run(command, cwd=places[side], check=True, stdout=subprocess.DEVNULL)
+                    subprocess.run(command, cwd=folders[side], check=True, stdout=subprocess.DEVNULL)
                     # by the name that both sides know: what each chooses by itself, or the provider's own
                     found[side] += [
                         {**row, "what": what}
@@ -79,14 +79,14 @@ def of_commits(chosen: argparse.Namespace, options: Sequence[str]) -> tuple[list
                         for what in [row["variant"], *(["automatic"] if row["automatic"] else [])]
                     ]
         finally:
-            for place in places.values():
-                if place != REPOSITORY:
-                    _git("worktree", "remove", "--force", str(place))
+            for checked_out in folders.values():
+                if checked_out != REPOSITORY:
+                    _git("worktree", "remove", "--force", str(checked_out))
     return found["first"], found["second"]
 
 
 def checkout(commit: str, folder: Path) -> Path:
-    """Returns a worktree of a commit with its extension built and this checkout's harness in place of its own."""
+    """Returns a worktree of a commit with its extension built and this checkout's harness instead of its own."""
     _git("worktree", "add", "--detach", str(folder), commit)
     for name in ("benchmarks", "tests"):
         shutil.rmtree(folder / name, ignore_errors=True)

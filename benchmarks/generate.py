@@ -6,7 +6,7 @@ First the gate: in float32 ours must give the reference's tokens, for the whole 
 first utterances; where the reference package is not installed, those of the plain-torch ops; and the engine those of
 the standard search. Then all run in turn. Tokens are those of the returned hypothesis; encoding the source is inside
 the time. Nobody ends early: a text is as long as its case says. Where texts differ in length, ours end by a limit of
-their own, in the engine one by one and in the others as a batch, and CTranslate2's by an end of sequence at that place.
+their own, in the engine one by one and in the others as a batch, and CTranslate2's by an end of sequence there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def equal_tokens(generation: Generation) -> float:
 def equal_in_engine(generation: Generation) -> float:
     """Returns the share of the engine's tokens that are those of the standard search, each utterance on its own.
 
-    Where utterances differ in length the engine has half the places, so that others' places are taken.
+    Where utterances differ in length the engine has half the slots, so that slots are taken over.
     """
     rows = list(range(generation.case.batch))[:CHECKED_OF_ENGINE]
     slots = -(-len(rows) // 2) if generation.case.ends else len(rows)
@@ -136,7 +136,7 @@ def measure(
     versions = {name: version(name) for name in sorted({DISTRIBUTIONS[peer] for peer in others})}
     tokens, size = sum(generation.texts), torch.finfo(dtype).bits // 8
     flops, read = case.flops(), case.bytes(size)
-    floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
+    floors = {"matmuls": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
     bound = max(floors, key=lambda name: floors[name])
     chosen, rows = providers(device, dtype, case.head_dim), []
     for name, times in seconds.items():
@@ -152,7 +152,7 @@ def measure(
             "gflops": round(flops / spread["p50"] / 1e9, 2),
             "gbs": round(read / spread["p50"] / 1e9, 2),
             "bound": bound,
-            "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
+            "percent_of_roofline": round(100 * floors[bound] / spread["p50"], 1),
             "limit": {key: round(value, 1) for key, value in machine.items()},
             "equal_tokens": equal["engine" if name == ENGINE else "generate"],
             "providers": chosen,
@@ -174,7 +174,7 @@ def measure(
             for peer, times in case.wanted.items()
             if peer in row["times"] and (peer == CTRANSLATE2_INT8) == (name == ENGINE_INT8)
         }
-        # in batches of mixed lengths, utterances go on until the last one's end: the engine is what is aimed with
+        # in batches of mixed lengths, utterances run until the last one's end: the engine is what is aimed with
         if wanted and name not in others and (name in (ENGINE, ENGINE_INT8) or not case.ends):
             row |= {"wanted": wanted, "reached": all(row["times"][peer]["p50"] >= wanted[peer] for peer in wanted)}
         rows.append(rowfile.finished(row))
@@ -203,7 +203,7 @@ def measure_memory(case: Case, variant: str, device: torch.device, dtype: torch.
 def table(rows: Sequence[rowfile.Row]) -> str:
     """Returns the rows as a Markdown table."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row["times"]))
-    header = ("case", "variant", "p20 / p50 / p80", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "")
+    header = ("case", "variant", "p20 / p50 / p80", "tokens/s", "of the roofline", *(f"× {peer}" for peer in peers), "")
     return rowfile.table(header, (_line(row, peers) for row in rows))
 
 
@@ -218,7 +218,7 @@ def _line(row: rowfile.Row, peers: Sequence[str]) -> list[str]:
         row["variant"],
         " / ".join(rowfile.seconds(row[name]) for name in ("p20", "p50", "p80")),
         f"{row['tokens_per_second']:.0f}",
-        f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+        f"{row['percent_of_roofline']:.0f} % ({row['bound']})",
         *(f"{row['times'][peer]['p50']:.2f}" if peer in row["times"] else "" for peer in peers),
         said,
     ]
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", action="store_true", help="CTranslate2 and transformers too, beside the reference")
     parser.add_argument("--engine-only", action="store_true", help="of our own ways the engine alone")
-    parser.add_argument("--memory", action="store_true", help="the most memory held in place of the time")
+    parser.add_argument("--memory", action="store_true", help="the most memory held instead of the time")
     add_common(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(given)

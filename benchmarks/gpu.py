@@ -27,14 +27,14 @@ from benchmarks import rows as rowfile
 from benchmarks.machine import CPU, REPOSITORY, RESULTS, device_name, slug
 from benchmarks.readme import tables
 
-# seconds for everything, and those of them that are kept for the plots and the summary
+# seconds for everything, and those of them that are reserved for the plots and the summary
 BUDGET, LAST = 520.0, 20.0
 # the CUDA kernels' values and what only a device shows; a graph cannot be captured without torch's cache of memory
 MEMCHECKED = (
     "tests/test_gpu_ops.py", "tests/test_ops_values.py", "tests/test_ops_selection.py",
     "-k", "cuda and (float32 or gpu_ops) and not reference and not triton and not graph",
 )  # fmt: skip
-# every tensor then is an allocation of its own, so that what is read behind its end is seen
+# every tensor then is an allocation of its own, so that what is read past its end is seen
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -154,11 +154,11 @@ def run_stage(stage: Stage, limit: float, log: Path) -> str:
     return "done" if status == 0 else f"failed ({status})"
 
 
-def run(todo: Sequence[Stage], budget: float, log: Path) -> list[dict]:
-    """Runs stages one by one within the budget; returns a record of each: name, seconds, result."""
+def run(todo: Sequence[Stage], limit: float, log: Path) -> list[dict]:
+    """Runs stages one by one within the time; returns a record of each: name, seconds, result."""
     began, records = time.monotonic(), []
     for stage in todo:
-        left = budget - (time.monotonic() - began)
+        left = limit - (time.monotonic() - began)
         if left < 5:
             records.append({"stage": stage.name, "seconds": 0.0, "result": "not begun"})
             continue

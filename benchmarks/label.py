@@ -2,9 +2,9 @@
 
     python -m benchmarks label --peers
 
-A rate is in times real time, and in GPU-hours for 60,000 hours of speech; encoding is inside. The limit is that of the
-decoding steps alone, by the roofline. Peers take long, so that they decode a few tokens only, to two lengths, and the
-rest is taken to go on like the steps between these: steps get slower as texts grow, which favours them. Each runs at
+A rate is in times real time, and in GPU-hours for 60,000 hours of speech; encoding is inside. The roofline is that of
+the decoding steps alone. Peers take long, so that they decode a few tokens only, to two lengths, and the
+rest is extrapolated from the steps between these: steps get slower as texts grow, which favours them. Each runs at
 the reference's batch of 4, and at the largest batch that fits, where memory too is taken to grow like between the two.
 """
 
@@ -58,7 +58,7 @@ def ours(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype, q
     """Returns the engine's row of a job."""
     check_engine(case, device)
     decode = Generation(case, device, dtype, reference=False).by_engine()
-    # steps are recorded and buffers grow in the first run; a job of ten thousands of hours hardly has any of it
+    # steps are captured and buffers grow in the first run; a job of ten thousands of hours hardly has any of it
     decode()
     machine = limits(device, dtype, quick=quick)
     if device.type == "cuda":
@@ -69,7 +69,7 @@ def ours(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype, q
     row |= {
         "rounds": rounds,
         "floor": float(f"{floor:.4g}"),
-        "percent_of_limit": round(100 * floor / spread["p50"], 1),
+        "percent_of_roofline": round(100 * floor / spread["p50"], 1),
         "limit": {key: round(value, 1) for key, value in machine.items()},
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "versions": {},
@@ -191,7 +191,17 @@ def measured_before(case: Case, where: Where) -> rowfile.Row | None:
 
 def table(rows: Sequence[rowfile.Row]) -> str:
     """Returns the rows as a Markdown table."""
-    header = ("job", "by", "batch", "time", "× real time", "GPU-hours for 60,000 h", "of the limit", "engine's ×", "")
+    header = (
+        "job",
+        "by",
+        "batch",
+        "time",
+        "× real time",
+        "GPU-hours for 60,000 h",
+        "of the roofline",
+        "engine's ×",
+        "",
+    )
     return rowfile.table(header, map(line, rows))
 
 
@@ -206,7 +216,7 @@ def line(row: rowfile.Row) -> list[str]:
         rowfile.seconds(row["p50"]) + few,
         f"{row['times_real_time']:.4g}",
         f"{row['hours_for_60000']:.4g}",
-        f"{row['percent_of_limit']:.0f} %" if "percent_of_limit" in row else "",
+        f"{row['percent_of_roofline']:.0f} %" if "percent_of_roofline" in row else "",
         f"{row['engine_times']:.4g}" if "engine_times" in row else "",
         f"{wanted}: {'reached' if row['reached'] else '**missed**'}" if wanted else "",
     ]

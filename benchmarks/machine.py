@@ -110,7 +110,7 @@ def environment(device: torch.device = CPU) -> dict[str, Any]:
 
 @functools.cache
 def last_level_cache(device: torch.device) -> int:
-    """Returns the bytes of the largest cache in front of the device's memory."""
+    """Returns the bytes of the largest cache before the device's memory."""
     if device.type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or LAST_LEVEL_CACHE
     sizes = [LAST_LEVEL_CACHE]
@@ -140,7 +140,7 @@ def _best(run: Callable[[], Any], device: torch.device, times: int = 5) -> float
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Returns the floating-point operations a second of a large product of random matrices."""
+    """Returns the floating-point operations a second of a large matmul of random matrices."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out), device)
@@ -155,7 +155,7 @@ def copy_rate(device: torch.device, size: int) -> float:
 
 @functools.cache
 def limits(device: torch.device = CPU, dtype: torch.dtype = torch.float32, *, quick: bool = False) -> dict[str, float]:
-    """Returns what this machine reaches now: `gflops` of a large product in `dtype`, `gbs` of a large copy.
+    """Returns what this machine reaches now: `gflops` of a large matmul in `dtype`, `gbs` of a large copy.
 
     quick: small sizes, for tests of the machinery; the numbers then mean little.
     """

@@ -1,4 +1,4 @@
-"""Times the ops: every provider that can run here beside what plain torch does instead, by a share of the limit.
+"""Times the ops: every provider that can run here beside what plain torch does instead, by a share of the roofline.
 
     python -m benchmarks op --ops decode_cross_attention rms_norm --threads 2
 
@@ -112,10 +112,10 @@ def _copies(arguments: Sequence[Any], cache: str, device: torch.device, consumed
 def _variant(case: OpCase, candidate: Candidate, copies: Sequence[Sequence[Any]]) -> Variant:
     restore = None
     if case.consumed:
-        kept = [[copy[i].clone() for i in case.consumed] for copy in copies]
+        originals = [[copy[i].clone() for i in case.consumed] for copy in copies]
 
         def restore() -> None:
-            for copy, saved in zip(copies, kept, strict=True):
+            for copy, saved in zip(copies, originals, strict=True):
                 for i, value in zip(case.consumed, saved, strict=True):
                     copy[i].copy_(value)
 

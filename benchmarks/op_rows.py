@@ -1,4 +1,4 @@
-"""What is said of an op's times: rows with the share of the limit and of the baseline, and a table of them."""
+"""What is said of an op's times: rows with the share of the roofline and of the baseline, and a table of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Settings:
     """device, dtype: what to measure on and in. caches: of CACHES. seconds: for each case and cache.
 
     providers: names to which the op's providers are limited. baselines: whether they are measured too.
-    quick: few samples, and limits of the machine by small products: for tests of the machinery.
+    quick: few samples, and limits of the machine by small matmuls: for tests of the machinery.
     """
 
     device: torch.device
@@ -56,7 +56,7 @@ def rows_of(
     size = torch.finfo(dtype).bits // 8
     machine = limits(device, dtype, quick=settings.quick)
     read, flops = case.bytes(size), case.flops
-    floors = {"products": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
+    floors = {"matmuls": flops / machine["gflops"] / 1e9, "bandwidth": read / machine["gbs"] / 1e9}
     bound = max(floors, key=lambda name: floors[name])
     rivals = [name for name in case.against if name in found]
     rival = min(rivals, key=lambda name: quantile(found[name], 0.5)) if rivals else None
@@ -81,7 +81,7 @@ def rows_of(
             "gbs": round(read / spread["p50"] / 1e9, 3),
             "tflops": round(flops / spread["p50"] / 1e12, 5),
             "bound": bound,
-            "percent_of_limit": round(100 * floors[bound] / spread["p50"], 1),
+            "percent_of_roofline": round(100 * floors[bound] / spread["p50"], 1),
             "limit": {key: round(value, 1) for key, value in machine.items()},
             **candidate.error,
             "baseline": rival,
@@ -104,13 +104,23 @@ def _reached(row: rowfile.Row, wanted: dict[str, float] | Any) -> bool:
     if "times" in wanted:
         return row["times_baseline"]["p50"] >= wanted["times"]
     if "percent" in wanted:
-        return row["percent_of_limit"] >= wanted["percent"]
+        return row["percent_of_roofline"] >= wanted["percent"]
     return row["p50"] <= wanted["seconds"]
 
 
 def table(rows: Sequence[rowfile.Row]) -> str:
     """Returns the rows as a Markdown table, slower ones too."""
-    header = ("case", "by", "dtype, cache", "p20 / p50 / p80", "GB/s", "TFLOP/s", "of the limit", "error", "× baseline")
+    header = (
+        "case",
+        "by",
+        "dtype, cache",
+        "p20 / p50 / p80",
+        "GB/s",
+        "TFLOP/s",
+        "of the roofline",
+        "error",
+        "× baseline",
+    )
     return rowfile.table(header, (_line(row) for row in rows))
 
 
@@ -126,7 +136,7 @@ def _line(row: rowfile.Row) -> tuple[str, ...]:
         " / ".join(rowfile.seconds(row[name]) for name in ("p20", "p50", "p80")),
         f"{row['gbs']:.1f}",
         f"{row['tflops']:.3g}",
-        f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+        f"{row['percent_of_roofline']:.0f} % ({row['bound']})",
         "" if row.get("max_error") is None else f"{row['max_error']:.1e}",
         said,
     )

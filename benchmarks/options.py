@@ -38,7 +38,7 @@ class DeviceLostError(RuntimeError):
     """The device no longer answers this process. done: how many cases were begun."""
 
     def __init__(self, done: int) -> None:
-        super().__init__(f"the device no longer answers, behind case {done}.")
+        super().__init__(f"the device no longer answers, after case {done}.")
         self.done = done
 
 
@@ -55,7 +55,7 @@ def device_lost(device: torch.device) -> bool:
 
 def in_fresh_process(command: str, arguments: Sequence[str], skip: int, where: Where) -> int:
     """Runs a command again without its first `skip` cases, in the time that is left; returns 1: one has failed."""
-    print(f"the device no longer answers: going on in a fresh process behind case {skip}", flush=True)
+    print(f"the device no longer answers: a fresh process continues after case {skip}", flush=True)
     more = ["--skip", str(skip)]
     if where.remaining() is not None:
         more += ["--limit", f"{where.remaining():.1f}"]

@@ -1,4 +1,4 @@
-"""The reference package's model of a case beside ours; it is loaded as the tests load it, behind four stubs."""
+"""The reference package's model of a case beside ours; it is loaded as the tests load it, with four stubs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.cases import Case
 from benchmarks.machine import CPU
 
 # what makes each part of a layer count, and tokens depend on the source and on those before; with larger matrices,
-# softmaxes one behind the other make so much of a rounding that equally good computations part
+# softmaxes in a row make so much of a rounding that equally good computations part
 MATRICES, EMBEDDINGS = 2.0, 0.12
 
 

@@ -1,4 +1,4 @@
-"""Draws rows: a roofline for each op with its candidates on it, bars of their share of the limit, and generation.
+"""Draws rows: a roofline for each op with its candidates on it, bars of their share of it, and generation.
 
 python -m benchmarks plots benchmarks/results --out build/plots
 """
@@ -85,7 +85,7 @@ def _panel(rows: Sequence[rowfile.Row], benchmark: str, title: str) -> dict[str,
 
 
 def _variants(rows: Sequence[rowfile.Row]) -> dict[str, int]:
-    """Returns each candidate's colour, providers in front."""
+    """Returns each candidate's colour, providers first."""
     ordered = sorted(rows, key=lambda row: row.get("kind") != "provider")
     return {name: i % COLOURS for i, name in enumerate(dict.fromkeys(row["variant"] for row in ordered))}
 
@@ -113,21 +113,19 @@ def _roofline(axis: Any, rows: Sequence[rowfile.Row]) -> None:
 def _bars(axis: Any, rows: Sequence[rowfile.Row], value: str, label: str) -> None:
     colours = _variants(rows)
     cases = list(dict.fromkeys((row["case"], row.get("mode", "")) for row in rows))
-    place, ticks, names = 0.0, [], []
+    y, ticks, names = 0.0, [], []
     shown: set[str] = set()
     for case in cases:
-        first = place
+        first = y
         for row in rows:
             if (row["case"], row.get("mode", "")) == case:
                 name = row["variant"]
-                axis.barh(
-                    place, row[value], height=0.9, color=f"C{colours[name]}", label=None if name in shown else name
-                )
+                axis.barh(y, row[value], height=0.9, color=f"C{colours[name]}", label=None if name in shown else name)
                 shown.add(name)
-                place += 1
-        ticks.append((first + place - 1) / 2)
+                y += 1
+        ticks.append((first + y - 1) / 2)
         names.append(case[0].removeprefix(f"{rows[0].get('op', '')} ") + (" +backward" if "+" in case[1] else ""))
-        place += 0.8
+        y += 0.8
     axis.set_yticks(ticks, names, fontsize="x-small")
     axis.invert_yaxis()
     axis.set_xlabel(label)
@@ -135,7 +133,7 @@ def _bars(axis: Any, rows: Sequence[rowfile.Row], value: str, label: str) -> Non
 
 
 def _shares(axis: Any, rows: Sequence[rowfile.Row]) -> None:
-    _bars(axis, rows, "percent_of_limit", "percent of the limit")
+    _bars(axis, rows, "percent_of_roofline", "percent of the roofline")
 
 
 def _rates(axis: Any, rows: Sequence[rowfile.Row]) -> None:
@@ -145,15 +143,15 @@ def _rates(axis: Any, rows: Sequence[rowfile.Row]) -> None:
 def _stacked(axis: Any, rows: Sequence[rowfile.Row]) -> None:
     """What each kernel takes of a step, the slowest first, in percent of the step; a line where the roofline is."""
     names = list(dict.fromkeys(each["name"] for row in rows for each in row["kernels"][:KERNELS]))
-    for place, row in enumerate(rows):
+    for y, row in enumerate(rows):
         step, done = 1e6 * row["p50"], 0.0
         for each in row["kernels"][:KERNELS]:
             share = 100 * each["us"] / step
-            axis.barh(place, share, left=done, height=0.8, color=f"C{names.index(each['name']) % COLOURS}")
+            axis.barh(y, share, left=done, height=0.8, color=f"C{names.index(each['name']) % COLOURS}")
             done += share
         rest = max(0.0, 100 * row["busy_us"] / step - done)
-        axis.barh(place, rest, left=done, height=0.8, color="lightgray")
-        axis.plot([row["percent_of_limit"]] * 2, [place - 0.4, place + 0.4], color="black")
+        axis.barh(y, rest, left=done, height=0.8, color="lightgray")
+        axis.plot([row["percent_of_roofline"]] * 2, [y - 0.4, y + 0.4], color="black")
     for i, name in enumerate(names[:COLOURS]):
         axis.barh(0, 0, color=f"C{i}", label=name[:40])
     labels = [f"{row['case'].removeprefix('step ')}, {rowfile.seconds(row['p50'])}" for row in rows]

@@ -76,11 +76,11 @@ def _generation(rows: Sequence[rowfile.Row]) -> list[str]:
             row["variant"],
             rowfile.seconds(row["p50"]),
             f"{row['tokens_per_second']:.0f}",
-            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{row['percent_of_roofline']:.0f} % ({row['bound']})",
             *(f"{row['times'][peer]['p50']:.2f}" if peer in row["times"] else "" for peer in peers),
             _figure(row, lambda peer, times: f"{times:g} × {peer}"),
         ))  # fmt: skip
-    header = ("generation", "by", "time", "tokens/s", "of the limit", *(f"× {peer}" for peer in peers), "aim")
+    header = ("generation", "by", "time", "tokens/s", "of the roofline", *(f"× {peer}" for peer in peers), "aim")
     return [rowfile.table(header, lines)]
 
 
@@ -92,15 +92,15 @@ def _steps(rows: Sequence[rowfile.Row]) -> list[str]:
         kernels = [f"`{each['name'][:NAME]}` {each['us']:.0f}" for each in row["kernels"][:KERNELS]]
         lines.append((
             f"{shape['dim']}×{shape['target_layers']}, B {shape['batch']}, S {shape['source']}, beam {shape['beam']}, "
-            f"behind {row['generated']} tokens, {row['dtype']}",
+            f"after {row['generated']} tokens, {row['dtype']}",
             f"{step:.0f}",
-            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{row['percent_of_roofline']:.0f} % ({row['bound']})",
             f"{row['times_greedy']:.2f}" if "times_greedy" in row else "",
             ", ".join(kernels) or "",
             f"{max(0.0, step - row['busy_us']):.0f}",
             _figure(row, lambda name, value: f"{value:g} %" if name == "percent" else f"{value:g} × greedy"),
         ))  # fmt: skip
-    header = ("decoding step", "µs", "of the limit", "× greedy, a row", "µs of kernels", "µs between", "aim")
+    header = ("decoding step", "µs", "of the roofline", "× greedy, a row", "µs of kernels", "µs between", "aim")
     return [rowfile.table(header, lines)] if lines else []
 
 
@@ -135,11 +135,11 @@ def _ops(rows: Sequence[rowfile.Row]) -> list[str]:
             row["mode"],
             row["variant"],
             rowfile.seconds(row["p50"]),
-            f"{row['percent_of_limit']:.0f} % ({row['bound']})",
+            f"{row['percent_of_roofline']:.0f} % ({row['bound']})",
             ratio,
             _figure(row, _aim),
         ))  # fmt: skip
-    header = ("op, shape", "", "by", "time", "of the limit", "as fast as", "aim")
+    header = ("op, shape", "", "by", "time", "of the roofline", "as fast as", "aim")
     return [rowfile.table(header, lines)] if lines else []
 
 
@@ -160,12 +160,12 @@ def _training(rows: Sequence[rowfile.Row]) -> list[str]:
         )
         for row in _of(rows, "train")
     ]
-    header = ("training step", "by", "time", "tokens/s", "of the product limit", "memory", "× reference")
+    header = ("training step", "by", "time", "tokens/s", "of the matmul limit", "memory", "× reference")
     return [rowfile.table(header, lines)] if lines else []
 
 
 def written(text: str, folder: Path = RESULTS) -> str:
-    """Returns the README with the tables in their place.
+    """Returns the README with the tables between its markers.
 
     Raises ValueError where the markers are missing.
     """

@@ -9,6 +9,10 @@ from typing import Any
 
 Row = dict[str, Any]
 
+# what rows of earlier versions call a key or a bound
+RENAMED_KEYS = {"percent_of_limit": "percent_of_roofline"}
+RENAMED_BOUNDS = {"products": "matmuls"}
+
 # what makes two rows measurements of the same thing; `key` adds the commit
 IDENTITY = ("benchmark", "device", "threads", "case", "mode", "dtype", "cache", "variant")
 
@@ -19,7 +23,7 @@ def identity(row: Row) -> str:
 
 
 def finished(row: Row) -> Row:
-    """Returns the row with its key in front: unique in what was measured, where, and at which commit."""
+    """Returns the row with its key first: unique in what was measured, where, and at which commit."""
     return {"key": f"{identity(row)} | {row['commit']}", **row}
 
 
@@ -37,9 +41,16 @@ def read(path: Path) -> list[Row]:
     found: dict[str, Row] = {}
     for line in path.read_text().splitlines():
         if line.strip():
-            row = json.loads(line)
+            row = _renamed(json.loads(line))
             found[identity(row)] = row
     return list(found.values())
+
+
+def _renamed(row: Row) -> Row:
+    row = {RENAMED_KEYS.get(name, name): value for name, value in row.items()}
+    if "bound" in row:
+        row["bound"] = RENAMED_BOUNDS.get(row["bound"], row["bound"])
+    return row
 
 
 def read_all(folder: Path) -> dict[str, list[Row]]:

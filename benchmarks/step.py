@@ -6,7 +6,7 @@ The whole batch is decoded twice, to a few tokens and to more; what the longer o
 Its kernels, by torch's profiler, are told apart from the encoder's in the same way; on the CPU, where the profiler's
 own work is in them, they are torch's operators, and what one call does in C++ is not told apart. First the gate of
 generation, for a few utterances. The roofline is `Case.step`: weights and every cache read once, at what this machine's
-memory and products reached just before. Beam search stands beside greedy decoding of as many rows, each an utterance of
+memory and matmuls reached just before. Beam search stands beside greedy decoding of as many rows, each an utterance of
 its own.
 """
 
@@ -143,7 +143,7 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
         "per_row": float(f"{spread['p50'] / (case.batch * case.beam):.4g}"),
         "floor": float(f"{floor:.4g}"),
         "bound": work.bound(machine["gbs"], machine["gflops"]),
-        "percent_of_limit": round(100 * floor / spread["p50"], 1),
+        "percent_of_roofline": round(100 * floor / spread["p50"], 1),
         "bytes": {name: getattr(work, name) for name in ("weights", "own", "cross", "selection")},
         "flops": work.flops,
         "kernels": [
@@ -159,7 +159,7 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
     }
     percent = STEPS.get((case.batch, case.beam))
     if percent is not None:
-        row |= {"wanted": {"percent": percent}, "reached": row["percent_of_limit"] >= percent}
+        row |= {"wanted": {"percent": percent}, "reached": row["percent_of_roofline"] >= percent}
     return rowfile.finished(row)
 
 
@@ -180,8 +180,8 @@ def beside_greedy(row: rowfile.Row, earlier: Sequence[rowfile.Row]) -> rowfile.R
 
 def report(row: rowfile.Row) -> str:
     """Returns a row in words and its kernels as a Markdown table."""
-    said = f"{row['case']}, {row['dtype']}, behind {row['generated']} tokens: {rowfile.seconds(row['p50'])} a step, "
-    said += f"{row['percent_of_limit']:.0f} % of the roofline's {rowfile.seconds(row['floor'])} ({row['bound']})"
+    said = f"{row['case']}, {row['dtype']}, after {row['generated']} tokens: {rowfile.seconds(row['p50'])} a step, "
+    said += f"{row['percent_of_roofline']:.0f} % of the roofline's {rowfile.seconds(row['floor'])} ({row['bound']})"
     if "times_greedy" in row:
         said += f", {row['times_greedy']:.2f} times as fast as greedy decoding for each row"
     if "wanted" in row:

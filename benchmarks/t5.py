@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.machine import CPU
 
-# the special tokens in front of the vocabulary
+# the special tokens before the vocabulary
 PAD, EOS, UNKNOWN = 0, 1, 2
 SPECIAL = 3
 # weight of what comes next for certain, where logits may be divided by the root of the dimension
@@ -100,7 +100,7 @@ def asking(case: Case, ends: Sequence[int], lengths: Sequence[int]) -> list[list
 
 
 def translator(model: Any, compute_type: str, device: str, threads: int) -> tuple[Any, list[str]]:
-    """Returns CTranslate2's `Translator` of a T5, converted in place, and its vocabulary."""
+    """Returns CTranslate2's `Translator` of a T5, converted on the spot, and its vocabulary."""
     import ctranslate2
     from ctranslate2.converters.transformers import T5Loader
 

@@ -140,10 +140,10 @@ def _captured(run: Callable[[], None], variant: Variant) -> Callable[[], None] |
 def quantile(values: Sequence[float], share: float) -> float:
     """Returns the quantile by linear interpolation."""
     ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
+    position = share * (len(ordered) - 1)
+    low = int(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def test_an_attention_that_is_a_little_wrong_is_not_timed(op):
 
 
 def test_in_mixed_batches_the_engine_is_what_is_aimed_with(monkeypatch):
-    """Others go on until the last one of a batch has ended."""
+    """Others run until the last one of a batch has ended."""
     monkeypatch.setattr(variants, "apart", lambda *arguments: lambda: None)
     for name, aiming in (("tiny", {OURS, STANDARD, ENGINE}), ("tiny-mixed", {ENGINE})):
         case = replace(CASES[name], peers=(CTRANSLATE2,), wanted={CTRANSLATE2: 1e9})

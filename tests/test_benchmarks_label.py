@@ -1,4 +1,4 @@
-"""The labelling job: rates are of whole clips, peers go on as they began, what would not fit is left out."""
+"""The labelling job: rates are of whole clips, peers are extrapolated, what would not fit is left out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_largest_batch_is_that_which_would_still_fit_at_the_end():
             raise torch.OutOfMemoryError
         return Extrapolated(batch, 16, (1.0, 1.0), (batch * 9.0, batch * 10.0))
 
-    # ten bytes for each of a batch behind 16 tokens, and an eighth more with every token
+    # ten bytes for each of a batch after 16 tokens, and an eighth more with every token
     assert [found.batch for found in that_fit(measure, 16, 1e9, (4, 16, 64, 256))] == [4, 16, 64]
     assert [found.batch for found in that_fit(measure, 300, 16 * 45.5, (4, 16, 64, 256))] == [4, 16]
     assert list(that_fit(measure, 300, 16 * 45.5, (64,))) == []

@@ -1,4 +1,4 @@
-"""Where a kernel takes the device with it, a benchmark goes on behind its case in a process of its own."""
+"""Where a kernel takes the device with it, a benchmark continues after its case in a process of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_rest_runs_in_a_fresh_process(name, options, left, tmp_path, monkeyp
     assert cli.main(["bench", name, *given]) == 1
     (file,) = tmp_path.glob("*.jsonl")
     assert {row["op"] if name == "op" else row["case"] for row in rows.read(file)} == left
-    assert "going on in a fresh process behind case 1" in capfd.readouterr().out
+    assert "a fresh process continues after case 1" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -52,7 +52,7 @@ def test_a_lost_device_ends_the_process_work_and_hands_over_what_is_left(name, m
     given = ["--set", "tiny", "--device", "cpu", "--limit", "50"]
     assert cli.main(["bench", name, *given]) == 1
     assert handed == [(name, 1, given, 50.0)]
-    # and behind the last case there is nothing to do
+    # and after the last case there is nothing to do
     assert cli.main(["bench", name, *given, "--skip", "1000"]) == 0
 
 

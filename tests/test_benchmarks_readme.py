@@ -29,9 +29,9 @@ def test_tables_are_of_devices_with_rows_and_name_what_was_missed(tmp_path):
         for row in found
     ]  # fmt: skip
     rows.append(tmp_path / "a.jsonl", missed)
-    text = readme.written(f"before {readme.BEGIN} old {readme.END} behind", tmp_path)
+    text = readme.written(f"before {readme.BEGIN} old {readme.END} after", tmp_path)
     assert text.startswith("before ")
-    assert text.endswith(" behind")
+    assert text.endswith(" after")
     assert "old" not in text
     assert f"### {found[0]['device']}" in text
     assert "9e+09 ×: **missed**" in text
@@ -62,7 +62,7 @@ def test_the_table_of_ops_says_who_computes_how_fast_and_what_was_aimed_at(tmp_p
         cells = dict(zip(header, line, strict=True))
         assert cells["by"] == row["variant"]
         assert cells["time"] == rows.seconds(row["p50"])
-        assert cells["of the limit"].startswith(f"{row['percent_of_limit']:.0f} %")
+        assert cells["of the roofline"].startswith(f"{row['percent_of_roofline']:.0f} %")
         assert cells["as fast as"] == f"{row['times_baseline']['p50']:.2f} × {row['baseline']}"
 
 
@@ -78,7 +78,7 @@ def test_the_tables_of_generation_say_time_peers_and_memory(tmp_path):
     assert "ctranslate2 1.2." in text
     assert "transformers" not in text
     header, _, *lines = lines_of(text, "generation | by | time")
-    assert header[:5] == ["generation", "by", "time", "tokens/s", "of the limit"]
+    assert header[:5] == ["generation", "by", "time", "tokens/s", "of the roofline"]
     assert [line[1] for line in lines] == [*(row["variant"] for row in found), found[0]["variant"]]
     assert lines[0][0] == "128×2, B 5, S 5 to 20, beam 4, 2 to 8 tokens, float32"
     assert lines[0][2] == rows.seconds(found[0]["p50"])
@@ -90,11 +90,12 @@ def steps_and_jobs():
     """Returns a row of a step, and rows of the labelling job by the engine and by a peer."""
     shape = dict(CASES["tiny"].shape())
     common = {"dtype": "bfloat16", "variant": "spear_fast engine", "shape": shape, **environment()}
-    step = {**common, "benchmark": "step", "case": "step tiny", "p50": 1e-3, "generated": 100, "percent_of_limit": 61.2,
+    step = {**common, "benchmark": "step", "case": "step tiny", "p50": 1e-3, "generated": 100,
+            "percent_of_roofline": 61.2,
             "bound": "bandwidth", "kernels": [{"name": "attend", "calls": 2, "us": 700.4}], "busy_us": 800.0,
             "times_greedy": 1.31, "wanted": {"percent": 60.0, "times_greedy": 0.833}, "reached": True}  # fmt: skip
     job = {**common, "benchmark": "label", "case": "label tiny", "batch": 512, "p50": 4.0, "times_real_time": 2560.0,
-           "hours_for_60000": 23.44, "percent_of_limit": 70.0, "measured_tokens": shape["tokens"],
+           "hours_for_60000": 23.44, "percent_of_roofline": 70.0, "measured_tokens": shape["tokens"],
            "wanted": {"times_real_time": 1500.0}, "reached": True}  # fmt: skip
     peer = {**job, "variant": "reference", "mode": "batch 4", "batch": 4, "measured_tokens": 4, "engine_times": 150.0,
             "wanted": {"engine_times": 200.0}, "reached": False}  # fmt: skip
@@ -112,9 +113,16 @@ def test_the_tables_of_steps_and_of_labelling(tmp_path):
     rows.append(tmp_path / "a.jsonl", steps_and_jobs())
     text = readme.tables(tmp_path)
     _, _, line = lines_of(text, "decoding step")
-    assert line == ["64×2, B 2, S 20, beam 4, behind 100 tokens, bfloat16", "1000", "61 % (bandwidth)", "1.31",
+    assert line == ["64×2, B 2, S 20, beam 4, after 100 tokens, bfloat16", "1000", "61 % (bandwidth)", "1.31",
                     "`attend` 700", "200", "60 %, 0.833 × greedy: reached"]  # fmt: skip
     _, _, ours, theirs = lines_of(text, "job")
     assert ours[1:] == ["spear_fast engine", "512", "4 s", "2560", "23.44", "70 %", "", "times real time 1500: reached"]
     assert theirs[2:4] == ["4", "4 s, from 4 tokens"]
     assert theirs[-2:] == ["150", "engine times 200: **missed**"]
+
+
+def test_rows_of_earlier_versions_are_read(tmp_path):
+    step, *_ = steps_and_jobs()
+    old = {("percent_of_limit" if name == "percent_of_roofline" else name): value for name, value in step.items()}
+    rows.append(tmp_path / "a.jsonl", [{**old, "bound": "products"}])
+    assert rows.read(tmp_path / "a.jsonl") == [{**step, "bound": "matmuls"}]

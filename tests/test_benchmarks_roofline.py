@@ -7,7 +7,7 @@ import pytest
 from benchmarks.cases import Case, Work, step_cases
 
 # bytes and operations a second, in units of 1e9
-H100, H200, PRODUCTS = 3350.0, 4800.0, 800_000.0
+H100, H200, MATMULS = 3350.0, 4800.0, 800_000.0
 
 
 def model(dim, layers, batch, beam, **more):
@@ -35,25 +35,25 @@ def test_floors_of_a_step(dim, layers, batch, beam, wanted):
     work, copying = case.step(generated), case.step(generated, shared=False)
     found = (
         *(part / H100 / 1e3 for part in (work.weights, work.own, work.cross)),
-        work.floor(H100, PRODUCTS) * 1e6,
-        work.floor(H200, PRODUCTS) * 1e6,
-        copying.floor(H100, PRODUCTS) * 1e6,
+        work.floor(H100, MATMULS) * 1e6,
+        work.floor(H200, MATMULS) * 1e6,
+        copying.floor(H100, MATMULS) * 1e6,
     )
     for ours, theirs in zip(found, wanted, strict=True):
         # the known figures are rounded, one of them twice
         assert ours == pytest.approx(theirs, rel=0, abs=0.05 if theirs % 1 else 0.51)
-    assert work.bound(H100, PRODUCTS) == "bandwidth"
+    assert work.bound(H100, MATMULS) == "bandwidth"
 
 
 @pytest.mark.parametrize(("dim", "layers", "wanted"), [(1024, 12, 2570), (512, 6, 10_300)])
 def test_the_floor_of_the_whole_labelling_job(dim, layers, wanted):
     """512 clips of 20 s, as times real time."""
-    seconds = model(dim, layers, 512, 5, source=1000, tokens=300).steps_floor(H100, PRODUCTS)
+    seconds = model(dim, layers, 512, 5, source=1000, tokens=300).steps_floor(H100, MATMULS)
     assert 512 * 20 / seconds == pytest.approx(wanted, rel=2e-3)
 
 
 def test_a_step_counts_what_a_person_counts():
-    """One layer, one number of everything, two utterances of three beams, behind four tokens of a source of five."""
+    """One layer, one number of everything, two utterances of three beams, after four tokens of a source of five."""
     case = Case("", dim=6, source_layers=1, target_layers=1, heads=1, kv_heads=1, head_dim=1, vocabulary=7, batch=2,
                 source=5, beam=3)  # fmt: skip
     weights = 6 * 3 + 3 * 6 + 3 * 6 * 16 + 7 * 6
@@ -64,7 +64,7 @@ def test_a_step_counts_what_a_person_counts():
     unshared = case.step(4, 4, shared=False)
     assert unshared == Work(own=4 * 2 * 15 * 2, cross=3 * 4 * 2 * 6 * 2, moved=4 * 2 * 6 * 4 * 2, **common)
     assert case.step(4, 4).floor(1e9, 1.0) == pytest.approx(common["flops"] / 1e9)
-    assert case.step(4, 4).bound(1e9, 1.0) == "products"
+    assert case.step(4, 4).bound(1e9, 1.0) == "matmuls"
 
 
 def test_every_size_has_a_step_and_its_greedy_rival_comes_first():

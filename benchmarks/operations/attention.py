@@ -128,7 +128,7 @@ def _wanted(options: Options, training: bool) -> dict[str, dict[str, float]]:
 
 
 def _padded(packed: Tensor, keys: Tensor, length: int) -> Tensor:
-    """Returns `[batch, length, heads, head_dim]` of packed rows, zeros behind each."""
+    """Returns `[batch, length, heads, head_dim]` of packed rows, zeros after each."""
     rows = packed.new_zeros(len(keys), length, *packed.shape[1:])
     for row, sequence in zip(rows, packed.split(keys.tolist()), strict=True):
         row[: len(sequence)] = sequence
@@ -186,7 +186,7 @@ def _baselines(options: Options, keys: Tensor, length: int, wanting: Sequence[in
 
 
 def _mask(options: Options, keys: Tensor, length: int, device: torch.device) -> Tensor | None:
-    """Returns `[batch, 1, 1, keys]` bool, the null key in front, or None where every key is read."""
+    """Returns `[batch, 1, 1, keys]` bool, the null key first, or None where every key is read."""
     if not options.mixed:
         return None
     mask = torch.arange(length) < keys[:, None]

@@ -64,7 +64,7 @@ class OpCase:
     bytes: bytes of a number → bytes that must be read and written at least, each once. flops: that must be computed.
     baselines: name → what takes the arguments and does the same without this package.
     against: the baselines of which the fastest is the one to compare with.
-    wanted: type of device → the figure to reach: "times" the baseline, "percent" of the limit, or "seconds".
+    wanted: type of device → the figure to reach: "times" the baseline, "percent" of the roofline, or "seconds".
     gradients: arguments that get gradients; none: the op's provider is called as it is.
     outputs: results that are compared, and that gradients start from.
     writes: arguments that the op writes instead. consumed: those that every call needs as they were.

@@ -175,7 +175,7 @@ def cross_attention(
 
     def prepared(arguments, *, copied: bool, grouped: bool) -> Prepared:
         query, key, value, null_key, null_value, lengths, _ = arguments
-        # keys with the null key in front are made once an utterance, not each step
+        # keys with the null key first are made once an utterance, not each step
         key, value, mask = with_null(null_key, key), with_null(null_value, value), mask_of(lengths)
         if not grouped:
             rows = (batch, beams, heads, source + 1, size)

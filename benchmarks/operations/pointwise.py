@@ -105,7 +105,7 @@ def geglu(
     name: str, model: Model, rows: int, *, training: bool = False, sets: tuple[str, ...], extra: bool = False
 ) -> OpCase:
     inner = model.inner
-    # the next product's size, a multiple of 8 numbers
+    # the next matmul's size, a multiple of 8 numbers
     width = -(-inner // 8) * 8
     wanting = (0, 1) if training else ()
 

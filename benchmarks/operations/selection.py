@@ -36,7 +36,7 @@ def _state(model: Model, batch: int, beams: int, generated: int, device: torch.d
     ancestors = torch.arange(beams)[:, None].expand(batch, beams, capacity).clone()
     ancestors[:, :, :trunk] = torch.randint(beams, (batch, 1, trunk))
     history = batch, capacity, beams
-    # ended hypotheses that are so bad that a better one takes their place
+    # ended hypotheses that are so bad that a better one replaces them
     pool = -30.0 - torch.arange(beams, dtype=torch.float32).expand(pair)
     state = {
         "logits": torch.randn(batch, beams, model.vocabulary),
@@ -143,9 +143,9 @@ def torch_beam_step(
     goes_on = ends.to(torch.uint8).sort(dim=1, stable=True).indices[:, :beams]
     slots, chosen, steps = slots.gather(1, goes_on), chosen.gather(1, goes_on), steps.gather(1, goes_on)
     scores.copy_(values.gather(1, goes_on))
-    place = lengths[:, None]
+    position = lengths[:, None]
     for history, new in ((tokens, chosen), (parents, slots), (logprobs, steps)):
-        history.scatter_(1, place, new[:, None].to(history.dtype))
+        history.scatter_(1, position, new[:, None].to(history.dtype))
     rows = slots + torch.arange(batch, device=slots.device)[:, None] * beams
     ancestors.copy_(ancestors.flatten(0, 1)[rows.flatten()].view_as(ancestors))
     own = torch.arange(beams, device=slots.device, dtype=torch.uint8).expand(batch, beams)
@@ -205,8 +205,8 @@ def torch_sample_step(
 ) -> None:  # fmt: skip
     """A draw for each hypothesis with temperature, top-k and top-p, as one writes it in torch."""
     model = logits.log_softmax(-1)
-    kept, ids = logits.div(TEMPERATURE).topk(min(TOP_K, logits.shape[-1]))
-    weights = kept.softmax(-1)
+    likeliest, ids = logits.div(TEMPERATURE).topk(min(TOP_K, logits.shape[-1]))
+    weights = likeliest.softmax(-1)
     weights = weights.masked_fill(weights.cumsum(-1) - weights > TOP_P, 0)
     drawn = torch.multinomial(weights.flatten(0, 1), 1).view(*lengths.shape, 1)
     chosen = ids.gather(-1, drawn)[..., 0]
