@@ -45,7 +45,10 @@ def from_audio(
     Raises ValueError when there is no `wav2vec`, or shape, rate or values are none of audio.
     """
     if wav2vec is None:
-        raise ValueError(f"{name} is raw audio, but there is no wav2vec module; pass semantic token ids.")
+        raise ValueError(
+            f"{name} is raw audio, but there is no wav2vec module; pass semantic token ids, or "
+            "wav2vec= where the model is made or loaded."
+        )
     if audio.ndim not in (1, 2):
         raise ValueError(f"{name} must be audio [batch, samples], got {list(audio.shape)}; mix channels down to one.")
     if not bool(torch.isfinite(audio).all()):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
+from spear_fast.checkpoints.config import check_arguments
 from spear_fast.checkpoints.hub import HubModel
 from spear_fast.checkpoints.weights import load_into, read_package
 from spear_fast.generation import Generation
@@ -76,22 +77,18 @@ class TextToSemantic(HubModel, Generation):
         if num_text_token_ids is None:
             raise ValueError("num_text_token_ids must be given, got None; say how many ids the text tokenizer has.")
         if wav2vec is not None:
+            if not isinstance(wav2vec, nn.Module):
+                raise ValueError(f"wav2vec must be a torch module with codebook_size, got {type(wav2vec).__name__}.")
             num_semantic_token_ids = int(wav2vec.codebook_size)  # type: ignore[arg-type]
         if num_semantic_token_ids is None:
             raise ValueError("num_semantic_token_ids or wav2vec must be given, got neither.")
-        if not 0 <= cond_drop_prob < 1:
-            raise ValueError(f"cond_drop_prob must be in [0, 1), got {cond_drop_prob}.")
-        if target_early_exit_layer is not None and not 0 < target_early_exit_layer <= target_depth:
-            raise ValueError(
-                f"target_early_exit_layer must be from 1 to target_depth {target_depth}, got {target_early_exit_layer}."
-            )
         self.config = {
             **arguments,
             "num_text_token_ids": num_text_token_ids,
             "num_semantic_token_ids": num_semantic_token_ids,
             "use_openai_tokenizer": False,
         }
-        _check_sizes(self.config)
+        check_arguments(self.config)
         # modules and functions are no configuration
         del self.config["wav2vec"], self.config["tokenizer_encode"]
 
@@ -286,18 +283,6 @@ class TextToSemantic(HubModel, Generation):
             embedded = embedded.detach()
         residual, norm, to_logits = self.to_early_exit_semantic_logits
         return token_loss(norm(residual(embedded[:, :-1])), to_logits, labels)
-
-
-def _check_sizes(config: dict[str, Any]) -> None:
-    vocabularies = ("num_text_token_ids", "num_semantic_token_ids")
-    for name in ("dim", "source_depth", "target_depth", "dim_head", "heads", *vocabularies):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {config[name]!r}.")
-    if config["dim_head"] % 2:
-        raise ValueError(f"dim_head must be even, since rotary positions turn pairs, got {config['dim_head']}.")
-    for name in ("attn_dropout", "ff_dropout"):
-        if not 0 <= config[name] < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {config[name]}.")
 
 
 def _set_requires_grad(module: nn.Module, requires_grad: bool) -> None:

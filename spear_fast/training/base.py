@@ -200,6 +200,8 @@ class Trainer(Accelerated):
         package = self.accelerator.unwrap_model(self.model).load(path)
         if not restore_optimizer:
             return
+        if "optim" not in package:
+            raise ValueError(f"{path} has no optimizer state; pass restore_optimizer=False to take the model alone.")
         load_optimizer(self.optim, package["optim"], path)
         steps = package.get("steps", checkpoints.number_of(path) + 1)
         self.steps.fill_(steps)
