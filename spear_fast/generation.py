@@ -23,6 +23,7 @@ from spear_fast.decoding import (
     decode,
     decode_ids,
 )
+from spear_fast.evaluation import evaluation_mode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.inputs import InputMixin, Modality, Source
 from spear_fast.transformer import Transformer, unpackable
@@ -51,7 +52,9 @@ class Generation(InputMixin):
         packed, kind = _ENCODERS.setdefault(self, {}), (source_type, weights)
         if kind not in packed or packed[kind].is_stale():
             embedding: Tensor = self.token_emb[source_type].weight  # type: ignore[assignment]
-            packed[kind] = Encoder.from_modules(self.source_transformer, embedding, weights=weights)
+            # weights keep their type, whatever the caller computes in
+            with torch.autocast(self.device.type, enabled=False):
+                packed[kind] = Encoder.from_modules(self.source_transformer, embedding, weights=weights)
         return packed[kind]
 
     def decoder(self, target_type: Modality, weights: Weights = "exact") -> Decoder:
@@ -62,15 +65,16 @@ class Generation(InputMixin):
             early_exit = None
             if self.early_exit_layer is not None and target_type == "speech":
                 early_exit = (self.early_exit_layer, self.to_early_exit_semantic_logits)
-            packed[kind] = Decoder.from_modules(
-                self.target_transformer,
-                self.token_emb[target_type].weight,  # type: ignore[arg-type]
-                self.start_token[target_type],
-                eos_id=self.eos_id[target_type] if self.autoset_eos_id[target_type] else None,
-                pad_id=self.pad_id[target_type],
-                early_exit=early_exit,
-                weights=weights,
-            )
+            with torch.autocast(self.device.type, enabled=False):
+                packed[kind] = Decoder.from_modules(
+                    self.target_transformer,
+                    self.token_emb[target_type].weight,  # type: ignore[arg-type]
+                    self.start_token[target_type],
+                    eos_id=self.eos_id[target_type] if self.autoset_eos_id[target_type] else None,
+                    pad_id=self.pad_id[target_type],
+                    early_exit=early_exit,
+                    weights=weights,
+                )
         return packed[kind]
 
     @torch.no_grad()
@@ -228,21 +232,16 @@ class Generation(InputMixin):
             coverage_penalty=coverage_penalty,
             return_alignment=return_alignment,
         )
-        was_training = self.training
-        self.eval()
-        try:
-            source_ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
-            self._check_decoding(target_type, options)
-            result = decode_ids(
-                self.encoder(source_type) if unpackable(self.source_transformer) is None else None,
-                self.decoder(target_type),
-                self._embeddable(source_ids, mask, source_type),
-                mask,
-                options,
-                encode=lambda ids, mask: self.source_transformer(self._embed(ids, mask, source_type), mask),
-            )
-        finally:
-            self.train(was_training)
+        source_ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
+        self._check_decoding(target_type, options)
+        result = decode_ids(
+            self.encoder(source_type) if unpackable(self.source_transformer) is None else None,
+            self.decoder(target_type),
+            self._embeddable(source_ids, mask, source_type),
+            mask,
+            options,
+            encode=partial(self._encode_ids, source_type=source_type),
+        )
         if return_result:
             return (source_ids, result) if return_source else result
         target = result.tokens.flatten(0, 1)
@@ -252,6 +251,11 @@ class Generation(InputMixin):
             kept = result.lengths + result.finished
             returned = (*returned, torch.arange(target.shape[-1], device=target.device) < kept.flatten()[:, None])
         return returned if len(returned) > 1 else target
+
+    def _encode_ids(self, ids: Tensor, mask: Tensor, *, source_type: Modality) -> Tensor:
+        """Returns memory `[batch, length, dim]` by the modules themselves, without dropout; see `decode_ids`."""
+        with evaluation_mode(self.source_transformer), evaluation_mode(self.token_emb):
+            return self.source_transformer(self._embed(ids, mask, source_type), mask)
 
 
 def _check_packable(name: str, transformer: Transformer) -> None:

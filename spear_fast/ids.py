@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spear_fast.evaluation import evaluation_mode
+
 IGNORED_LABEL = -100
 
 
@@ -57,10 +59,10 @@ def from_audio(
         if not isinstance(input_sample_hz, int) or input_sample_hz < 1:
             raise ValueError(f"input_sample_hz must be a whole number of Hz, at least 1, got {input_sample_hz!r}.")
         kwargs["input_sample_hz"] = input_sample_hz
-    wav2vec.eval()
     dtypes = [parameter.dtype for parameter in wav2vec.parameters() if parameter.is_floating_point()]
     audio = audio[None] if audio.ndim == 1 else audio
-    return wav2vec(audio.to(dtypes[0] if dtypes else torch.float32), **kwargs)
+    with evaluation_mode(wav2vec):
+        return wav2vec(audio.to(dtypes[0] if dtypes else torch.float32), **kwargs)
 
 
 def validity_mask(ids: Tensor, pad_id: int, vocab_size: int) -> Tensor:

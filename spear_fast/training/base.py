@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, random_split
 
+from spear_fast.evaluation import evaluation_mode
 from spear_fast.model import TextToSemantic
 from spear_fast.training import checkpoints
 from spear_fast.training.accelerated import Accelerated, make_accelerator
@@ -298,11 +299,10 @@ class Trainer(Accelerated):
 @contextmanager
 def _evaluated(model: TextToSemantic, wrapper: nn.Module) -> Iterator[None]:
     """Inside, no dropout, and every row has its source."""
-    was_training, drop_prob = wrapper.training, model.cond_drop_prob
-    wrapper.eval()
+    drop_prob = model.cond_drop_prob
     model.cond_drop_prob = 0.0
     try:
-        yield
+        with evaluation_mode(wrapper):
+            yield
     finally:
         model.cond_drop_prob = drop_prob
-        wrapper.train(was_training)

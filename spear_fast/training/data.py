@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from spear_fast.evaluation import evaluation_mode
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -181,12 +183,12 @@ def speech_ids(
         return speech
     if wav2vec is None:
         raise ValueError("the dataset gives raw audio, but there is no wav2vec module; give it ids or a wav2vec.")
-    wav2vec.eval()
     rate = {} if input_sample_hz is None else {"input_sample_hz": input_sample_hz}
     rows: list[Tensor] = [torch.empty(0)] * len(speech)
     for length in sorted({len(wave) for wave in speech}):
         places = [place for place, wave in enumerate(speech) if len(wave) == length]
-        found = wav2vec(torch.stack([speech[place] for place in places]).to(device), **rate)
+        with evaluation_mode(wav2vec):
+            found = wav2vec(torch.stack([speech[place] for place in places]).to(device), **rate)
         for place, ids in zip(places, found, strict=True):
             rows[place] = ids.flatten()
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
