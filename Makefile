@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: help demo test tests interpreted audit asan lint format recipe bench benchtests readme gpu wheel clean
+.PHONY: help demo test tests interpreted audit asan lint format recipe bench benchtests pages docs gpu wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,8 +66,11 @@ bench: $(VENV)/.dev ## measure this machine: ARGS="op --ops rms_norm", "generate
 benchtests: $(VENV)/.dev ## the cases of the ops under pytest-benchmark; ARGS="--benchmark-compare" and the like go to it
 	$(BIN)/python -m pytest -q -n 0 benchmarks/test_operations.py $(ARGS)
 
-readme: $(VENV)/.dev ## write the tables of README.md from the committed rows
-	$(BIN)/python -m benchmarks readme
+pages: $(VENV)/.dev ## write the tables of README.md and docs/benchmarks.md, and the picture, from the committed rows
+	$(BIN)/python -m benchmarks pages
+
+docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 gpu: ## on a machine with a CUDA GPU: build, test and measure there, into OUT (benchmarks/results); no network
 	$(PYTHON) -m benchmarks gpu --out $(or $(OUT),benchmarks/results) $(ARGS)
@@ -76,7 +79,7 @@ wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)
-	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit build/docs dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f spear_fast/_C*.so spear_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -96,6 +99,10 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES) tests/requirements-reference.txt
 	SPEAR_FAST_BUILD=require $(INSTALL) -e ".[dev]"
 	$(PIP) install --no-deps -r tests/requirements-reference.txt
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) -e ".[docs]"
 	touch $@
 
 $(VENV)/.recipe: $(VENV)/.torch $(SOURCES)

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import rows as rowfile
 from benchmarks.machine import CPU, REPOSITORY, RESULTS, device_name, slug
-from benchmarks.readme import tables
+from benchmarks.pages import tables
 
 # seconds for everything, and those of them that are reserved for the plots and the summary
 BUDGET, LAST = 520.0, 20.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import generate, op, plots, readme, rows
+from benchmarks import generate, op, pages, picture, plots, rows
 from benchmarks.cases import CASES
 from benchmarks.machine import CPU, environment
 from benchmarks.operations import chosen_cases
@@ -17,9 +17,40 @@ def case_of(name):
     return next(case for case in chosen_cases("tiny") if case.op == name)
 
 
-def test_the_page_holds_the_tables_of_the_rows():
-    text = readme.README.read_text()
-    assert readme.written(text) == text, "README.md and benchmarks/results differ; run make readme"
+def test_pages_and_picture_are_of_the_committed_rows():
+    for path, text in pages.pages().items():
+        assert path.read_text() == text, f"{path.name} and benchmarks/results differ; run make pages"
+    assert picture.digest(*pages.best()) in picture.PATH.read_text(), "the picture is not of the rows; run make pages"
+    assert pages.main(["--check"]) == 0
+
+
+def test_the_summary_has_the_engine_beside_each_peer(tmp_path):
+    case, common = CASES["b1-beam4"], {"benchmark": "generate", "p50": 0.5, "dtype": "float32", "device": "a"}
+    shape, times = case.shape(), {"reference": {"p50": 12.34}, "ctranslate2 float32": {"p50": 1.26}}
+    times["ctranslate2 int8_float32"] = {"p50": 1.5}
+    variants = ("spear_fast engine", "spear_fast engine int8", "spear_fast", "reference")
+    rows.append(tmp_path / "a.jsonl", [{**common, "variant": name, "case": "b1-beam4", "shape": shape, "times": times,
+                                        "threads": 2, "tokens_per_second": 128.0} for name in variants])  # fmt: skip
+    rows.append(tmp_path / "b.jsonl", [{**common, "variant": "spear_fast engine", "case": "b1-beam4", "shape": shape,
+                                        "device": "b", "threads": 2, "tokens_per_second": 1.0,
+                                        "times": {}}])  # fmt: skip
+    header, _, exact, int8 = lines_of(pages.summary(tmp_path), "speech tokens to text, a")
+    assert header[1:] == ["time", "tokens/s", "× spear-tts-pytorch", "× transformers", "× CTranslate2"]
+    assert exact[1:] == ["500 ms", "128", "12.3", "", "1.3"]
+    assert exact[0] == "1 utterance of 250 tokens, 64 out, float32"
+    assert int8[0] == "1 utterance of 250 tokens, 64 out, int8"
+    assert int8[1:] == ["500 ms", "128", "12.3", "", "1.5"]
+
+
+def test_the_picture_carries_what_it_shows(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"benchmark": "generate", "case": "b8-beam4", "variant": "spear_fast engine", "tokens_per_second": 100.0}
+    picture.draw("a", [row], tmp_path / "one.svg")
+    picture.draw("a", [row], tmp_path / "two.svg")
+    one, two = ((tmp_path / f"{name}.svg").read_text() for name in ("one", "two"))
+    assert one == two
+    assert picture.digest("a", [row]) in one
+    assert picture.digest("a", [{**row, "tokens_per_second": 101.0}]) not in one
 
 
 def test_tables_are_of_devices_with_rows_and_name_what_was_missed(tmp_path):
@@ -29,19 +60,19 @@ def test_tables_are_of_devices_with_rows_and_name_what_was_missed(tmp_path):
         for row in found
     ]  # fmt: skip
     rows.append(tmp_path / "a.jsonl", missed)
-    text = readme.written(f"before {readme.BEGIN} old {readme.END} after", tmp_path)
+    text = pages.written(f"before {pages.BEGIN} old {pages.END} after", pages.tables(tmp_path), "page")
     assert text.startswith("before ")
     assert text.endswith(" after")
     assert "old" not in text
     assert f"### {found[0]['device']}" in text
     assert "9e+09 ×: **missed**" in text
-    assert readme.tables(tmp_path / "nothing") == ""
+    assert pages.tables(tmp_path / "nothing") == ""
     # a file without rows, and rows that no table is of, make no device
     (tmp_path / "empty.jsonl").write_text("")
     rows.append(tmp_path / "other.jsonl", [{**found[0], "device": "another", "benchmark": "something else"}])
-    assert readme.tables(tmp_path).count("### ") == 1
+    assert pages.tables(tmp_path).count("### ") == 1
     with pytest.raises(ValueError, match="must hold"):
-        readme.written("no markers", tmp_path)
+        pages.written("no markers", "", "page")
 
 
 def lines_of(text, header):
@@ -55,7 +86,7 @@ def test_the_table_of_ops_says_who_computes_how_fast_and_what_was_aimed_at(tmp_p
     found, _ = op.measured(case_of("rms_norm"), SETTINGS)
     (row,) = (row for row in found if row["automatic"] and row["cache"] == "cold")
     rows.append(tmp_path / "a.jsonl", [{**each, "device": device} for device in ("one", "two") for each in found])
-    one, two = readme.tables(tmp_path).split("### two")
+    one, two = pages.tables(tmp_path).split("### two")
     assert one.startswith("### one")
     for part in (one, two):
         header, _, line = lines_of(part, "op, shape")
@@ -73,7 +104,7 @@ def test_the_tables_of_generation_say_time_peers_and_memory(tmp_path):
               "times_needed": 2.0, "wanted": {"times_needed": 1.3}, "reached": False}  # fmt: skip
     versions = {**found[0], "case": "other", "versions": {"ctranslate2": "1.2", "transformers": None}}
     rows.append(tmp_path / "a.jsonl", [*found, memory, versions])
-    text = readme.tables(tmp_path)
+    text = pages.tables(tmp_path)
     assert f"torch {torch.__version__}, {environment()['threads']} threads" in text
     assert "ctranslate2 1.2." in text
     assert "transformers" not in text
@@ -111,7 +142,7 @@ def test_plots_of_steps_and_of_labelling(tmp_path):
 
 def test_the_tables_of_steps_and_of_labelling(tmp_path):
     rows.append(tmp_path / "a.jsonl", steps_and_jobs())
-    text = readme.tables(tmp_path)
+    text = pages.tables(tmp_path)
     _, _, line = lines_of(text, "decoding step")
     assert line == ["64×2, B 2, S 20, beam 4, after 100 tokens, bfloat16", "1000", "61 % (bandwidth)", "1.31",
                     "`attend` 700", "200", "60 %, 0.833 × greedy: reached"]  # fmt: skip

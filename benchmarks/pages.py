@@ -1,6 +1,8 @@
-"""Writes README.md's tables from the committed rows, between two markers: `python -m benchmarks readme [--check]`.
+"""Writes the tables of README.md and docs/benchmarks.md, and the picture, from the committed rows.
 
-A device without rows has no table. Of each thing the newest row counts.
+    python -m benchmarks pages [--check]
+
+Tables stand between two markers. A device without rows has no table. Of each thing the newest row counts.
 """
 
 from __future__ import annotations
@@ -9,14 +11,22 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import picture
 from benchmarks import rows as rowfile
 from benchmarks.label import table as label_table
 from benchmarks.machine import REPOSITORY, RESULTS
 
 README = REPOSITORY / "README.md"
+BENCHMARKS = REPOSITORY / "docs" / "benchmarks.md"
 # kernels that are shown of a step, and how much of their names
 KERNELS, NAME = 6, 40
-BEGIN, END = "<!-- measured: begin; make readme writes this part -->", "<!-- measured: end -->"
+# the README's column → the peer that it is of, and that peer with 8-bit weights
+SUMMARY = {
+    "spear-tts-pytorch": ("reference", "reference"),
+    "transformers": ("transformers", "transformers"),
+    "CTranslate2": ("ctranslate2 float32", "ctranslate2 int8_float32"),
+}
+BEGIN, END = "<!-- measured: begin; make pages writes this part -->", "<!-- measured: end -->"
 
 
 def tables(folder: Path = RESULTS, only: str | None = None) -> str:
@@ -164,24 +174,79 @@ def _training(rows: Sequence[rowfile.Row]) -> list[str]:
     return [rowfile.table(header, lines)] if lines else []
 
 
-def written(text: str, folder: Path = RESULTS) -> str:
-    """Returns the README with the tables between its markers.
+def best(folder: Path = RESULTS) -> tuple[str, list[rowfile.Row]]:
+    """Returns the device with most rows of generation beside others, and its rows: what the README shows."""
+    devices = rowfile.read_all(folder)
+    if not devices:
+        raise ValueError(f"{folder} holds no rows; measure with make bench first.")
+    return max(devices.items(), key=lambda each: sum(len(row["times"]) for row in _of(each[1], "generate")))
+
+
+def summary(folder: Path = RESULTS) -> str:
+    """Returns the README's table: the engine's rows of one device, beside each peer's time."""
+    device, rows = best(folder)
+    chosen = [
+        row
+        for row in _of(rows, "generate")
+        if row["variant"] in ("spear_fast engine", "spear_fast engine int8") and row["shape"]["beam"] == 4
+    ]
+    chosen.sort(key=lambda row: (row["variant"], row["shape"]["batch"]))
+    lines = [
+        (
+            _plainly(row),
+            rowfile.seconds(row["p50"]),
+            f"{row['tokens_per_second']:.0f}",
+            *(_times(row, peer, int8) for peer, int8 in SUMMARY.values()),
+        )
+        for row in chosen
+    ]
+    header = (f"speech tokens to text, {device}", "time", "tokens/s", *(f"× {name}" for name in SUMMARY))
+    return rowfile.table(header, lines)
+
+
+def _plainly(row: rowfile.Row) -> str:
+    shape = row["shape"]
+    tokens, source = f"{shape['tokens']}", f"{shape['source']}"
+    if shape.get("ends"):
+        tokens, source = "{} to {}".format(*shape["ends"]), f"{shape['shortest']} to {shape['source']}"
+    number = f"{shape['batch']} utterance{'s' if shape['batch'] > 1 else ''}"
+    precision = "int8" if row["variant"].endswith("int8") else row["dtype"]
+    return f"{number} of {source} tokens, {tokens} out, {precision}"
+
+
+def _times(row: rowfile.Row, peer: str, int8: str) -> str:
+    """Returns how many times as fast as a peer a row is, by the peer's weights of the same precision."""
+    name = int8 if row["variant"].endswith("int8") else peer
+    return f"{row['times'][name]['p50']:.1f}" if name in row["times"] else ""
+
+
+def written(text: str, part: str, name: str) -> str:
+    """Returns a page with the part between its markers.
 
     Raises ValueError where the markers are missing.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each; put them around the tables.")
+        raise ValueError(f"{name} must hold {BEGIN} and {END} once each; put them around the tables.")
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(folder)}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{part}\n\n{END}{rest.partition(END)[2]}"
+
+
+def pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """Returns the pages with tables as they should be."""
+    parts = {README: summary(folder), BENCHMARKS: tables(folder)}
+    return {path: written(path.read_text(), part, path.name) for path, part in parts.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="say whether it is up to date, write nothing")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks pages", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="say whether they are up to date, write nothing")
     chosen = parser.parse_args(arguments)
-    text = README.read_text()
-    new = written(text)
+    new, shown = pages(), best()
+    drawn = picture.PATH.exists() and picture.digest(*shown) in picture.PATH.read_text()
     if chosen.check:
-        return int(new != text)
-    README.write_text(new)
+        return int(not drawn or any(path.read_text() != text for path, text in new.items()))
+    for path, text in new.items():
+        path.write_text(text)
+    if not drawn:
+        picture.draw(*shown)
     return 0
