@@ -170,12 +170,14 @@ class TextToSemantic(HubModel, Generation):
 
     def freeze_encoder_below_layer(self, layer: int) -> None:
         """Trains the encoder but for its layers 1 to `layer`."""
+        _check_layer(layer)
         _set_requires_grad(self.source_transformer, True)
         for module in self.source_transformer.layers[:layer]:  # type: ignore[union-attr]
             _set_requires_grad(module, False)
 
     def freeze_encoder_above_layer(self, layer: int) -> None:
         """Trains the encoder's layers 1 to `layer` and freezes those above, as the paper fine-tunes."""
+        _check_layer(layer)
         _set_requires_grad(self.source_transformer, False)
         for module in self.source_transformer.layers[:layer]:  # type: ignore[union-attr]
             _set_requires_grad(module, True)
@@ -283,6 +285,11 @@ class TextToSemantic(HubModel, Generation):
             embedded = embedded.detach()
         residual, norm, to_logits = self.to_early_exit_semantic_logits
         return token_loss(norm(residual(embedded[:, :-1])), to_logits, labels)
+
+
+def _check_layer(layer: int) -> None:
+    if layer < 0:
+        raise ValueError(f"layer must be at least 0, a number of layers from the lowest on, got {layer}.")
 
 
 def _set_requires_grad(module: nn.Module, requires_grad: bool) -> None:

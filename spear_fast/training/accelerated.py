@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from spear_fast.model import TextToSemantic
+from spear_fast.training.arguments import check_accelerate_arguments
 
 
 def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> Any:
+    """Returns an `accelerate.Accelerator`; raises ValueError for arguments that it would take and the loop not obey."""
+    check_accelerate_arguments(accelerate_kwargs)
     try:
         from accelerate import Accelerator
         from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
@@ -23,7 +26,7 @@ def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> 
     if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
         # each task leaves parameters out: pretraining has no text
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
-    arguments.setdefault("dataloader_config", DataLoaderConfiguration(split_batches=split_batches))
+    arguments["dataloader_config"] = DataLoaderConfiguration(split_batches=split_batches)
     return Accelerator(kwargs_handlers=handlers, **arguments)
 
 
@@ -38,6 +41,13 @@ class Accelerated(nn.Module):
 
     def print(self, msg: str) -> None:
         self.accelerator.print(msg)
+
+    def end_trackers(self) -> None:
+        """Tells the trackers of `log_with` that the run is over; later logs go nowhere."""
+        # not accelerator.end_training, which also takes the process group away: another stage may follow
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the model generates, in the direction that is trained; see `TextToSemantic.generate`."""

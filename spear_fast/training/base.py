@@ -17,6 +17,7 @@ from spear_fast.evaluation import evaluation_mode
 from spear_fast.model import TextToSemantic
 from spear_fast.training import checkpoints
 from spear_fast.training.accelerated import Accelerated, make_accelerator
+from spear_fast.training.arguments import check_trainer_arguments
 from spear_fast.training.batches import EndlessBatches, batch_sampler
 from spear_fast.training.data import Collate, speech_ids
 from spear_fast.training.optimizer import load_optimizer, make_optimizer, warmup_then_cosine
@@ -78,7 +79,9 @@ class Trainer(Accelerated):
         num_workers: int,
         input_sample_hz: int | None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        check_trainer_arguments(arguments)
         if dataset is None or not len(dataset):  # type: ignore[arg-type]
             raise ValueError("dataset must hold at least one row, got none.")
         collate = Collate(pad_ids)
@@ -91,7 +94,7 @@ class Trainer(Accelerated):
             wav2vec.requires_grad_(False)
         self.input_sample_hz = input_sample_hz
         self.register_buffer("steps", torch.zeros(1, dtype=torch.long))
-        self.num_train_steps, self.num_warmup_steps = num_train_steps, num_warmup_steps
+        self.num_train_steps, self.num_warmup_steps = int(num_train_steps), int(num_warmup_steps)
         self.batch_size, self.grad_accum_every = batch_size, grad_accum_every
         self.lr, self.initial_lr, self.max_grad_norm = lr, initial_lr, max_grad_norm
         self.log_every, self.save_results_every, self.save_model_every = log_every, save_results_every, save_model_every
@@ -172,6 +175,8 @@ class Trainer(Accelerated):
             checkpoints.clear_folder(self.results_folder)
         self.accelerator.wait_for_everyone()
         self.results_folder.mkdir(parents=True, exist_ok=True)
+        if self.is_main:
+            checkpoints.remove_unfinished(self.results_folder, f"{self.prefix}.*.pt")
         found = checkpoints.checkpoints_in(self.results_folder, self.prefix) if resume else []
         if found:
             self.load(found[-1])
@@ -285,13 +290,17 @@ class Trainer(Accelerated):
         )
 
     def train(self, log_fn: Callable[[dict[str, float]], Any] | bool | None = None) -> Any:  # type: ignore[override]
-        """Trains to the last step; calls `log_fn` with the logs of each. With a bool it is `nn.Module.train`."""
+        """Trains to the last step, then ends the trackers; with a bool it is `nn.Module.train`.
+
+        log_fn: called with what `train_step` returns, after each step.
+        """
         if isinstance(log_fn, bool):
             return super().train(log_fn)
         while int(self.steps) < self.num_train_steps:
             logs = self.train_step()
             if log_fn is not None:
                 log_fn(logs)
+        self.end_trackers()
         self.print("training complete")
         return None
 

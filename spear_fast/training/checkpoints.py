@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+# ends the names of files that are not all there yet
+_UNFINISHED = ".tmp"
 
 
 def checkpoints_in(folder: Path, prefix: str) -> list[Path]:
@@ -49,7 +54,7 @@ def clear_folder(folder: Path) -> None:
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Calls `write` with a file that becomes `path` once all is on disk. Raises OSError, also when the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         with open(unfinished, "wb") as file:
             write(file)
@@ -60,3 +65,29 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         unfinished.unlink(missing_ok=True)
         # torch.save tells of a full disk in its own way
         raise OSError(f"cannot write {path}: {error}; free or mend the disk and start again.") from error
+
+
+def remove_unfinished(folder: Path, pattern: str, *, seconds: float = 0.0) -> None:
+    """Removes what processes that were killed left of files that `write_whole` should have written to a folder.
+
+    pattern: of the files' names, as `Path.glob` takes it. seconds: what has changed in as many is kept, for folders in
+    which processes of other machines write; files of processes that live on this one are kept anyway.
+    """
+    for path in folder.glob(f".{pattern}.*{_UNFINISHED}"):
+        process = path.name.removesuffix(_UNFINISHED).rpartition(".")[2]
+        if not process.isdecimal() or _is_alive(int(process)):
+            continue
+        # another process that begins may be quicker
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= seconds:
+                path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -166,9 +166,19 @@ class Collate:
             if not isinstance(entry, Tensor) or entry.ndim != 1:
                 got = list(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
                 raise ValueError(f"the dataset must give tensors of shape [length], got {got}; take off other sizes.")
-        if column[0].is_floating_point():
+        kinds = {_kind(entry) for entry in column}
+        if len(kinds) > 1 or None in kinds:
+            types = sorted({str(entry.dtype) for entry in column})
+            raise ValueError(f"the dataset must give ids of integer types or waves of float types, got {types}.")
+        if kinds == {"wave"}:
             return column
         return pad_sequence([ids.long() for ids in column], batch_first=True, padding_value=pad_id)
+
+
+def _kind(entry: Tensor) -> str | None:
+    if entry.is_floating_point():
+        return "wave"
+    return None if entry.is_complex() or entry.dtype == torch.bool else "ids"
 
 
 @torch.no_grad()

@@ -12,13 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from spear_fast.checkpoints.config import read_json
 from spear_fast.checkpoints.weights import fingerprint
 from spear_fast.losses.gather import is_distributed
 from spear_fast.model import TextToSemantic
-from spear_fast.training.checkpoints import write_whole
+from spear_fast.training.arguments import check_trainer_arguments
+from spear_fast.training.checkpoints import remove_unfinished, write_whole
 from spear_fast.training.data import Collate, speech_ids
 
 JOB_NAME = "generator.json"
+# arguments of `generate` whose results a row would not show, with their defaults
+_NOT_SAVED = {"num_return_sequences": 1, "return_source": False, "return_target_mask": False, "return_alignment": False}
 
 
 class SemanticToTextDatasetGenerator(nn.Module):
@@ -55,6 +59,7 @@ class SemanticToTextDatasetGenerator(nn.Module):
             )
         if 0 <= delimiter_id < max(model.num_semantic_token_ids, model.num_text_token_ids) + 1:
             raise ValueError(f"delimiter_id must not be a token's id, got {delimiter_id}; take -1.")
+        check_trainer_arguments({"batch_size": batch_size, "input_sample_hz": input_sample_hz})
         self.model = model
         self.dataset = dataset
         self.batch_size = batch_size
@@ -78,6 +83,11 @@ class SemanticToTextDatasetGenerator(nn.Module):
     def forward(self, max_length: int = 2048, beam_search_decode: bool = True, **generate_kwargs: Any) -> None:
         """Labels what is not labelled yet. The arguments are those of `TextToSemantic.generate`."""
         options = {"max_length": max_length, "beam_search_decode": beam_search_decode, **generate_kwargs}
+        unused = [name for name, default in _NOT_SAVED.items() if options.get(name, default) != default]
+        if unused:
+            raise ValueError(f"a row has room for one text alone, got {unused[0]}; leave it out.")
+        remove_unfinished(self.folder, "*.pt", seconds=3600)
+        remove_unfinished(self.folder, JOB_NAME, seconds=3600)
         self._check_job(options)
         indices = self.remaining()
         pad_id = self.model.semantic_pad_id
@@ -115,7 +125,9 @@ class SemanticToTextDatasetGenerator(nn.Module):
         if not path.exists():
             write_whole(path, lambda file: file.write(json.dumps(job, indent=1).encode() + b"\n"))
             return
-        before = json.loads(path.read_bytes())
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} must hold an object, got {type(before).__name__}; give another folder.")
         other = [name for name in job if before.get(name) != job[name]]
         if other:
             raise ValueError(

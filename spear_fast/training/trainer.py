@@ -188,6 +188,8 @@ class TextToSemanticTrainer(Trainer):
         input_sample_hz: int | None = None,
     ) -> None:
         shared = _shared_arguments(locals())
+        if freeze_encoder_layers_below is not None and train_encoder_layers != 2:
+            raise ValueError("freeze_encoder_layers_below and train_encoder_layers exclude each other, got both.")
         datasets = [] if dataset is None else [dataset]
         if generated_audio_text_dataset_folder is not None:
             speech_eos, text_eos = (
