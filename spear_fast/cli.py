@@ -183,9 +183,9 @@ def run_label(arguments: argparse.Namespace) -> int:
         coverage_penalty=arguments.coverage_penalty,
         max_length=arguments.max_length,
         max_source_tokens=arguments.max_source_tokens,
-        batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS.get(device.type, LabelOptions.batch_tokens),
+        batch_tokens=arguments.batch_tokens or DEFAULT_BATCH_TOKENS.get(device.type, 8192),
         num_shards=arguments.num_shards,
-        rows_per_shard=arguments.rows_per_shard or DEFAULT_ROWS_PER_SHARD.get(device.type, LabelOptions.rows_per_shard),
+        rows_per_shard=arguments.rows_per_shard or DEFAULT_ROWS_PER_SHARD.get(device.type, 512),
         device=str(device),
         dtype=arguments.dtype,
     )

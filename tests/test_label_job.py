@@ -306,13 +306,27 @@ def test_weights_that_give_no_finite_score_stop_the_job(tmp_path, tokens):
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
-def test_half_precision_keeps_the_speech_tokenizer_exact(tmp_path, tokens):
-    model = tiny_model(speech=True)
+def test_half_precision_is_the_jobs_alone(tmp_path, tokens, monkeypatch):
+    model = tiny_model(speech=True).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     centres = model.wav2vec.centres.clone()
+    used = []
+    make = TextToSemantic.engine
+
+    def engine(self, **options):
+        used.append((self.token_emb["text"].weight.dtype, self.wav2vec.centres.dtype, self.training))
+        return make(self, **options)
+
+    monkeypatch.setattr(TextToSemantic, "engine", engine)
     options = Options(max_length=4, dtype="bfloat16", num_shards=1)
-    assert label([tokens], model, tmp_path / "out", options).rows == 47
-    assert model.token_emb["text"].weight.dtype == torch.bfloat16
+    for _ in range(2):
+        # the second time the fingerprint is that of the weights that were given
+        assert label([tokens], model, tmp_path / "out", options).rows == 47
+    label([tokens], model, tmp_path / "exact", Options(max_length=4))
+    assert used == [(torch.bfloat16, torch.float32, False), (torch.float32, torch.float32, False)]
     assert torch.equal(model.wav2vec.centres, centres)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
 
 
 def without_memory_for_more_than(monkeypatch, count):

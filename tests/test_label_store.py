@@ -18,15 +18,16 @@ from spear_fast.labelling import files
 from spear_fast.labelling.errors import LabellingError
 from spear_fast.labelling.files import FolderLock, make_folder, write_atomically
 from spear_fast.labelling.identity import FORMAT, differences
-from spear_fast.labelling.plan import plan_shards
-from spear_fast.labelling.store import LabelStore, Row, Totals, integer_type, label_schema, read_labels
+from spear_fast.labelling.label_files import LabelRow, integer_type, label_schema, read_labels
+from spear_fast.labelling.shards import plan_shards
+from spear_fast.labelling.store import LabelStore, Totals
 
 IDENTITY = {"format": FORMAT, "options": {"beam_size": 4}, "sources": [{"name": "t.jsonl", "ids": "ab"}]}
 
 
 def row(number, **changes):
     fields = dict(text="hé", score=-0.5, mean_logprob=-0.25, finished=True, flags=["empty"])
-    return Row(f"r{number}", np.arange(number), np.array([511, 0]), **{**fields, **changes})
+    return LabelRow(f"r{number}", np.arange(number), np.array([511, 0]), **{**fields, **changes})
 
 
 def open_store(out, identity=IDENTITY, rows=4):

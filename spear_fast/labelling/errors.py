@@ -18,10 +18,17 @@ class Interrupted(Exception):  # noqa: N818 (stopping is no error)
         self.progress = progress
 
 
+def readable(text: str) -> str:
+    """Returns `text` as every file format takes it: what of a path is not UTF-8 becomes backslash escapes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def reason_of(error: BaseException) -> str:
-    """Returns an error's message on one line, with its type where the message says nothing."""
+    """Returns an error's message on one line, with its type where nobody has written it for people."""
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}"
-    text = " ".join(str(error).split())
+        return readable(f"{error.strerror}{where}")
+    text = readable(" ".join(str(error).split()))
+    if not isinstance(error, (ValueError, RuntimeError, OSError, MemoryError)):
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text or type(error).__name__

@@ -1,16 +1,52 @@
-"""Files that are there whole or not at all, and a lock on a folder."""
+"""Files that are there whole or not at all, never written through a link, and a lock on a folder."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from spear_fast.labelling.errors import LabellingError, reason_of
+from spear_fast.labelling.errors import LabellingError, readable, reason_of
 
 LOCK_NAME = ".lock"
+# how file systems say that they have no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Returns a descriptor of a regular file; `flags` as of `os.open`.
+
+    A link is not followed and a pipe not waited for: OSError says so. What is truncated is thus always our own file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "it is a link; remove it", str(path)) from error
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no regular file; remove it", str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds. Raises OSError, or ValueError when it is no JSON or nested too deeply."""
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        return parse_json(file.read())
+
+
+def parse_json(text: bytes) -> Any:
+    """Returns what JSON text holds. Raises ValueError, also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def temporary_path(path: Path) -> Path:
@@ -34,7 +70,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -58,7 +94,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe.tmp"
-        probe.write_bytes(b"")
+        os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT))
         probe.unlink()
     except OSError as error:
         raise LabellingError(
@@ -68,30 +104,47 @@ def make_folder(folder: Path) -> None:
 
 
 class FolderLock:
-    """One process at a time in a folder. The system drops the lock with its process: a stale file locks nobody out."""
+    """One process at a time in a folder. The system drops the lock with its process: a stale file locks nobody out.
 
-    def __init__(self, folder: Path) -> None:
+    needed: False does without, for file systems that have no locks; the caller sees to it that nobody else writes.
+    """
+
+    def __init__(self, folder: Path, *, needed: bool = True) -> None:
         self.path = folder / LOCK_NAME
+        self._needed = needed
         self._file: IO[str] | None = None
 
     def __enter__(self) -> FolderLock:
+        if not self._needed:
+            return self
         try:
-            self._file = open(self.path, "a+", encoding="utf-8")
+            descriptor = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         except OSError as error:
             raise write_error(self.path, error) from error
+        self._file = open(descriptor, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise LabellingError(
-                f"{self.path.parent} is in use by {holder}; wait for it, or give another folder with --out."
-            ) from error
+        except OSError as error:
+            raise self._refusal(self._file, error) from error
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._file.flush()
         return self
+
+    def _refusal(self, file: IO[str], error: OSError) -> LabellingError:
+        if isinstance(error, BlockingIOError):
+            file.seek(0)
+            holder = readable(file.read(200)).strip() or "another process"
+            message = f"{self.path.parent} is in use by {holder}; wait for it, or give another folder with --out."
+        elif error.errno in NO_LOCKS:
+            message = (
+                f"the file system of {self.path.parent} has no locks ({error.strerror}); make sure that no other job "
+                "writes there and add --no-lock, or give a folder on another disk with --out."
+            )
+        else:
+            message = str(write_error(self.path, error))
+        file.close()
+        return LabellingError(message)
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:

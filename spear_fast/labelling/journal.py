@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from spear_fast.labelling.files import write_error
+from spear_fast.labelling.files import open_regular, parse_json, write_error
 from spear_fast.labelling.labeller import Label
-from spear_fast.labelling.plan import Shard
 from spear_fast.labelling.prepare import Utterance
+from spear_fast.labelling.shards import Shard
 
 
 def journal_path(out: Path, shard: Shard) -> Path:
@@ -24,7 +24,7 @@ def journal_path(out: Path, shard: Shard) -> Path:
 class Journal:
     """Labels of utterances, each found again by its id and tokens under one fingerprint.
 
-    A line holds some of them. One that a kill or a full disk cut short is dropped with everything behind it: those
+    A line holds some of them. One that a kill or a full disk cut short is dropped with everything after it: those
     utterances are decoded again.
     """
 
@@ -35,10 +35,11 @@ class Journal:
         self._descriptor = -1
 
     def open(self) -> None:
-        """Reads what an earlier run wrote, and goes on behind it. Raises LabellingError when that fails."""
+        """Reads what an earlier run wrote, and appends to it. Raises LabellingError when that fails."""
         try:
-            end = self._read(self.path.read_bytes() if self.path.exists() else b"")
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
+            with open(self._descriptor, "rb", closefd=False) as file:
+                end = self._read(file.read())
             os.ftruncate(self._descriptor, end)
             os.lseek(self._descriptor, end, os.SEEK_SET)
         except OSError as error:
@@ -54,7 +55,7 @@ class Journal:
         end = 0
         for line in content.splitlines(keepends=True):
             try:
-                labels = {key: _label(entry) for key, entry in json.loads(line)["labels"].items()}
+                labels = {key: _label(entry) for key, entry in parse_json(line)["labels"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 break
             if not line.endswith(b"\n"):

@@ -13,19 +13,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from spear_fast import speech
 from spear_fast.labelling.errors import Interrupted, LabellingError, reason_of
-from spear_fast.labelling.items import Item
+from spear_fast.labelling.items import Item, content_of
 from spear_fast.labelling.sources import Listing
+from spear_fast.speech import MelKMeansTokenizer
+
+# Hz: a sound of the longest permitted duration may take so many frames a second of memory
+HIGHEST_RATE = 384_000
+# of sound that may be read for a tokenizer that does not tell how many tokens it makes of a second
+UNKNOWN_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """A row ready to be labelled. tokens: `[n]`, int64, n >= 1. seconds: of audio, None when nobody knows."""
+    """A row ready to be labelled. tokens: `[n]`, int64, n >= 1. seconds: of audio, None when nobody knows.
+
+    origin: the file that it comes from. content: what stands for its tokens or audio, see `content_of`.
+    """
 
     index: int
     id: str
     tokens: np.ndarray
     seconds: float | None
+    origin: str = ""
+    content: bytes = b""
+
+    def failed(self, error: BaseException) -> Failure:
+        """Returns the failure of a row that turned out not to be labelled after all."""
+        return Failure(self.index, self.id, self.origin, reason_of(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +67,29 @@ class Window:
     elapsed: float = 0.0
 
 
+def device_of(module: Any) -> torch.device:
+    """Returns where a module's weights are, the CPU for one without."""
+    tensors = (*module.parameters(), *module.buffers()) if isinstance(module, torch.nn.Module) else ()
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 class SpeechTokens:
     """One interface to the model's speech tokenizer, ours or any module called as `wav2vec(wave)`."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
+        self._device = device_of(module)
         self._lock = threading.Lock()
         self.sample_rate = int(getattr(module, "sample_rate", None) or module.target_sample_hz)
         self.tokens_per_second: float | None = getattr(module, "tokens_per_second", None)
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """Returns the token ids of one utterance, `[n]`, int64. samples: `[m]`, float32, mono, at `sample_rate`."""
-        if hasattr(self._module, "encode"):
-            return np.asarray(self._module.encode(samples), dtype=np.int64)
+        if isinstance(self._module, MelKMeansTokenizer):
+            return self._module.encode(samples)
         # a foreign module may not be safe to call from several threads
         with self._lock, torch.no_grad():
-            ids = self._module(torch.from_numpy(samples)[None])
+            ids = self._module(torch.from_numpy(samples)[None].to(self._device))
         return ids.reshape(-1).cpu().numpy().astype(np.int64)
 
 
@@ -119,7 +142,9 @@ class Preparer:
             raise Interrupted("")
         try:
             return self._utterance(index, item)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        except (Interrupted, ImportError):
+            raise
+        except Exception as error:  # whatever is wrong with a row concerns that row alone
             return Failure(index, item.id, item.origin, reason_of(error))
 
     def _utterance(self, index: int, item: Item) -> Utterance:
@@ -131,37 +156,44 @@ class Preparer:
             raise LabellingError("the row has neither audio nor tokens; give one of them.")
         self._check(item.tokens)
         rate = self.tokenizer.tokens_per_second if self.tokenizer else None
-        return Utterance(index, item.id, item.tokens, len(item.tokens) / rate if rate else None)
+        seconds = len(item.tokens) / rate if rate else None
+        return Utterance(index, item.id, item.tokens, seconds, item.origin, content_of(item) or b"")
 
     def _from_audio(self, index: int, item: Item, path: Path) -> Utterance:
-        from spear_fast.speech import read_audio
+        # one that is not installed ends the job
+        import soundfile  # noqa: F401
 
         if self.tokenizer is None:
             raise LabellingError("the model has no speech tokenizer; give token files, or a model folder that has one.")
         if not path.is_file():
-            raise LabellingError(f"there is no file {path}; check the manifest.")
-        self._check_duration(path, self.tokenizer)
-        audio = read_audio(path, self.tokenizer.sample_rate)
+            what = "is no regular file but a folder, a pipe or a device" if path.exists() else "does not exist"
+            raise LabellingError(f"there is no file {path}: it {what}; check the source.")
+        content = content_of(item) or b""
+        most_seconds = self._check_duration(path, item, self.tokenizer)
+        audio = speech.read_audio(
+            path,
+            self.tokenizer.sample_rate,
+            offset=item.offset,
+            duration=item.duration,
+            most_frames=int(most_seconds * HIGHEST_RATE),
+        )
         tokens = self.tokenizer.encode(audio.samples)
         if not len(tokens):
             raise LabellingError(f"the audio is too short: {audio.seconds:.3f} s give no token.")
         self._check(tokens)
-        return Utterance(index, item.id, tokens, audio.seconds)
+        return Utterance(index, item.id, tokens, audio.seconds, item.origin, content)
 
-    def _check_duration(self, path: Path, tokenizer: SpeechTokens) -> None:
-        """Refuses a recording that is far too long before it is decoded: hours of audio fill the memory."""
-        import soundfile
-
+    def _check_duration(self, path: Path, item: Item, tokenizer: SpeechTokens) -> float:
+        """Refuses a recording that is far too long before it is decoded; returns how many seconds may be read."""
         if tokenizer.tokens_per_second is None:
-            return
-        try:
-            seconds = soundfile.info(str(path)).duration
-        except (RuntimeError, OSError):
-            # read_audio says what is wrong with it
-            return
-        tokens = seconds * tokenizer.tokens_per_second
-        if tokens > 1.01 * self.max_source_tokens + 16:
-            raise self._too_long(f"about {tokens:.0f} tokens ({seconds:.0f} s)")
+            return UNKNOWN_SECONDS
+        most = 1.01 * self.max_source_tokens + 16
+        whole = speech.audio_seconds(path)
+        known = [seconds for seconds in (item.duration, whole and whole - item.offset) if seconds is not None]
+        tokens = min(known, default=0.0) * tokenizer.tokens_per_second
+        if tokens > most:
+            raise self._too_long(f"about {tokens:.0f} tokens ({tokens / tokenizer.tokens_per_second:.0f} s)")
+        return most / tokenizer.tokens_per_second
 
     def _too_long(self, length: str) -> LabellingError:
         return LabellingError(

@@ -1,7 +1,7 @@
 """The reference's folder of `.pt` rows, `<speech ids> <-1> <text ids>` in one tensor a file: read and written.
 
 Rows that the reference generated end both halves with the end-of-sequence id, which its training then adds once more;
-may hold several delimiters, since the delimiter is also the pad of speech; and may go on behind the end of the text.
+may hold several delimiters, since the delimiter is also the pad of speech; and may go on after the end of the text.
 Reading mends all of that. Writing leaves ends of sequence out: whoever trains on the rows adds them.
 """
 
@@ -11,7 +11,7 @@ import csv
 import os
 import pickle
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from spear_fast.labelling.errors import LabellingError, reason_of
+from spear_fast.labelling.errors import LabellingError, readable, reason_of
 from spear_fast.labelling.files import FolderLock, make_folder, sync_folder, write_error
 from spear_fast.labelling.identity import FORMAT, versions
-from spear_fast.labelling.plan import Shard, plan_shards
-from spear_fast.labelling.store import LabelStore, Row, Totals, label_schema, read_labels
+from spear_fast.labelling.label_files import LabelRow, label_schema, read_labels
+from spear_fast.labelling.shards import Shard, plan_shards
+from spear_fast.labelling.store import LabelStore, Totals
 
 DELIMITER = -1
 INDEX_NAME = "ids.csv"
@@ -70,7 +71,7 @@ class RowFormat:
         target, ended = _until(row[delimiters[-1] + 1 :], self.num_text_ids if self.text_eos else None)
         target = target[target != self.text_pad_id]
         if not len(source):
-            raise LabellingError("the row has no speech ids in front of the delimiter.")
+            raise LabellingError("the row has no speech ids before the delimiter.")
         _check("speech", source, self.num_speech_ids)
         _check("text", target, self.num_text_ids)
         return source, target, ended
@@ -98,12 +99,13 @@ def import_rows(
     *,
     rows_per_shard: int = 4096,
     about: dict[str, Any] | None = None,
+    lock: bool = True,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Totals:
     """Writes the rows of the reference's folder as a folder of labels, in natural order of their names.
 
     The id of a row is its file's name; text, score and mean_logprob are null. Unreadable rows go to failed.jsonl.
-    Raises LabellingError. Started again after a kill, it goes on.
+    lock: False does without one, see `FolderLock`. Raises LabellingError. Run again after a kill, it resumes.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
@@ -112,7 +114,7 @@ def import_rows(
     if not paths:
         raise LabellingError(f"there is no .pt row in {folder}; wanted the folder that the reference wrote.")
     make_folder(out)
-    with FolderLock(out):
+    with FolderLock(out, needed=lock):
         shards = plan_shards(len(paths), None, rows_per_shard)
         schema = label_schema(row_format.num_speech_ids, row_format.num_text_ids)
         store = LabelStore(out, _identity(row_format, paths, rows_per_shard), shards, schema)
@@ -144,12 +146,12 @@ def _import_shard(store: LabelStore, shard: Shard, paths: Sequence[Path], row_fo
     for path in paths:
         try:
             source, target, ended = row_format.split(read_row(path))
-        except (LabellingError, OSError) as error:
-            failures.append({"id": path.stem, "source": str(path), "reason": reason_of(error)})
+        except Exception as error:  # whatever is wrong with a row concerns that row alone
+            failures.append({"id": readable(path.stem), "source": readable(str(path)), "reason": reason_of(error)})
             continue
         finished = ended if row_format.text_eos else None
         flags = [name for name, holds in (("truncated", finished is False), ("empty", not len(target))) if holds]
-        rows.append(Row(path.stem, source, target, None, None, None, finished, flags))
+        rows.append(LabelRow(readable(path.stem), source, target, None, None, None, finished, flags))
         totals.rows += 1
         totals.source_tokens += len(source)
         totals.target_tokens += len(target)
@@ -160,15 +162,21 @@ def _import_shard(store: LabelStore, shard: Shard, paths: Sequence[Path], row_fo
 
 def read_row(path: Path) -> np.ndarray:
     """Returns the integers of one `.pt` row, `[n]`, int64. Raises LabellingError, also when the file could run code."""
+    if not path.is_file():
+        raise LabellingError("it is no regular file.")
     try:
         row = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LabellingError("the file holds more than a tensor and could run code, or is damaged.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:
         raise LabellingError("the file is truncated or of another format.") from error
     if not isinstance(row, torch.Tensor) or row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
         got = f"{row.dtype} {list(row.shape)}" if isinstance(row, torch.Tensor) else type(row).__name__
         raise LabellingError(f"the file must hold one row of integers, got {got}.")
+    if row.layout != torch.strided or row.device.type != "cpu":
+        raise LabellingError(f"the file must hold a plain tensor, got one of {row.layout} on {row.device}.")
+    if row.untyped_storage().nbytes() < row.numel() * row.element_size():
+        raise LabellingError(f"the file says that it holds {row.numel()} numbers, and holds fewer; save it anew.")
     return row.long().numpy()
 
 
@@ -186,26 +194,25 @@ def export_rows(folder: str | Path, out: str | Path, *, progress: Callable[[int]
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LabellingError(f"{out} exists already; give a new folder with --out.")
-    partial = out.with_name(f".{out.name}.tmp")
     rows = read_labels(folder)
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        count = _export(rows, partial, progress)
-        os.replace(partial, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # of a name that is nobody's, in the same file system
+        with tempfile.TemporaryDirectory(prefix=".export-pt-", dir=out.parent) as partial:
+            folder_of_rows = Path(partial) / "rows"
+            folder_of_rows.mkdir()
+            count = _export(rows, folder_of_rows, progress)
+            os.replace(folder_of_rows, out)
         sync_folder(out.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise write_error(out, error) from error
     except RuntimeError as error:
         # torch.save tells of a full disk in its own way
-        shutil.rmtree(partial, ignore_errors=True)
         raise LabellingError(f"cannot write {out}: {reason_of(error)}; free the disk and run it again.") from error
     return count
 
 
-def _export(rows: Iterator[Row], folder: Path, progress: Callable[[int], object]) -> int:
+def _export(rows: Iterator[LabelRow], folder: Path, progress: Callable[[int], object]) -> int:
     row_format = RowFormat(num_speech_ids=1, num_text_ids=1)
     count = 0
     with open(folder / INDEX_NAME, "w", encoding="utf-8", newline="") as index:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spear_fast.labelling.audio_files import counted
 from spear_fast.labelling.errors import Interrupted, LabellingError
 from spear_fast.labelling.files import FolderLock, make_folder
 from spear_fast.labelling.identity import job_identity, versions
+from spear_fast.labelling.items import content_of
+from spear_fast.labelling.label_files import label_schema
 from spear_fast.labelling.labeller import Labeller
 from spear_fast.labelling.options import LabelOptions
-from spear_fast.labelling.plan import Shard, plan_shards
-from spear_fast.labelling.prepare import Preparer, Window
-from spear_fast.labelling.progress import Meter, Reporter, Silent
-from spear_fast.labelling.sources import open_sources
-from spear_fast.labelling.store import LabelStore, label_schema
+from spear_fast.labelling.prepare import Preparer, Window, device_of
+from spear_fast.labelling.progress import Meter, Reporter, Silent, Summary
+from spear_fast.labelling.shards import Shard, plan_shards
+from spear_fast.labelling.sources import Listing, open_sources
+from spear_fast.labelling.store import LabelStore
 from spear_fast.labelling.stream import Stream
-from spear_fast.labelling.summary import Summary
 
 
 def label(
@@ -38,13 +41,17 @@ def label(
     stop: threading.Event | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
+    relabel_changed: bool = False,
+    lock: bool = True,
     about: dict[str, Any] | None = None,
 ) -> Summary:
-    """Labels every utterance of `sources` into Parquet shards in `out`, going on where an earlier run stopped.
+    """Labels every utterance of `sources` into Parquet shards in `out`, resuming where an earlier run stopped.
 
-    sources: audio files or folders, manifests, token files. model: a `TextToSemantic`; it is moved to the options'
-    device and dtype. stop: when set, the job ends after the step in progress. workers: threads that read and tokenize.
-    retry_failed: labels shards with failed rows again. about: facts that the manifest records with this run.
+    sources: audio files or folders, manifests, token files. model: a `TextToSemantic`; the job works on a copy where
+    the options want another device or dtype. stop: when set, the job ends after the step in progress. workers: threads
+    that read and tokenize. retry_failed: labels shards with failed rows again. relabel_changed: labels shards again
+    whose source has changed since; otherwise that is an error. lock: False does without one, see `FolderLock`.
+    about: facts that the manifest records with this run.
 
     Raises LabellingError for what the user can mend, Interrupted when `stop` was set.
     """
@@ -60,27 +67,90 @@ def label(
     if needs_audio and getattr(model, "wav2vec", None) is None:
         raise LabellingError("the model has no speech tokenizer to read audio with; give token files or another model.")
     make_folder(out)
-    with FolderLock(out):
+    with FolderLock(out, needed=lock):
         identity = job_identity(model, options, listing)
         shards = plan_shards(len(listing), options.num_shards, options.rows_per_shard)
         schema = label_schema(model.num_semantic_token_ids, model.num_text_token_ids)
         store = LabelStore(out, identity, shards, schema)
         store.open(_run_record(about))
-        _move(model, options)
+        changed = changed_rows(store, listing)
+        if changed and not relabel_changed:
+            raise LabellingError(_changes(out, changed))
+        again = {index for index, _ in changed}
+        if retry_failed:
+            again |= {index for index, committed in store.committed.items() if committed.failures}
         workers = workers or min(8, os.cpu_count() or 1)
         stop = stop or threading.Event()
-        preparer = Preparer(model, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
-        windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
-        with closing(Labeller(model, options, len(listing))) as labeller:
-            return _Job(store, labeller, report or Silent(), stop).run(windows, retry_failed)
+        with _placed(model, options) as placed, closing(Labeller(placed, options, len(listing))) as labeller:
+            preparer = Preparer(placed, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
+            windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
+            return _Job(store, labeller, report or Silent(), stop).run(windows, again, listing.passed_over)
 
 
-def _move(model: Any, options: LabelOptions) -> None:
+def changed_rows(store: LabelStore, listing: Listing) -> list[tuple[int, str]]:
+    """Returns shard and id of the rows whose source is not what it was when they were labelled.
+
+    Rows that failed may be mended, and files that are gone need not come back.
+    """
+    changed = []
+    for shard in store.shards:
+        committed = store.committed.get(shard.index)
+        if committed is None or committed.contents is None:
+            continue
+        failed = {failure["id"] for failure in committed.failures}
+        labelled = (item for item in listing.items(shard.start, shard.stop) if item.id not in failed)
+        for number, item in enumerate(labelled):
+            content = content_of(item)
+            if content is not None and content != committed.contents[8 * number : 8 * number + 8]:
+                changed.append((shard.index, item.id))
+    return changed
+
+
+def _changes(out: Path, changed: list[tuple[int, str]]) -> str:
+    names = ", ".join(repr(name) for _, name in changed[:5])
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return (
+        f"the source of {len(changed)} labelled rows has changed since they were written to {out}: {names}{more}. "
+        "Put it back, add --relabel-changed to label their shards again, or give another folder with --out."
+    )
+
+
+@contextmanager
+def _placed(model: Any, options: LabelOptions) -> Iterator[Any]:
+    """Yields the model in evaluation mode on the options' device and in their dtype; the caller's is as before after.
+
+    It is a copy where that takes another device or dtype. The speech tokenizer is not copied, and keeps its precision:
+    rounded centres would give other tokens.
+    """
     dtype = torch.float32 if options.dtype == "int8" else getattr(torch, options.dtype)
-    for name, child in model.named_children():
-        # the speech tokenizer keeps its precision: rounded centres would give other tokens
-        child.to(device=options.device, dtype=None if name == "wav2vec" else dtype)
-    model.eval()
+    device = torch.empty(0, device=options.device).device
+    modes = [(module, module.training) for module in model.modules()]
+    tokenizer = getattr(model, "wav2vec", None)
+    home = device_of(tokenizer)
+    shared = [tokenizer, getattr(model, "tokenizer", None), getattr(model, "tokenizer_encode", None)]
+    parts = [part for name, part in model.named_children() if name != "wav2vec"]
+    tensors = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+    if any(tensor.device != device or (tensor.is_floating_point() and tensor.dtype != dtype) for tensor in tensors):
+        model = copy.deepcopy(model, {id(each): each for each in shared if each is not None})
+        for name, part in model.named_children():
+            part.to(device=device, dtype=None if name == "wav2vec" else dtype)
+    try:
+        model.eval()
+        _check_finite(model, options)
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        if tokenizer is not None:
+            tokenizer.to(home)
+
+
+def _check_finite(model: Any, options: LabelOptions) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise LabellingError(
+                f"the model's weights {name} are not finite in {options.dtype}; use another --dtype or checkpoint."
+            )
 
 
 def _run_record(about: dict[str, Any] | None) -> dict[str, Any]:
@@ -102,9 +172,16 @@ class _Job:
         self._meter.take(event, fields)
         self._report(event, **fields)
 
-    def run(self, windows: Callable[[Iterator[tuple[int, int]]], Iterator[Window]], retry_failed: bool) -> Summary:
+    def run(
+        self,
+        windows: Callable[[Iterator[tuple[int, int]]], Iterator[Window]],
+        again: set[int],
+        passed_over: dict[str, int],
+    ) -> Summary:
+        """Labels the shards that are not committed, and those of `again`."""
         began = time.perf_counter()
-        pending = [shard for shard in self._store.shards if self._is_pending(shard, retry_failed)]
+        committed = self._store.committed
+        pending = [shard for shard in self._store.shards if shard.index in again or shard.index not in committed]
         rows = sum(map(len, self._store.shards))
         done = rows - sum(map(len, pending))
         self._say(
@@ -117,6 +194,9 @@ class _Job:
         )
         for name in self._store.damaged:
             self._say("warning", message=f"{name} is damaged or of another job and is labelled again.")
+        if passed_over:
+            total = sum(passed_over.values())
+            self._say("warning", message=f"{total} files are no audio and were passed over: {counted(passed_over)}.")
         bounds = (window for shard in pending for window in shard.windows())
         try:
             with closing(windows(bounds)) as prepared, closing(self._stream):  # type: ignore[type-var]
@@ -128,10 +208,6 @@ class _Job:
         summary = self._summary(time.perf_counter() - began)
         self._say("summary", **asdict(summary))
         return summary
-
-    def _is_pending(self, shard: Shard, retry_failed: bool) -> bool:
-        committed = self._store.committed.get(shard.index)
-        return committed is None or (retry_failed and bool(committed.failures))
 
     def _label(self, pending: list[Shard], prepared: Iterator[Window]) -> None:
         try:

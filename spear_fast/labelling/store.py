@@ -1,46 +1,32 @@
 """The output folder: one Parquet file per shard, a manifest, the failed rows, a card; committed whole or not at all.
 
-A shard's file is the only truth about it: its metadata carries the job's fingerprint, its failed rows and its totals,
-so that a single rename commits everything. manifest.json and failed.jsonl are drawn from the shards at each start.
+A shard's file is the only truth about it: its footer carries the job's fingerprint, which shard it is, its failed rows
+and its totals, so that a single rename commits everything. manifest.json and failed.jsonl are drawn from the shards at
+each start.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from spear_fast.labelling.card import card_text
 from spear_fast.labelling.errors import LabellingError, reason_of
-from spear_fast.labelling.files import write_atomically, write_error
+from spear_fast.labelling.files import open_regular, read_json, write_atomically, write_error
 from spear_fast.labelling.identity import differences, fingerprint
 from spear_fast.labelling.journal import journal_path
-from spear_fast.labelling.plan import Shard
+from spear_fast.labelling.label_files import LabelRow, card_text, read_record, shard_bytes
+from spear_fast.labelling.shards import Shard
 
 MANIFEST_NAME = "manifest.json"
 FAILED_NAME = "failed.jsonl"
 CARD_NAME = "README.md"
-METADATA_KEY = b"spear_fast"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One labelled utterance as it is stored. source, target: `[n]`, integer, without pads and end-of-sequence."""
-
-    id: str
-    source: np.ndarray
-    target: np.ndarray
-    text: str | None
-    score: float | None
-    mean_logprob: float | None
-    finished: bool | None
-    flags: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -62,63 +48,11 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A finished shard."""
+    """A finished shard. contents: 8 bytes for each of its rows, of what its source was; None in folders of old."""
 
     totals: Totals
     failures: list[dict[str, str]]
-
-
-def integer_type(vocabulary: int) -> pa.DataType:
-    """Returns the narrowest Arrow integer type that holds ids 0 to `vocabulary - 1`, signed where both fit."""
-    for dtype in (pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.int32(), pa.int64()):
-        if vocabulary - 1 <= np.iinfo(dtype.to_pandas_dtype()).max:
-            return dtype
-    raise LabellingError(f"a vocabulary must have less than 2**63 ids, got {vocabulary}.")
-
-
-def label_schema(speech_vocabulary: int, text_vocabulary: int) -> pa.Schema:
-    """Returns the columns of a shard."""
-    return pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False),
-            pa.field("source", pa.list_(integer_type(speech_vocabulary)), nullable=False),
-            pa.field("target", pa.list_(integer_type(text_vocabulary)), nullable=False),
-            pa.field("text", pa.string()),
-            pa.field("score", pa.float32()),
-            pa.field("mean_logprob", pa.float32()),
-            pa.field("num_source", pa.int32(), nullable=False),
-            pa.field("num_target", pa.int32(), nullable=False),
-            pa.field("finished", pa.bool_()),
-            pa.field("flags", pa.list_(pa.string()), nullable=False),
-        ]
-    )
-
-
-def _lists(rows: Iterable[np.ndarray], dtype: pa.DataType) -> pa.Array:
-    rows = list(rows)
-    ends = np.cumsum([0, *map(len, rows)])
-    values = np.concatenate([np.zeros(0, np.int64), *rows]).astype(dtype.to_pandas_dtype())
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, dtype))
-
-
-def _table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
-    columns = {
-        "source": _lists((row.source for row in rows), schema.field("source").type.value_type),
-        "target": _lists((row.target for row in rows), schema.field("target").type.value_type),
-        "num_source": pa.array([len(row.source) for row in rows], pa.int32()),
-        "num_target": pa.array([len(row.target) for row in rows], pa.int32()),
-        "flags": pa.array([list(row.flags) for row in rows], pa.list_(pa.string())),
-    }
-    for name in ("id", "text", "score", "mean_logprob", "finished"):
-        columns[name] = pa.array([getattr(row, name) for row in rows], schema.field(name).type)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def _write_parquet(table: pa.Table, file: IO[bytes]) -> None:
-    with pq.ParquetWriter(file, table.schema, compression="zstd") as writer:
-        # datasets takes its batch size from the first row group and fails on one without rows
-        if len(table):
-            writer.write_table(table)
+    contents: bytes | None = None
 
 
 class LabelStore:
@@ -152,7 +86,7 @@ class LabelStore:
 
     def _check_manifest(self) -> None:
         path = self.out / MANIFEST_NAME
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             strangers = sorted(self.out.glob("labels-*.parquet"))
             if strangers:
                 raise LabellingError(
@@ -161,16 +95,16 @@ class LabelStore:
                 )
             return
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = read_json(path)
             before, self._runs = manifest["identity"], list(manifest["runs"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise LabellingError(f"{path} is not readable: {reason_of(error)}; give another --out.") from error
         if manifest.get("fingerprint") != self.fingerprint:
             clauses = differences(before, self.identity) or ["the manifest was edited"]
-            raise LabellingError(
-                f"{self.out} holds the labels of another job: {'; '.join(clauses)}. Run the command that it was begun "
-                "with, or give another folder with --out."
-            )
+            remedy = "Run the command that it was begun with, or give another folder with --out."
+            if all(clause.startswith("sources.") for clause in clauses):
+                remedy = "Label rows that were added into a folder of their own, with --out."
+            raise LabellingError(f"{self.out} holds the labels of another job: {'; '.join(clauses)}. {remedy}")
 
     def _remove_stale(self) -> None:
         for path in self.out.glob(".*.tmp"):
@@ -181,35 +115,39 @@ class LabelStore:
         if not path.exists():
             return None
         try:
-            metadata = pq.read_metadata(path)
-            record = json.loads(metadata.metadata[METADATA_KEY])
-            totals = Totals(**record["totals"])
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+            record = read_record(path)
+            if record["fingerprint"] != self.fingerprint or record.get("index", shard.index) != shard.index:
+                raise ValueError("it is another shard, or of another job")
+            contents = base64.b64decode(record["contents"]) if "contents" in record else None
+            return Committed(Totals(**record["totals"]), record["failures"], contents)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError):
             self.damaged.append(shard.name)
             return None
-        if record["fingerprint"] != self.fingerprint or totals.rows != metadata.num_rows:
-            self.damaged.append(shard.name)
-            return None
-        return Committed(totals, record["failures"])
 
-    def commit(self, shard: Shard, rows: Sequence[Row], failures: Sequence[dict[str, str]], totals: Totals) -> None:
-        """Writes a shard: rows, failed rows and totals with one rename. Raises LabellingError when the disk refuses."""
+    def commit(
+        self,
+        shard: Shard,
+        rows: Sequence[LabelRow],
+        failures: Sequence[dict[str, str]],
+        totals: Totals,
+        contents: bytes | None = None,
+    ) -> None:
+        """Writes a shard: rows, failed rows and totals with one rename. Raises LabellingError when the disk refuses.
+
+        contents: 8 bytes for each row, of what its source was.
+        """
         before = self.committed.get(shard.index)
-        self._write_shard(shard, rows, failures, totals)
-        self.committed[shard.index] = Committed(totals, list(failures))
+        record = {"fingerprint": self.fingerprint, "index": shard.index, "totals": asdict(totals)}
+        record |= {"failures": list(failures)}
+        if contents is not None:
+            record |= {"contents": base64.b64encode(contents).decode()}
+        write_atomically(self.out / shard.name, lambda file: file.write(shard_bytes(rows, self._schema, record)))
+        self.committed[shard.index] = Committed(totals, list(failures), contents)
         journal_path(self.out, shard).unlink(missing_ok=True)
         if before is not None and before.failures:
             self._write_failed()
         elif failures:
             self._append_failed(failures)
-
-    def _write_shard(
-        self, shard: Shard, rows: Sequence[Row], failures: Sequence[dict[str, str]], totals: Totals
-    ) -> None:
-        record = {"fingerprint": self.fingerprint, "totals": asdict(totals), "failures": list(failures)}
-        schema = self._schema.with_metadata({METADATA_KEY: json.dumps(record)})
-        table = _table(rows, schema)
-        write_atomically(self.out / shard.name, lambda file: _write_parquet(table, file))
 
     def write_manifest(self) -> None:
         """Replaces manifest.json and the card by the present state."""
@@ -229,9 +167,24 @@ class LabelStore:
         write_atomically(self.out / CARD_NAME, lambda file: file.write(card.encode()))
 
     def finish(self) -> None:
-        """Brings manifest, card and failed rows up to date at the end of a run."""
+        """Brings manifest, card and failed rows up to date at the end of a run.
+
+        Raises LabellingError when a shard that was written is no longer there.
+        """
+        self._check_present()
         self._write_failed()
         self.write_manifest()
+
+    def _check_present(self) -> None:
+        gone = [shard.name for shard in self.shards if shard.index in self.committed and not self._has(shard)]
+        if gone:
+            raise LabellingError(
+                f"{self.out} no longer holds {gone[0]}{f' and {len(gone) - 1} more' if len(gone) > 1 else ''}: the "
+                "folder was moved or emptied while it was written to. Put it back and run the same command again."
+            )
+
+    def _has(self, shard: Shard) -> bool:
+        return (self.out / shard.name).is_file()
 
     def _manifest_entry(self, shard: Shard) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": shard.name, "planned": len(shard), "rows": None, "failed": None}
@@ -262,7 +215,7 @@ class LabelStore:
     def _append_failed(self, failures: Sequence[dict[str, str]]) -> None:
         path = self.out / FAILED_NAME
         try:
-            with open(path, "ab") as file:
+            with open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
                 _dump_lines(file, failures)
         except OSError as error:
             raise write_error(path, error) from error
@@ -270,23 +223,3 @@ class LabelStore:
 
 def _dump_lines(file: IO[bytes], records: Iterable[dict[str, str]]) -> None:
     file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-
-
-def read_labels(folder: str | Path) -> Iterator[Row]:
-    """Yields the labelled rows of a folder in the order of its source.
-
-    Raises LabellingError when it holds no labels, or they are damaged.
-    """
-    folder = Path(folder)
-    paths = sorted(folder.glob("labels-*.parquet"))
-    if not paths:
-        raise LabellingError(f"there are no labels in {folder}; wanted a folder of spear-fast label or import-pt.")
-    for path in paths:
-        try:
-            batches = list(pq.ParquetFile(path).iter_batches())
-        except (pa.ArrowException, OSError) as error:
-            raise LabellingError(f"{path} is damaged: {reason_of(error)}; label it again.") from error
-        for row in (row for batch in batches for row in batch.to_pylist()):
-            del row["num_source"], row["num_target"]
-            row["source"], row["target"] = (np.array(row[name], dtype=np.int64) for name in ("source", "target"))
-            yield Row(**row)

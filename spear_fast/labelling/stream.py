@@ -1,4 +1,4 @@
-"""The stream of a job: utterances of one shard after the other through the labeller's places, shards out in order."""
+"""The stream of a job: utterances of one shard after the other through the labeller's slots, shards out in order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 
 from spear_fast.decoding import DecodingResult
 from spear_fast.labelling.journal import Journal, journal_path
+from spear_fast.labelling.label_files import LabelRow
 from spear_fast.labelling.labeller import Label, Labeller
-from spear_fast.labelling.plan import Shard, longest_first
-from spear_fast.labelling.prepare import Utterance, Window
-from spear_fast.labelling.store import LabelStore, Row, Totals
+from spear_fast.labelling.prepare import Failure, Utterance, Window
+from spear_fast.labelling.shards import Shard, longest_first
+from spear_fast.labelling.store import LabelStore, Totals
 
 MANIFEST_SECONDS = 5.0
-# a round: what is written, synced and reported together, a share of the places
+# a round: what is written, synced and reported together, a share of the slots
 ROUND_SHARE = 4
 
 Labelled = tuple[Utterance, Label]
@@ -26,12 +27,12 @@ Labelled = tuple[Utterance, Label]
 
 @dataclass
 class OpenShard:
-    """A shard in progress. missing: utterances without label. whole: whether all of its rows have been seen."""
+    """A shard in progress. missing: utterances that are not done. whole: whether all of its rows have been seen."""
 
     shard: Shard
     journal: Journal
     labelled: list[Labelled] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     missing: int = 0
     whole: bool = False
 
@@ -45,7 +46,7 @@ class Say(Protocol):
 class Stream:
     """Labels the shards of a store, several at once where they are small, and commits them in their order.
 
-    Within a window of rows the longest go first; the places of those that are done are given away at once, to rows of
+    Within a window of rows the longest go first; the slots of those that are done are given away at once, to rows of
     the next window or shard too. What is finished is journalled a round at a time.
     """
 
@@ -56,7 +57,7 @@ class Stream:
         self._open: deque[OpenShard] = deque()
         self._queue: deque[tuple[OpenShard, Utterance]] = deque()
         self._round: list[tuple[OpenShard, Utterance, DecodingResult]] = []
-        self._places = 0
+        self._slots = 0
         self._told_seconds = 0.0
         self._manifest_written = time.monotonic()
 
@@ -67,7 +68,7 @@ class Stream:
         """
         if not shards:
             return
-        self._places = self._labeller.places
+        self._slots = self._labeller.slots
         for shard in shards:
             opened = OpenShard(shard, Journal(journal_path(self._store.out, shard), self._store.fingerprint))
             opened.journal.open()
@@ -75,14 +76,14 @@ class Stream:
             for _ in shard.windows():
                 yield
                 self._take(opened, next(prepared))
-                while len(self._queue) >= self._labeller.places:
+                while len(self._queue) >= self._labeller.slots:
                     yield
-                    self._proceed()
+                    self._step()
             opened.whole = True
             self._commit_finished()
         while self._queue or self._labeller.busy:
             yield
-            self._proceed()
+            self._step()
         self.keep()
         if self._open:
             raise RuntimeError(f"{self._open[0].missing} rows of {self._open[0].shard.name} have been lost on the way.")
@@ -95,8 +96,11 @@ class Stream:
     def keep(self) -> None:
         """Journals what is finished, and commits the shards that are whole by that."""
         by_shard: dict[int, list[Labelled]] = {}
-        labels = self._labeller.labels([result for _, _, result in self._round])
+        labels = self._labeller.labels([(utterance, result) for _, utterance, result in self._round])
         for (opened, utterance, _), label in zip(self._round, labels, strict=True):
+            if isinstance(label, Exception):
+                self._fail(opened, utterance, label)
+                continue
             by_shard.setdefault(opened.shard.index, []).append((utterance, label))
         self._round = []
         for opened in self._open:
@@ -111,6 +115,12 @@ class Stream:
             self._told_seconds = self._labeller.seconds
         self._commit_finished()
 
+    def _fail(self, opened: OpenShard, utterance: Utterance, error: Exception) -> None:
+        """Sets a row aside that turned out not to be labelled while it was decoded."""
+        opened.failures.append(utterance.failed(error))
+        opened.missing -= 1
+        self._say("prepared", rows=-1, failed=1, audio_seconds=0.0, seconds=0.0)
+
     def close(self) -> None:
         for opened in self._open:
             opened.journal.close()
@@ -124,7 +134,7 @@ class Stream:
             audio_seconds=window.audio_seconds,
             seconds=window.elapsed,
         )
-        opened.failures.extend(failure.as_record() for failure in window.failures)
+        opened.failures += window.failures
         restored: list[Labelled] = []
         for position in longest_first([len(utterance.tokens) for utterance in window.utterances]):
             utterance = window.utterances[position]
@@ -138,24 +148,27 @@ class Stream:
             opened.labelled += restored
             self._tell(restored, 0.0, restored=True)
 
-    def _proceed(self) -> None:
-        """Fills the places, decodes on, and keeps what is finished once it is a round or all that a shard waits for."""
+    def _step(self) -> None:
+        """Fills the slots, makes a step, and keeps what is done once it is a round or all that a shard waits for."""
         labeller = self._labeller
-        while self._queue and labeller.busy < labeller.places:
+        while self._queue and labeller.busy < labeller.slots:
             opened, utterance = self._queue.popleft()
             labeller.submit(utterance, (opened, utterance))
-        for (opened, utterance), result in labeller.proceed():
-            self._round.append((opened, utterance, result))
-        if labeller.places < self._places:
+        for (opened, utterance), result in labeller.step():
+            if isinstance(result, ValueError):
+                self._fail(opened, utterance, result)
+            else:
+                self._round.append((opened, utterance, result))
+        if labeller.slots < self._slots:
             self._say(
                 "warning",
-                message=f"the device's memory has run out; going on with {labeller.places} utterances side by side "
-                f"instead of {self._places}. Labels that are equally likely within rounding may come out differently.",
+                message=f"the device's memory has run out; going on with {labeller.slots} utterances side by side "
+                f"instead of {self._slots}. Labels that are equally likely within rounding may come out differently.",
             )
-            self._places = labeller.places
+            self._slots = labeller.slots
         first = self._open[0]
         ready = sum(opened is first for opened, _, _ in self._round)
-        if len(self._round) >= max(1, self._places // ROUND_SHARE) or (first.whole and first.missing == ready):
+        if len(self._round) >= max(1, self._slots // ROUND_SHARE) or (first.whole and first.missing == ready):
             self.keep()
 
     def _tell(self, labelled: Sequence[Labelled], seconds: float, *, restored: bool) -> None:
@@ -170,14 +183,16 @@ class Stream:
         )
 
     def _commit_finished(self) -> None:
-        """Commits the shards in front that are whole, in order."""
+        """Commits the shards that are whole, in order, up to the first that is not."""
         while self._open:
             opened = self._open[0]
             if not opened.whole or opened.missing:
                 return
             opened.labelled.sort(key=lambda each: each[0].index)
             rows = [_row(utterance, label) for utterance, label in opened.labelled]
-            self._store.commit(opened.shard, rows, opened.failures, _totals(opened))
+            failures = [failure.as_record() for failure in sorted(opened.failures, key=lambda each: each.index)]
+            contents = b"".join(utterance.content for utterance, _ in opened.labelled)
+            self._store.commit(opened.shard, rows, failures, _totals(opened), contents)
             opened.journal.close()
             self._open.popleft()
             self._say("shard", name=opened.shard.name, rows=len(rows), failed=len(opened.failures))
@@ -186,8 +201,8 @@ class Stream:
                 self._manifest_written = time.monotonic()
 
 
-def _row(utterance: Utterance, label: Label) -> Row:
-    return Row(
+def _row(utterance: Utterance, label: Label) -> LabelRow:
+    return LabelRow(
         id=utterance.id,
         source=utterance.tokens,
         target=label.target,

@@ -1,4 +1,4 @@
-"""Which rows go into which shard, in what order and how many together: functions of the input and the options alone."""
+"""Which rows go into which shard, in what order and how many together: functions of the rows and the options alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # rows whose audio is tokenized and sorted together; bounds memory when shards are large
 WINDOW_ROWS = 4096
 # source tokens of an ordinary utterance: 5 to 10 seconds
-PLACE_TOKENS = 256
+SLOT_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,12 @@ def plan_shards(num_rows: int, num_shards: int | None, rows_per_shard: int) -> l
     return [Shard(index, count, edges[index], edges[index + 1]) for index in range(count)]
 
 
-def places(batch_tokens: int, rows: int) -> int:
-    """Returns how many utterances are decoded side by side in a job of `rows`; it decides how products round.
+def slots_for(batch_tokens: int, rows: int) -> int:
+    """Returns how many utterances are decoded side by side in a job of `rows`; it decides how matmuls round.
 
-    batch_tokens: source tokens that are worked on together, taken as `PLACE_TOKENS` an utterance.
+    batch_tokens: source tokens that are worked on together, taken as `SLOT_TOKENS` an utterance.
     """
-    return max(1, min(batch_tokens // PLACE_TOKENS, rows))
+    return max(1, min(batch_tokens // SLOT_TOKENS, rows))
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

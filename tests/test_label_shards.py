@@ -1,4 +1,4 @@
-"""Shards, order and places are functions of the rows and the options alone."""
+"""Shards, order and slots are functions of the rows and the options alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spear_fast.labelling.plan import WINDOW_ROWS, longest_first, places, plan_shards
+from spear_fast.labelling.shards import WINDOW_ROWS, longest_first, plan_shards, slots_for
 
 
 @settings(deadline=None)
@@ -49,5 +49,5 @@ def test_the_longest_go_first_and_equal_ones_keep_their_order(lengths):
 
 
 def test_places_follow_the_tokens_and_the_rows():
-    assert [places(tokens, 1000) for tokens in (1, 255, 256, 511, 512, 8192, 65536)] == [1, 1, 1, 1, 2, 32, 256]
-    assert [places(8192, rows) for rows in (0, 1, 20, 32, 33)] == [1, 1, 20, 32, 32]
+    assert [slots_for(tokens, 1000) for tokens in (1, 255, 256, 511, 512, 8192, 65536)] == [1, 1, 1, 1, 2, 32, 256]
+    assert [slots_for(8192, rows) for rows in (0, 1, 20, 32, 33)] == [1, 1, 20, 32, 32]
