@@ -16,7 +16,7 @@ from spear_fast import ops
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.encoder import packed_bounds
-from spear_fast.decoding.packed.linear import l2_normalize
+from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.result import DecodingResult
 
 # weights of single heads that are held at once
@@ -72,20 +72,20 @@ def attended(
     lengths = torch.tensor([length], device=device)
     x = decoder.embedding[inputs]
     for layer, key, value in zip(decoder.layers, keys, values, strict=True):
-        projected = layer.query_key_value(l2_normalize(x)).unflatten(-1, (-1, decoder.head_dim))
+        projected = layer.query_key_value(normalize(x, layer.self_gamma)).unflatten(-1, (-1, decoder.head_dim))
         own_query, own_key, own_value = projected.split(split, dim=1)
         own = ops.attention(
             own_query, own_key, own_value, cu_query=bounds, cu_key=bounds, max_query=longest, max_key=longest,
             freqs=layer.freqs, causal=True,
         )  # fmt: skip
-        x = layer.self_output(own.flatten(1), x)
-        query = layer.cross_query(l2_normalize(x)).view(1, -1, heads, decoder.head_dim)
+        x = layer.self_output.add_to(x, own.flatten(1))
+        query = layer.cross_query(normalize(x, layer.cross_gamma)).view(1, -1, heads, decoder.head_dim)
         memory = key, value, layer.null_key, layer.null_value, lengths
         if layer is decoder.layers[-1]:
             break
         seen = ops.decode_cross_attention(query, *memory)
-        x = layer.cross_output(seen.view(len(x), -1), x)
-        x = layer.feed_forward(l2_normalize(x), x)
+        x = layer.cross_output.add_to(x, seen.view(len(x), -1))
+        x = layer.feed_forward.add_to(x, normalize(x, layer.feed_gamma))
     parts = []
     for some in query.split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
         weights = ops.decode_cross_attention(some.contiguous(), *memory, return_weights=True)[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.layout import EarlyExit
-from spear_fast.decoding.packed.linear import l2_normalize
+from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.search import call_filter, slot_mask
 from spear_fast.decoding.state import DecodeState
 from spear_fast.decoding.step import claim_positions, early_logits, embed, guided_logits, run_layers
@@ -45,7 +45,7 @@ def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions, sl
         raise ValueError("speculative decoding needs a decoder with an early-exit head, and this one has none.")
     drafts, drafted, hidden = _draft(decoder, head, state, options)
     x = run_layers(decoder, state, hidden, range(head.depth, len(decoder.layers)))
-    logits = guided_logits(decoder.logits(l2_normalize(x)), state, options.cond_scale)[:, 0]
+    logits = guided_logits(decoder.logits(normalize(x, decoder.final_gamma)), state, options.cond_scale)[:, 0]
     steps = torch.arange(options.gamma + 1, device=logits.device)
     generated = state.generated[:, :1]
     target = _probabilities(_allowed(logits, generated + steps, decoder.eos_id, options), options)

@@ -13,7 +13,7 @@ from torch import Tensor
 from spear_fast import ops
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.layout import EarlyExit
-from spear_fast.decoding.packed.linear import l2_normalize
+from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.state import DecodeState
 from spear_fast.ops import extension, providers
 
@@ -42,7 +42,8 @@ def _cpu_fused(decoder: Decoder, state: DecodeState) -> Tensor:
 
 def _layered(decoder: Decoder, state: DecodeState) -> Tensor:
     x = embed(decoder, state, state.inputs[:, :, None])
-    return decoder.logits(l2_normalize(run_layers(decoder, state, x, range(len(decoder.layers)))))
+    x = run_layers(decoder, state, x, range(len(decoder.layers)))
+    return decoder.logits(normalize(x, decoder.final_gamma))
 
 
 def _why_not_fused(query: providers.ProviderQuery) -> str | None:
@@ -71,8 +72,8 @@ def embed(decoder: Decoder, state: DecodeState, inputs: Tensor) -> Tensor:
 def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, first: int = 0) -> Tensor:
     """Returns hidden states `[R * K * Q, dim]` after some of the layers.
 
-    x: `[R * K * Q, dim]`, Q consecutive inputs of each hypothesis, the first one at position `lengths + first`. The
-    ancestors say already that each hypothesis reads these positions from its own beam.
+    x: `[R * K * Q, dim]`, which is overwritten; Q consecutive inputs of each hypothesis, the first one at position
+    `lengths + first`. The ancestors say already that each hypothesis reads these positions from its own beam.
     """
     rows, beams = state.lengths.shape
     count = x.shape[0] // (rows * beams)
@@ -83,29 +84,33 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
     written = positions + count
     for i in layers:
         layer = decoder.layers[i]
-        projected = layer.query_key_value(l2_normalize(x)).view(rows, beams, count, -1, size)
+        projected = layer.query_key_value(normalize(x, layer.self_gamma)).view(rows, beams, count, -1, size)
         query, key, value = projected.split(split, dim=3)
         caches = state.keys[i], state.values[i]
         ops.append_kv(key.flatten(0, 1), value.flatten(0, 1), layer.freqs, positions.flatten(), *caches)
         attended = ops.decode_self_attention(query, layer.freqs, *caches, state.ancestors, written)
-        x = layer.self_output(attended.reshape(-1, heads * size), x)
+        x = layer.self_output.add_to(x, attended.reshape(-1, heads * size))
 
         conditional = x[:sourced]
-        query = layer.cross_query(l2_normalize(conditional)).view(state.batch, beams * count, heads, size)
+        query = layer.cross_query(normalize(conditional, layer.cross_gamma)).view(
+            state.batch, beams * count, heads, size
+        )
         attended = ops.decode_cross_attention(
             query, state.memory.keys[i], state.memory.values[i], layer.null_key, layer.null_value, state.memory.lengths
         )
-        conditional = layer.cross_output(attended.reshape(-1, heads * size), conditional)
-        # without its source the other half sees the null key alone, which needs no query
-        x = torch.cat((conditional, x[sourced:] + layer.null_output)) if state.guided else conditional
-        x = layer.feed_forward(l2_normalize(x), x)
+        layer.cross_output.add_to(conditional, attended.reshape(-1, heads * size))
+        if state.guided:
+            # without its source the other half sees the null key alone, which needs no query
+            x[sourced:].add_(layer.null_output)
+        x = layer.feed_forward.add_to(x, normalize(x, layer.feed_gamma))
     return x
 
 
 def early_logits(head: EarlyExit, state: DecodeState, x: Tensor, cond_scale: float) -> Tensor:
     """Returns the drafting head's logits `[B, K, Q, vocabulary]` of hidden states `[R * K * Q, dim]`."""
     # the head has a norm of its own before its feed-forward and one after
-    return guided_logits(head.logits(l2_normalize(head.feed_forward(l2_normalize(x), x))), state, cond_scale)
+    fed = head.feed_forward.add_to(x.clone(), normalize(x, head.feed_gamma))
+    return guided_logits(head.logits(normalize(fed, head.gamma)), state, cond_scale)
 
 
 def guided_logits(logits: Tensor, state: DecodeState, cond_scale: float) -> Tensor:

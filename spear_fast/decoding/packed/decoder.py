@@ -12,10 +12,10 @@ from spear_fast.decoding.packed.layout import (
     DecoderLayer,
     EarlyExit,
     ParameterWatch,
-    fold_norm,
     read_decoder_layer,
     read_early_exit,
     read_memory_key_value,
+    split_norm,
 )
 from spear_fast.decoding.packed.linear import Linear, Weights, check_weights
 
@@ -36,7 +36,8 @@ class Decoder:
     """Packed weights of one target side.
 
     layers: the decoder's layers. embedding: `[vocabulary + 1, dim]`, the start vector last, at `start_id`.
-    logits: the final norm's gamma and the tied embedding. early_exit: the drafting head, or None.
+    final_gamma, logits: of the final norm, see `DecoderLayer`, and the tied embedding. early_exit: the drafting head,
+        or None.
     eos_id: the id that ends a sequence, None when nothing does. pad_id: what fills up results; any integer.
     fused: the whole step in C++, of float32 models on a CPU; None elsewhere. weights: how they are held, see `Linear`.
     """
@@ -46,6 +47,7 @@ class Decoder:
 
     layers: list[DecoderLayer]
     embedding: Tensor
+    final_gamma: Tensor | None
     logits: Linear
     memory_key_value: Linear
     early_exit: EarlyExit | None
@@ -102,7 +104,8 @@ class Decoder:
         self.start_id = self.vocab_size
         self.layers = [read_decoder_layer(own, cross, last, weights) for own, cross, last in target_transformer.layers]
         self.memory_key_value = read_memory_key_value(target_transformer, weights)
-        self.logits = Linear(fold_norm(token_embedding, target_transformer.final_norm), weights=weights)
+        self.final_gamma, logits = split_norm(token_embedding, target_transformer.final_norm)
+        self.logits = Linear(logits, weights=weights)
         self.early_exit = None if early_exit is None else read_early_exit(*early_exit, weights)
         self.fused = _fused(self)
         return self

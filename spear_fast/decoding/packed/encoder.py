@@ -82,8 +82,8 @@ class Encoder:
                 freqs=layer.freqs,
                 modulo_heads=self.heads != self.kv_heads,
             )
-            x = layer.output(attended.flatten(1), x)
-            x = layer.feed_forward(ops.rms_norm(x, layer.feed_forward_gamma), x)
+            x = layer.output.add_to(x, attended.flatten(1))
+            x = layer.feed_forward.add_to(x, ops.rms_norm(x, layer.feed_forward_gamma))
         return ops.rms_norm(x, self.gamma)
 
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:

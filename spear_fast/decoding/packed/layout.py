@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_fast.decoding.packed.linear import Linear, PackedFeedForward, Weights
+from spear_fast.decoding.packed.linear import Linear, PackedFeedForward, Weights, packs
 
 # values of each parameter that show whether it has changed
 SAMPLES = 16
@@ -21,29 +21,36 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Matmuls of one layer; those after a norm have its gamma and scale folded in: the norm is `l2_normalize`.
+    """Matmuls of one layer, and gammas of the norms before them, `[dim]`: `self_gamma`, `cross_gamma`, `feed_gamma`.
 
+    Where the extension packs the weights, gammas and scales are folded into them, and those here are None: see
+    `normalize`.
     query_key_value: to `[(heads + 2 * kv_heads) * head_dim]`; query head i reads kv head `i // (heads / kv_heads)`.
     null_key, null_value: `[heads, head_dim]`. null_output: `[dim]`, cross-attention seeing the null key alone.
     """
 
+    self_gamma: Tensor | None
     query_key_value: Linear
     self_output: Linear
+    cross_gamma: Tensor | None
     cross_query: Linear
     cross_output: Linear
     null_key: Tensor
     null_value: Tensor
     null_output: Tensor
+    feed_gamma: Tensor | None
     feed_forward: PackedFeedForward
     freqs: Tensor
 
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """The head that drafts: `logits(l2_normalize(feed_forward(x)))` of the hidden state after `depth` layers."""
+    """The head that drafts: feed-forward with residual, norm, logits, of the hidden state after `depth` layers."""
 
     depth: int
+    feed_gamma: Tensor | None
     feed_forward: PackedFeedForward
+    gamma: Tensor | None
     logits: Linear
 
 
@@ -70,15 +77,21 @@ def read_decoder_layer(self_attention: Any, cross_attention: Any, feed_forward: 
     null_key, null_value = cross_attention.null_kv.detach()[:, :, 0]
     cross_output = cross_attention.to_out.weight.detach()
     query_key_value = torch.cat((query, self_attention.to_kv[0].weight.detach()))
+    self_gamma, query_key_value = split_norm(query_key_value, self_attention.norm)
+    cross_gamma, cross_query = split_norm(cross_attention.to_q[0].weight.detach(), cross_attention.norm)
+    feed_gamma, packed_feed_forward = _normed_feed_forward(feed_forward, weights)
     return DecoderLayer(
-        query_key_value=Linear(fold_norm(query_key_value, self_attention.norm), weights=weights),
+        self_gamma=self_gamma,
+        query_key_value=Linear(query_key_value, weights=weights),
         self_output=Linear(output, weights=weights),
-        cross_query=Linear(fold_norm(cross_attention.to_q[0].weight, cross_attention.norm), weights=weights),
+        cross_gamma=cross_gamma,
+        cross_query=Linear(cross_query, weights=weights),
         cross_output=Linear(cross_output, weights=weights),
         null_key=null_key.contiguous(),
         null_value=null_value.contiguous(),
         null_output=cross_output @ null_value.flatten(),
-        feed_forward=_normed_feed_forward(feed_forward, weights),
+        feed_gamma=feed_gamma,
+        feed_forward=packed_feed_forward,
         freqs=self_attention.rotary_emb.freqs.detach().float(),
     )
 
@@ -86,8 +99,8 @@ def read_decoder_layer(self_attention: Any, cross_attention: Any, feed_forward: 
 def read_early_exit(depth: int, head: Any, weights: Weights) -> EarlyExit:
     """Returns the packed head that drafts after `depth` layers: feed-forward with residual, norm, linear."""
     residual, norm, linear = head
-    logits = Linear(fold_norm(linear.weight, norm), weights=weights)
-    return EarlyExit(depth, _normed_feed_forward(residual.fn, weights), logits)
+    gamma, weight = split_norm(linear.weight.detach(), norm)
+    return EarlyExit(depth, *_normed_feed_forward(residual.fn, weights), gamma, Linear(weight, weights=weights))
 
 
 def read_memory_key_value(target_transformer: Any, weights: Weights) -> Linear:
@@ -111,6 +124,13 @@ def read_encoder_layer(attention: Any, feed_forward: Any, weights: Weights) -> E
     )
 
 
+def split_norm(weight: Tensor, norm: Any) -> tuple[Tensor | None, Tensor]:
+    """Returns a norm's gamma and the weights `[out, dim]` after it; None for the gamma where it is folded into them."""
+    if packs(weight):
+        return None, fold_norm(weight, norm)
+    return norm.gamma.detach(), weight.detach()
+
+
 def fold_norm(weight: Tensor, norm: Any) -> Tensor:
     """Returns `weight` `[out, dim]` times the norm's gamma and sqrt(dim), rounded once."""
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -125,11 +145,11 @@ def head_order(heads: int, kv_heads: int) -> Tensor:
     return torch.arange(heads).view(-1, kv_heads).t().flatten()
 
 
-def _normed_feed_forward(feed_forward: Any, weights: Weights) -> PackedFeedForward:
+def _normed_feed_forward(feed_forward: Any, weights: Weights) -> tuple[Tensor | None, PackedFeedForward]:
     norm, first, _, _, last = feed_forward
-    return PackedFeedForward(
-        fold_norm(first.weight, norm), first.bias.detach(), last.weight.detach(), last.bias.detach(), weights
-    )
+    gamma, weight = split_norm(first.weight.detach(), norm)
+    held = first.bias.detach(), last.weight.detach(), last.bias.detach()
+    return gamma, PackedFeedForward(weight, *held, weights)
 
 
 class ParameterWatch:

@@ -44,7 +44,7 @@ def check_weights(weights: str, weight: Tensor) -> None:
 
 
 class Linear:
-    """`x @ weight.T + bias`, optionally plus a residual, for `x` `[rows, features]`.
+    """`x @ weight.T + bias` for `x` `[rows, features]`; `add_to` adds it to a residual, in place.
 
     weight: `[outputs, features]`. pack: for few rows; many are as fast over the weight as it lies.
     packed: the extension's object that holds it, or None where torch computes.
@@ -61,18 +61,24 @@ class Linear:
         self.bias = None if bias is None else bias.contiguous()
         self.weight = weight.contiguous()
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) if self.packed is None else self.packed.forward(x)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Returns `residual`, `[rows, outputs]` and contiguous, the result for `x` added to it: one launch on a GPU."""
         if self.packed is not None:
-            # the result is added in place
-            return self.packed.forward(x) if residual is None else self.packed.added(x, residual.clone())
-        out = F.linear(x, self.weight, self.bias)
-        return out if residual is None else out.add_(residual)
+            return self.packed.added(x, residual)
+        if self.bias is not None:
+            return residual.add_(F.linear(x, self.weight, self.bias))
+        return residual.addmm_(x, self.weight.t())
 
 
 class PackedFeedForward:
     """`residual + linear(x_half * gelu(gate_half))`: the reference's GEGLU with the exact GELU of the second half.
 
     weight: `[2 * inner, features]`, bias: `[2 * inner]`, first the values, then the gates. out_weight: `[dim, inner]`.
+    Where torch computes, the last bias is a column of the last matmul, so that it costs no launch: a padded value of
+    1/16 whose gate is 16, and gelu(16) = 16.
     """
 
     def __init__(
@@ -85,17 +91,30 @@ class PackedFeedForward:
         *,
         pack: bool = True,
     ) -> None:
-        padding = -(weight.shape[0] // 2) % ALIGNMENT
-        if padding and (pack or weight.device.type != "cpu"):
+        inner = weight.shape[0] // 2
+        by_torch, pads = not packs(weight), pack or weight.device.type != "cpu"
+        padding = (-inner % ALIGNMENT or ALIGNMENT * by_torch) if pads else 0
+        if padding:
             weight = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, padding)).flatten(0, 1)
             bias = F.pad(bias.unflatten(0, (2, -1)), (0, padding)).flatten()
             out_weight = F.pad(out_weight, (0, padding))
+        in_column = by_torch and padding > 0
+        if in_column:
+            bias.view(2, -1)[:, inner] = torch.tensor([1 / 16, 16], dtype=bias.dtype, device=bias.device)
+            out_weight[:, inner] = out_bias
         self.bias = bias
         self.up_gate = Linear(weight, weights=weights, pack=pack)
-        self.down = Linear(out_weight, out_bias, weights, pack=pack)
+        self.down = Linear(out_weight, None if in_column else out_bias, weights, pack=pack)
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.down(ops.geglu(self.up_gate(x), self.bias), residual)
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Returns `residual`, `[rows, dim]` and contiguous, the result for `x` added to it."""
+        return self.down.add_to(residual, ops.geglu(self.up_gate(x), self.bias))
+
+
+def normalize(x: Tensor, gamma: Tensor | None) -> Tensor:
+    """Returns the norm before a matmul: RMSNorm by `gamma` `[dim]`, one launch, or where it is folded into the weights
+    (`gamma` None) what is left of it, `l2_normalize`."""
+    return l2_normalize(x) if gamma is None else ops.rms_norm(x, gamma)
 
 
 def l2_normalize(x: Tensor) -> Tensor:

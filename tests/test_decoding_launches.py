@@ -1,0 +1,68 @@
+"""A decoding step launches few kernels: counted, with a ceiling that only ever goes down."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_models import requests_of, tiny_model
+from launches import launches_of
+
+from spear_fast import DecodingOptions, ops
+from spear_fast.decoding.methods import Mix, step
+from spear_fast.decoding.packed.linear import normalize
+from spear_fast.decoding.runner import Runner
+from spear_fast.ops import extension
+
+pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+
+# of a layer: 3 norms, 6 matmuls with their residuals, append, self-attention, cross-attention (2), GEGLU
+LAYER = 14
+# of a step besides: embedding, lengths, norm, logits, selection
+STEP = 5
+METHODS = {
+    "beam": DecodingOptions(beam_size=4, max_length=20),
+    "greedy": DecodingOptions(method="greedy", max_length=20),
+    "sample": DecodingOptions(method="sample", max_length=20, top_k=5),
+}
+
+
+def counted(depth: int, options: DecodingOptions, guided: bool = False):
+    model = tiny_model(target_depth=depth).to(torch.bfloat16)
+    decoder = model.decoder("text")
+    assert decoder.fused is None
+    runner = Runner(decoder, slots=3, beams=4, positions=21, max_source=9, guided=guided)
+    with torch.inference_mode():
+        memories = [torch.randn(n, decoder.dim, dtype=torch.bfloat16) for n in (3, 9, 1)]
+        runner.admit(requests_of(memories, [options] * 3))
+        runner.step()
+        return launches_of(step, decoder, runner.view(), Mix.of([(0, options), (1, options), (2, options)]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_of_a_step(method, record_property):
+    """62 at six layers and 122 at twelve are the aim; a step of 164 and 320 was where it began."""
+    for depth in (1, 6, 12):
+        found = counted(depth, METHODS[method])
+        record_property(f"launches_{depth}", sum(found.values()))
+        assert sum(found.values()) <= LAYER * depth + STEP, found
+        # nothing but matmuls, the embedding, lengths and the package's own ops
+        assert {name for name in found if not name.startswith("spear_fast::")} <= {
+            "aten::index",
+            "aten::add",
+            "aten::linear",
+            "aten::addmm_",
+        }
+
+
+def test_guidance_adds_one_launch_a_layer():
+    """The null branch of cross-attention is a constant that is added."""
+    options = DecodingOptions(beam_size=4, max_length=20, cond_scale=2.0)
+    assert sum(counted(6, options, guided=True).values()) <= (LAYER + 1) * 6 + STEP + 1
+
+
+def test_the_counter_sees_glue():
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    assert sum(launches_of(normalize, x, None).values()) == 4
+    assert launches_of(normalize, x, torch.ones(8, dtype=torch.bfloat16)) == {"spear_fast::rms_norm": 1}
+    assert launches_of(ops.geglu, x)["spear_fast::geglu"] == 1
+    assert not launches_of(lambda: x.view(2, 16)[:, :3].t())
