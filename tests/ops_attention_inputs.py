@@ -9,12 +9,11 @@ from ops_inputs import frequencies
 from torch import Tensor
 
 from spear_fast import ops
+from spear_fast.ops.attention_arguments import AttentionArgs
 
 # positions of the arguments that get gradients
-QUERY, KEY, VALUE, NULL_KEY, NULL_VALUE = 0, 1, 2, 8, 9
-NAMES = (
-    *"query key value key_mask cu_query cu_key max_query max_key".split(),
-    *"null_key null_value freqs causal modulo_heads dropout seed".split(),
+QUERY, KEY, VALUE, NULL_KEY, NULL_VALUE = map(
+    AttentionArgs._fields.index, ("query", "key", "value", "null_key", "null_value")
 )
 
 
@@ -86,10 +85,10 @@ def wanting(arguments: list[Any]) -> list[int]:
 
 def by_position(*arguments: Any) -> Tensor:
     """Calls the public function with the op's positional arguments."""
-    named = dict(zip(NAMES[3:], arguments[3:], strict=True))
-    if arguments[4] is None:
+    named = AttentionArgs(*arguments)._asdict()
+    if named["cu_query"] is None:
         del named["max_query"], named["max_key"]
-    return ops.attention(*arguments[:3], **named)
+    return ops.attention(named.pop("query"), named.pop("key"), named.pop("value"), **named)
 
 
 CASES = {

@@ -11,6 +11,7 @@ import ops_pointwise_inputs
 import ops_selection_inputs
 import torch
 
+from spear_fast.ops.attention_arguments import AttentionArgs
 from spear_fast.ops.reference import attention as reference
 
 
@@ -21,7 +22,7 @@ def _attention(**options: Any) -> tuple[Any, ...]:
 def _attention_backward(**options: Any) -> tuple[Any, ...]:
     arguments = _attention(**options)
     out, lse = reference.attention(*arguments)
-    return torch.randn_like(out), *arguments[:3], out, lse, *arguments[3:]
+    return AttentionArgs(*arguments).backward(torch.randn_like(out), out, lse)
 
 
 EXAMPLES: dict[str, Callable[..., tuple[Any, ...]]] = {

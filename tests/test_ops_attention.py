@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
 from spear_fast.ops import providers
-from spear_fast.ops.attention_arguments import options_of
+from spear_fast.ops.attention_arguments import AttentionArgs, options_of
 from spear_fast.ops.reference import attention as reference
 from spear_fast.ops.reference.philox import dropout_mask
 
@@ -188,7 +188,7 @@ def test_opcheck(case):
     arguments = make(**CASES[case])
     out, lse = reference.attention(*arguments)
     for overload in overloads("attention_backward"):
-        torch.library.opcheck(overload, (torch.randn_like(out), *arguments[:3], out, lse, *arguments[3:]))
+        torch.library.opcheck(overload, AttentionArgs(*arguments).backward(torch.randn_like(out), out, lse))
     for i in wanting(arguments):
         arguments[i].requires_grad_()
     torch.library.opcheck(torch.ops.spear_fast.attention.default, arguments)
@@ -235,7 +235,7 @@ def test_compiles_whole(case, dynamic):
 def test_fake_tensors_give_shape_and_dtype(case, dtype):
     arguments = make(**CASES[case], dtype=dtype)
     real = torch.ops.spear_fast.attention(*arguments)
-    both = torch.randn_like(real[0]), *arguments[:3], *real, *arguments[3:]
+    both = AttentionArgs(*arguments).backward(torch.randn_like(real[0]), *real)
     with FakeTensorMode() as mode:
         imagine = lambda each: mode.from_tensor(each) if isinstance(each, torch.Tensor) else each  # noqa: E731
         fake = torch.ops.spear_fast.attention(*map(imagine, arguments))

@@ -9,6 +9,7 @@ from ops_inputs import function_of
 
 from spear_fast import ops
 from spear_fast.ops import providers
+from spear_fast.ops.attention_arguments import AttentionArgs
 
 PADDED = {"mask": "random", "null": True, "rotary": True, "kv_heads": 2, "dropout": 0.1, "causal": True}
 PACKED = {"lengths": [3, 4], "null": True, "rotary": True}
@@ -81,7 +82,7 @@ def test_wrong_argument(case, index, spoil, said, provider):
 def test_wrong_argument_of_backward(index, spoil, said):
     arguments = make(**PADDED)
     out, lse = torch.ops.spear_fast.attention(*arguments)
-    both = [out.clone(), *arguments[:3], out, lse, *arguments[3:]]
+    both = list(AttentionArgs(*arguments).backward(out.clone(), out, lse))
     both[index] = spoil(both[index])
     with pytest.raises(ValueError, match="attention_backward: ") as caught:
         torch.ops.spear_fast.attention_backward(*both)

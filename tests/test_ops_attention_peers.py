@@ -10,7 +10,7 @@ from ops_attention_inputs import CASES, make
 
 from spear_fast.ops import attention_peers as peers
 from spear_fast.ops import attention_sdpa as sdpa
-from spear_fast.ops.attention_arguments import options_of
+from spear_fast.ops.attention_arguments import AttentionArgs, options_of
 from spear_fast.ops.providers import ProviderQuery
 from spear_fast.ops.reference import attention as reference
 
@@ -74,7 +74,7 @@ def test_flash_attn_is_asked_for_the_same(case, monkeypatch):
     out, lse = peers._flash_attn_forward(*arguments)
     wanted = reference.attention(*arguments)
     torch.testing.assert_close((out, lse), wanted)
-    grads = peers._flash_attn_backward(out, *arguments[:3], out, lse, *arguments[3:])
+    grads = peers._flash_attn_backward(*AttentionArgs(*arguments).backward(out, out, lse))
     assert [each.shape for each in grads[:3]] == [each.shape for each in arguments[:3]]
     assert all((each == 1).all() for each in grads[:3])
     assert asked == [(9 if arguments[4] is None else 13, 0.0, 8**-0.5, arguments[11])]
@@ -102,7 +102,7 @@ def test_xformers_is_asked_for_the_same(case, monkeypatch):
     monkeypatch.setattr(peers, "_xformers", lambda: standing_in)
     out, lse = peers._xformers_forward(*arguments)
     torch.testing.assert_close((out, lse), reference.attention(*arguments))
-    grads = peers._xformers_backward(out, *arguments[:3], out, lse, *arguments[3:])
+    grads = peers._xformers_backward(*AttentionArgs(*arguments).backward(out, out, lse))
     for gradient, argument, factor in zip(grads[:3], arguments[:3], (2, 3, 4), strict=True):
         assert torch.equal(gradient, argument * factor)
     assert asked == [((length + 31) // 32 * 32, "lower triangle" if case == "causal" else None)]

@@ -26,6 +26,8 @@ from benchmarks.operations.case import (
     with_gradients,
 )
 
+# positions of the op's arguments: query, key and value; null key and value
+ROWS, NULLS = (0, 1, 2), (8, 9)
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 
@@ -78,7 +80,7 @@ def attention(
     queries = options.queries or length
     keys = mixed_lengths(batch, length, torch.device("cpu")) if options.mixed else torch.full((batch,), length)
     asked = keys if options.packed else torch.full((batch,), queries)
-    wanting = () if not training else (0, 1, 2, 8, 9) if options.null else (0, 1, 2)
+    wanting = () if not training else (*ROWS, *NULLS) if options.null else ROWS
 
     def inputs(dtype: torch.dtype, device: torch.device) -> tuple:
         torch.manual_seed(0)
@@ -158,14 +160,14 @@ def _sdpa(options: Options, mask: Tensor | None) -> Callable[..., Tensor]:
 
 def _baselines(options: Options, keys: Tensor, length: int, wanting: Sequence[int]) -> dict[str, Baseline]:
     def prepare(arguments: Sequence[Any], backend: str | None) -> Prepared:
-        tensors = list(arguments[:3])
+        tensors = [arguments[i] for i in ROWS]
         if backend is not None and tensors[0].device.type != "cuda":
             raise ElsewhereError
         noise: list[Tensor] = []
         if options.packed:
             noise = [_padded(noise_like(tensors[0], tensors[0].shape), keys, length)] if wanting else []
             tensors = [_padded(each, keys, length) for each in tensors]
-        tensors += [each for each in arguments[8:10] if each is not None]
+        tensors += [arguments[i] for i in NULLS if arguments[i] is not None]
         function = _sdpa(options, _mask(options, keys, length, tensors[0].device))
         run: Callable[[], Any] = lambda: function(*tensors)  # noqa: E731
         if wanting:

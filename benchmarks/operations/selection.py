@@ -111,10 +111,10 @@ def beam_step(name: str, model: Model, batch: int, beams: int, generated: int, *
 
 
 def torch_beam_step(
-    logits: Tensor, _null: None, _real: Tensor, _whole: Tensor, _prefix: Tensor, inputs: Tensor, scores: Tensor,
-    lengths: Tensor, ancestors: Tensor, tokens: Tensor, parents: Tensor, logprobs: Tensor, pool_scores: Tensor,
-    pool_beams: Tensor, pool_ends: Tensor, pool_finished: Tensor, pool_last_logprobs: Tensor, ended: Tensor,
-    done: Tensor,
+    logits: Tensor, _null: None, _float_params: Tensor, _int_params: Tensor, _prefix: Tensor, inputs: Tensor,
+    scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, parents: Tensor, logprobs: Tensor,
+    pool_scores: Tensor, pool_beams: Tensor, pool_ends: Tensor, pool_finished: Tensor, pool_last_logprobs: Tensor,
+    ended: Tensor, done: Tensor,
 ) -> None:  # fmt: skip
     """A step of plain beam search with a pool of ended hypotheses, as one writes it in torch."""
     batch, beams, vocabulary = logits.shape
@@ -199,9 +199,9 @@ def sample_step(name: str, model: Model, batch: int, beams: int, generated: int,
 
 
 def torch_sample_step(
-    logits: Tensor, _null: None, _filtered: None, _real: Tensor, _whole: Tensor, _prefix: Tensor, _seeds: Tensor,
-    inputs: Tensor, scores: Tensor, lengths: Tensor, _ancestors: Tensor, tokens: Tensor, _parents: Tensor,
-    logprobs: Tensor, finished: Tensor, done: Tensor,
+    logits: Tensor, _null: None, _filtered: None, _float_params: Tensor, _int_params: Tensor, _prefix: Tensor,
+    _seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, _ancestors: Tensor, tokens: Tensor,
+    _parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
 ) -> None:  # fmt: skip
     """A draw for each hypothesis with temperature, top-k and top-p, as one writes it in torch."""
     model = logits.log_softmax(-1)

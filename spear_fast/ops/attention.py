@@ -10,7 +10,13 @@ from torch import Tensor
 from spear_fast.ops import attention_peers as peers
 from spear_fast.ops import attention_sdpa as sdpa
 from spear_fast.ops import backends
-from spear_fast.ops.attention_arguments import AttentionOptions, options_of
+from spear_fast.ops.arguments import takes
+from spear_fast.ops.attention_arguments import (
+    AttentionArgs,
+    AttentionBackwardArgs,
+    backward_options_of,
+    options_of,
+)
 from spear_fast.ops.attention_checks import check_attention
 from spear_fast.ops.checks import check_shapes, refuse
 from spear_fast.ops.providers import Provider, ProviderQuery, register
@@ -79,19 +85,17 @@ def _longest(offsets: Tensor) -> int:
     return int(offsets.long().diff().max()) if offsets.dim() == 1 and offsets.shape[0] > 1 else 0
 
 
-def _backward_options(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> AttentionOptions:
-    return options_of(query, key, value, *others[2:])
-
-
 def _check(*arguments: Any) -> None:
-    check_attention("attention", {}, *arguments)
+    check_attention("attention", AttentionArgs(*arguments))
 
 
-def _check_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> None:
-    op, (out, lse, *rest) = "attention_backward", others
+@takes(AttentionBackwardArgs)
+def _check_backward(args: AttentionBackwardArgs) -> None:
+    op, query, lse = "attention_backward", args.query, args.lse
+    others = {"grad_out": args.grad_out, "out": args.out}
     names = "batch, length, heads, head_dim" if query.dim() == 4 else "total, heads, head_dim"
-    check_shapes(op, {name: (t, names, tuple(query.shape)) for name, t in (("grad_out", grad_out), ("out", out))})
-    check_attention(op, {"grad_out": grad_out, "out": out}, query, key, value, *rest)
+    check_shapes(op, {name: (tensor, names, tuple(query.shape)) for name, tensor in others.items()})
+    check_attention(op, args, others)
     names, shape = _lse_shape(query)
     check_shapes(op, {"lse": (lse, names, shape)})
     precise = torch.promote_types(torch.float32, query.dtype)
@@ -111,11 +115,12 @@ def _fake(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), lse
 
 
-def _fake_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _check_backward(grad_out, query, key, value, *others)
-    null_key = others[7]
-    shape = (0,) if null_key is None else null_key.shape
-    return *(each.new_empty(each.shape) for each in (query, key, value)), query.new_empty(shape), query.new_empty(shape)
+@takes(AttentionBackwardArgs)
+def _fake_backward(args: AttentionBackwardArgs) -> tuple[Tensor, ...]:
+    _check_backward(*args)
+    query, null = args.query, (0,) if args.null_key is None else args.null_key.shape
+    rows = query, args.key, args.value
+    return *(each.new_empty(each.shape) for each in rows), query.new_empty(null), query.new_empty(null)
 
 
 _OPTIONS = (
@@ -136,27 +141,24 @@ _attention_backward = define(
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_null_key, Tensor grad_null_value)",
     check=_check_backward,
     fake=_fake_backward,
-    options=_backward_options,
+    options=backward_options_of,
     native=("cpu",),
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    (query, key, value, key_mask, cu_query, cu_key, max_query, max_key, *rest), (out, lse) = inputs, output
-    null_key, null_value, freqs, causal, modulo_heads, dropout, seed = rest
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse, key_mask, cu_query, cu_key, null_key, null_value, freqs, seed)
-    ctx.numbers = max_query, max_key, causal, modulo_heads, dropout
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *(each if isinstance(each, Tensor) else None for each in inputs))
+    ctx.numbers = [None if isinstance(each, Tensor) else each for each in inputs]
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, key_mask, cu_query, cu_key, null_key, null_value, freqs, seed = ctx.saved_tensors
-    max_query, max_key, causal, modulo_heads, dropout = ctx.numbers
-    packing = key_mask, cu_query, cu_key, max_query, max_key
-    options = null_key, null_value, freqs, causal, modulo_heads, dropout, seed
-    grads = _attention_backward(grad_out.contiguous(), query, key, value, out, lse, *packing, *options)
-    grad_null = grads[3:] if null_key is not None else (None, None)
-    return *grads[:3], *[None] * 5, *grad_null, *[None] * 5
+    out, lse, *tensors = ctx.saved_tensors
+    both = zip(tensors, ctx.numbers, strict=True)
+    args = AttentionArgs(*(number if tensor is None else tensor for tensor, number in both))
+    grads = _attention_backward(*args.backward(grad_out.contiguous(), out, lse))
+    named = dict(zip(("query", "key", "value", "null_key", "null_value"), grads, strict=True))
+    return tuple(None if value is None else named.get(name) for name, value in args._asdict().items())
 
 
 differentiate("attention", _differentiate, _save)

@@ -1,4 +1,4 @@
-"""What a provider of `attention` is told of the arguments before it says whether it takes them."""
+"""The arguments of `attention` and of its gradients, in their schemas' order, and what a provider is told of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,55 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class AttentionArgs(NamedTuple):
+    """The arguments of `attention`; see there for shapes and dtypes."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    cu_query: Tensor | None
+    cu_key: Tensor | None
+    max_query: int
+    max_key: int
+    null_key: Tensor | None
+    null_value: Tensor | None
+    freqs: Tensor | None
+    causal: bool
+    modulo_heads: bool
+    dropout: float
+    seed: Tensor | None
+
+    def backward(self, grad_out: Tensor, out: Tensor, lse: Tensor) -> AttentionBackwardArgs:
+        """Returns the arguments of `attention_backward` for these, their results and the gradient of the output."""
+        return AttentionBackwardArgs(grad_out=grad_out, out=out, lse=lse, **self._asdict())
+
+
+class AttentionBackwardArgs(NamedTuple):
+    """The arguments of `attention_backward`: those of `attention`, what it returned, and the gradient of its output."""
+
+    grad_out: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+    key_mask: Tensor | None
+    cu_query: Tensor | None
+    cu_key: Tensor | None
+    max_query: int
+    max_key: int
+    null_key: Tensor | None
+    null_value: Tensor | None
+    freqs: Tensor | None
+    causal: bool
+    modulo_heads: bool
+    dropout: float
+    seed: Tensor | None
+
+
 class AttentionOptions(NamedTuple):
-    """What a provider of `attention` may refuse, beside device, dtype and head size."""
+    """What a provider of `attention` may refuse, beside device, dtype and head size; see `AttentionArgs`."""
 
     packed: bool = False
     masked: bool = False
@@ -20,19 +67,27 @@ class AttentionOptions(NamedTuple):
     dropout: bool = False
 
 
-def options_of(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> AttentionOptions:
-    """Returns the options of a call of `attention` with these arguments, by position."""
-    key_mask, cu_query, _, _, _, null_key, _, freqs, causal, modulo_heads, dropout, _ = others
-    kv_heads = key.shape[-2]
-    grouped = kv_heads != query.shape[-2]
+def _options(args: AttentionArgs | AttentionBackwardArgs) -> AttentionOptions:
+    kv_heads = args.key.shape[-2]
+    grouped = kv_heads != args.query.shape[-2]
     return AttentionOptions(
-        packed=cu_query is not None,
-        masked=key_mask is not None,
-        null=null_key is not None,
-        rotary=freqs is not None,
-        causal=causal,
-        grouped=grouped,
+        args.cu_query is not None,
+        args.key_mask is not None,
+        args.null_key is not None,
+        args.freqs is not None,
+        args.causal,
+        grouped,
         # one key head, or one for each query head, is read alike in either order
-        modulo=modulo_heads and grouped and kv_heads > 1,
-        dropout=dropout > 0,
+        args.modulo_heads and grouped and kv_heads > 1,
+        args.dropout > 0,
     )
+
+
+def options_of(*arguments: Any) -> AttentionOptions:
+    """Returns the options of a call of `attention` with these arguments."""
+    return _options(AttentionArgs(*arguments))
+
+
+def backward_options_of(*arguments: Any) -> AttentionOptions:
+    """Returns the options of a call of `attention_backward` with these arguments."""
+    return _options(AttentionBackwardArgs(*arguments))

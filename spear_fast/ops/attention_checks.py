@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 
+from spear_fast.ops.attention_arguments import AttentionArgs, AttentionBackwardArgs
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
 
 
@@ -41,39 +45,30 @@ def _check_layout(op: str, query: Tensor, key: Tensor, value: Tensor, packed: bo
             refuse(op, name, "dense in its last dimension", f"stride {tensor.stride(-1)}", "call .contiguous()")
 
 
+def _refuse_lone(op: str, args: AttentionArgs | AttentionBackwardArgs, *pairs: tuple[str, str]) -> None:
+    for pair in pairs:
+        there = [name for name in pair if getattr(args, name) is not None]
+        if len(there) == 1:
+            missing = pair[1 - pair.index(there[0])]
+            refuse(op, missing, f"given with {there[0]}", "None", f"pass both or leave out {there[0]}")
+
+
 def check_attention(
-    op: str,
-    others: dict[str, Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_query: Tensor | None,
-    cu_key: Tensor | None,
-    max_query: int,
-    max_key: int,
-    null_key: Tensor | None,
-    null_value: Tensor | None,
-    freqs: Tensor | None,
-    causal: bool,
-    modulo_heads: bool,
-    dropout: float,
-    seed: Tensor | None,
+    op: str, args: AttentionArgs | AttentionBackwardArgs, others: Mapping[str, Tensor] = MappingProxyType({})
 ) -> None:
     """Raises ValueError unless the arguments fit each other; providers look at the numbers of cu_query and cu_key.
 
     others: further tensors that must be of query's device and dtype.
     """
-    for one, other, names in ((cu_query, cu_key, "cu_query,cu_key"), (null_key, null_value, "null_key,null_value")):
-        if (one is None) != (other is None):
-            missing, there = names.split(",")[:: 1 if one is None else -1]
-            refuse(op, missing, f"given with {there}", "None", f"pass both or leave out {there}")
-    packed = cu_query is not None
-    _check_layout(op, query, key, value, packed)
+    query, key, value = args.query, args.key, args.value
+    key_mask, cu_query, cu_key, freqs, seed = args.key_mask, args.cu_query, args.cu_key, args.freqs, args.seed
+    if (cu_query is None) != (cu_key is None) or (args.null_key is None) != (args.null_value is None):
+        _refuse_lone(op, args, ("cu_query", "cu_key"), ("null_key", "null_value"))
+    _check_layout(op, query, key, value, cu_query is not None)
     size, kv_heads = query.shape[-1], key.shape[-2]
     integers: dict[str, tuple[Tensor, torch.dtype]] = {}
     if cu_query is not None and cu_key is not None:
-        _check_packing(op, query, key, cu_query, cu_key, max_query, max_key)
+        _check_packing(op, query, key, cu_query, cu_key, args.max_query, args.max_key)
         integers |= {"cu_query": (cu_query, torch.int32), "cu_key": (cu_key, torch.int32)}
         if key_mask is not None:
             refuse(op, "key_mask", "None with packed rows", shape_of(key_mask), "leave masked keys out of the packing")
@@ -82,8 +77,8 @@ def check_attention(
             check_shapes(op, {"key_mask": (key_mask, "batch, key_length", tuple(key.shape[:2]))})
         integers["key_mask"] = key_mask, torch.bool
     tensors = {"query": query, "key": key, "value": value, **others}
-    if null_key is not None and null_value is not None:
-        for name, null in (("null_key", null_key), ("null_value", null_value)):
+    if args.null_key is not None and args.null_value is not None:
+        for name, null in (("null_key", args.null_key), ("null_value", args.null_value)):
             if null.shape != (kv_heads, size):
                 check_shapes(op, {name: (null, "kv_heads, head_dim", (kv_heads, size))})
             tensors[name] = null
@@ -92,12 +87,12 @@ def check_attention(
             refuse(op, "head_dim", "even to be rotated", str(size), "leave out freqs")
         if freqs.shape != (size // 2,):
             check_shapes(op, {"freqs": (freqs, "head_dim / 2", (size // 2,))})
-    if causal and query.shape[-3] != key.shape[-3]:
+    if args.causal and query.shape[-3] != key.shape[-3]:
         wanted = f"as long as query ({query.shape[-3]}) where causal"
         refuse(op, "key", wanted, str(int(key.shape[-3])), "causal position i reads the keys 0..i")
-    if not 0 <= dropout < 1:
-        refuse(op, "dropout", "in 0..1 and below 1", str(dropout), "it is the probability of a dropped weight")
-    if dropout > 0 and seed is None:
+    if not 0 <= args.dropout < 1:
+        refuse(op, "dropout", "in 0..1 and below 1", str(args.dropout), "it is the probability of a dropped weight")
+    if args.dropout > 0 and seed is None:
         refuse(op, "seed", "an int64 tensor where there is dropout", "None", "draw one with torch.randint")
     if seed is not None:
         if seed.dim() != 0:

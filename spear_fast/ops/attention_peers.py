@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_fast.ops.attention_arguments import AttentionOptions
+from spear_fast.ops.arguments import takes
+from spear_fast.ops.attention_arguments import AttentionArgs, AttentionBackwardArgs, AttentionOptions
 from spear_fast.ops.providers import Provider, ProviderQuery
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -59,63 +60,63 @@ def _flash_attn() -> Any:
     return importlib.import_module("flash_attn.flash_attn_interface")
 
 
-def _flash_attn_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    _, cu_query, cu_key, max_query, max_key, _, _, _, causal, *_ = others
-    if cu_query is None:
-        out, lse, _ = _flash_attn().flash_attn_func(query, key, value, causal=causal, return_attn_probs=True)
+@takes(AttentionArgs)
+def _flash_attn_forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    rows, options = (args.query, args.key, args.value), {"causal": args.causal, "return_attn_probs": True}
+    if args.cu_query is None:
+        out, lse, _ = _flash_attn().flash_attn_func(*rows, **options)
     else:
-        out, lse, _ = _flash_attn().flash_attn_varlen_func(
-            query, key, value, cu_query, cu_key, max_query, max_key, causal=causal, return_attn_probs=True
-        )
+        packing = args.cu_query, args.cu_key, args.max_query, args.max_key
+        out, lse, _ = _flash_attn().flash_attn_varlen_func(*rows, *packing, **options)
     # its sign for a query that reads nothing is +inf
     return out.contiguous(), lse.masked_fill(lse.isposinf(), -torch.inf)
 
 
-def _flash_attn_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    _, cu_query, cu_key, max_query, max_key, _, _, _, causal, *_ = others
-    grads = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (query, key, value)]
-    saved = grad_out, query, key, value, out, lse.masked_fill(lse.isneginf(), torch.inf)
-    settings = {
+@takes(AttentionBackwardArgs)
+def _flash_attn_backward(args: AttentionBackwardArgs) -> tuple[Tensor, ...]:
+    rows = args.query, args.key, args.value
+    grads = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in rows]
+    saved = args.grad_out, *rows, args.out, args.lse.masked_fill(args.lse.isneginf(), torch.inf)
+    options = {
         "dropout_p": 0.0,
-        "softmax_scale": query.shape[-1] ** -0.5,
-        "causal": causal,
+        "softmax_scale": args.query.shape[-1] ** -0.5,
+        "causal": args.causal,
         "window_size_left": -1,
         "window_size_right": -1,
         "softcap": 0.0,
         "alibi_slopes": None,
         "deterministic": False,
     }
-    if cu_query is None:
-        _flash_attn()._flash_attn_backward(*saved, *grads, **settings)
+    if args.cu_query is None:
+        _flash_attn()._flash_attn_backward(*saved, *grads, **options)
     else:
-        packing = cu_query, cu_key, max_query, max_key
-        _flash_attn()._flash_attn_varlen_backward(*saved, *grads, *packing, **settings)
-    return *grads, query.new_empty(0), query.new_empty(0)
+        packing = args.cu_query, args.cu_key, args.max_query, args.max_key
+        _flash_attn()._flash_attn_varlen_backward(*saved, *grads, *packing, **options)
+    return *grads, args.query.new_empty(0), args.query.new_empty(0)
 
 
 def _xformers() -> Any:
     return importlib.import_module("xformers.ops.fmha")
 
 
-def _xformers_forward(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+@takes(AttentionArgs)
+def _xformers_forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     fmha = _xformers()
-    bias = fmha.attn_bias.LowerTriangularMask() if others[8] else None
-    out, lse = fmha.memory_efficient_attention_forward_requires_grad(query, key, value, attn_bias=bias)
+    bias = fmha.attn_bias.LowerTriangularMask() if args.causal else None
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(args.query, args.key, args.value, attn_bias=bias)
     # its rows may be rounded up to a whole number of vectors
-    return out.contiguous(), lse[..., : query.shape[1]].contiguous()
+    return out.contiguous(), lse[..., : args.query.shape[1]].contiguous()
 
 
-def _xformers_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
+@takes(AttentionBackwardArgs)
+def _xformers_backward(args: AttentionBackwardArgs) -> tuple[Tensor, ...]:
     fmha = _xformers()
-    bias = fmha.attn_bias.LowerTriangularMask() if others[8] else None
+    bias = fmha.attn_bias.LowerTriangularMask() if args.causal else None
     # to a whole number of vectors, as the forward pass leaves them; what is added belongs to no query
-    lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
-    grads = fmha.memory_efficient_attention_backward(grad_out, out, lse, query, key, value, attn_bias=bias)
-    return *(each.contiguous() for each in grads), query.new_empty(0), query.new_empty(0)
+    lse = torch.nn.functional.pad(args.lse, (0, -args.lse.shape[-1] % 32), value=torch.inf)
+    saved = args.grad_out, args.out, lse, args.query, args.key, args.value
+    grads = fmha.memory_efficient_attention_backward(*saved, attn_bias=bias)
+    return *(each.contiguous() for each in grads), args.query.new_empty(0), args.query.new_empty(0)
 
 
 def flash_attn(op: str) -> Provider:

@@ -5,11 +5,14 @@ They are what `scaled_dot_product_attention` calls, called so that the log-sum-e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spear_fast.ops.attention_arguments import AttentionOptions
+from spear_fast.ops.arguments import takes
+from spear_fast.ops.attention_arguments import AttentionArgs, AttentionBackwardArgs, AttentionOptions
 from spear_fast.ops.pointwise import rotary
 from spear_fast.ops.providers import ProviderQuery
 
@@ -76,11 +79,11 @@ def _summed(gradient: Tensor, kv_heads: int, modulo_heads: bool) -> Tensor:
     return by_head.sum(2 if modulo_heads else 3)
 
 
-def _packing(
-    query: Tensor, key: Tensor, cu_query: Maybe, cu_key: Maybe, max_query: int, max_key: int
-) -> tuple[Maybe, Maybe, int, int]:
+def _packing(args: AttentionArgs | AttentionBackwardArgs) -> tuple[Maybe, Maybe, int, int]:
     """Returns what the kernel for CUDA takes: for padded rows the lengths of all of them."""
-    return (None, None, query.shape[1], key.shape[1]) if cu_query is None else (cu_query, cu_key, max_query, max_key)
+    if args.cu_query is None:
+        return None, None, args.query.shape[1], args.key.shape[1]
+    return args.cu_query, args.cu_key, args.max_query, args.max_key
 
 
 def _in_front(null: Maybe, x: Tensor) -> Tensor:
@@ -98,119 +101,83 @@ def _rotated(query: Tensor, key: Tensor, freqs: Maybe, inverse: bool = False) ->
     return (query, key) if freqs is None else (rotary(query, freqs, None, inverse), rotary(key, freqs, None, inverse))
 
 
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    packing: tuple[Maybe, Maybe, int, int],
-    added: Maybe,
-    causal: bool,
-    modulo_heads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key and value as the kernels see them: rotated, the null key among the keys."""
-    if query.device.type != "cpu":
-        lse = lse.masked_fill(lse.isneginf(), torch.inf)
-        # without dropout the generator's state is not looked at
-        state = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
-        saved = grad_out, query, key, value, out, lse
-        return torch.ops.aten._flash_attention_backward(*saved, *packing, 0.0, causal, *state)
-    heads, kv_heads = query.shape[2], key.shape[2]
-    key, value = (_repeated(each, heads, modulo_heads).transpose(1, 2) for each in (key, value))
-    grad_query, *grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(each.transpose(1, 2) for each in (grad_out, query)),
-        key,
-        value,
-        out.transpose(1, 2),
-        # rows that read nothing: any finite number, as all their scores are -inf
-        lse if added is None else lse.masked_fill(lse.isneginf(), 0),
-        *(0.0, causal and added is None),
-        attn_mask=added,
-    )
-    grad_key, grad_value = (_summed(each.transpose(1, 2), kv_heads, modulo_heads) for each in grads)
-    return grad_query.transpose(1, 2), grad_key, grad_value
+def _as_read(args: Any) -> Any:
+    """Returns the arguments as the kernels see them: query and key rotated, the null key among the keys."""
+    query, key = _rotated(args.query, args.key, args.freqs)
+    key, value = _in_front(args.null_key, key), _in_front(args.null_value, args.value)
+    return args._replace(query=query, key=key, value=value)
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Maybe,
-    cu_query: Maybe,
-    cu_key: Maybe,
-    max_query: int,
-    max_key: int,
-    null_key: Maybe,
-    null_value: Maybe,
-    freqs: Maybe,
-    causal: bool,
-    modulo_heads: bool,
-    dropout: float,
-    seed: Maybe,
-) -> tuple[Tensor, Tensor]:
-    query, key = _rotated(query, key, freqs)
-    key, value = _in_front(null_key, key), _in_front(null_value, value)
+@takes(AttentionArgs)
+def attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    args = _as_read(args)
+    query, key, value, causal, null = args.query, args.key, args.value, args.causal, args.null_key is not None
     if query.numel() == 0 or key.numel() == 0:
         precise = torch.promote_types(torch.float32, query.dtype)
         lse = query.new_full(query.shape[:-1], -torch.inf, dtype=precise).transpose(-1, -2).contiguous()
         return torch.zeros_like(query, memory_format=torch.contiguous_format), lse
     if query.device.type != "cpu":
-        packing = _packing(query, key, cu_query, cu_key, max_query, max_key)
-        # where there are more keys, that kernel's last query reads up to the last key: those in front are read by all
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *packing, 0.0, causal, False)
+        # where there are more keys, that kernel's last query reads up to the last key: the first ones are read by all
+        forward = torch.ops.aten._flash_attention_forward
+        out, lse, *_ = forward(query, key, value, *_packing(args), 0.0, causal, False)
         # that kernel's sign for a query that reads nothing
         return out, lse.masked_fill(lse.isposinf(), -torch.inf)
-    added, empty = _mask(query, key_mask, causal, null_key is not None)
-    key, value = (_repeated(each, query.shape[2], modulo_heads).transpose(1, 2) for each in (key, value))
+    added, empty = _mask(query, args.key_mask, causal, null)
+    key, value = (_repeated(each, query.shape[2], args.modulo_heads).transpose(1, 2) for each in (key, value))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query.transpose(1, 2), key, value, 0.0, causal and added is None, attn_mask=added
     )
-    lse = lse.contiguous() if empty is None or null_key is not None else lse.masked_fill(empty, -torch.inf).contiguous()
+    lse = lse.contiguous() if empty is None or null else lse.masked_fill(empty, -torch.inf).contiguous()
     return out.transpose(1, 2).contiguous(), lse
 
 
-def attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Maybe,
-    cu_query: Maybe,
-    cu_key: Maybe,
-    max_query: int,
-    max_key: int,
-    null_key: Maybe,
-    null_value: Maybe,
-    freqs: Maybe,
-    causal: bool,
-    modulo_heads: bool,
-    dropout: float,
-    seed: Maybe,
-) -> tuple[Tensor, ...]:
-    query, key = _rotated(query, key, freqs)
-    key, value = _in_front(null_key, key), _in_front(null_value, value)
+def _backward(args: AttentionBackwardArgs, added: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key and value as the kernels see them; added: to the scores, or None."""
+    query, lse, causal = args.query, args.lse, args.causal
+    if query.device.type != "cpu":
+        lse = lse.masked_fill(lse.isneginf(), torch.inf)
+        # without dropout the generator's state is not looked at
+        state = torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device)
+        saved = args.grad_out, query, args.key, args.value, args.out, lse
+        return torch.ops.aten._flash_attention_backward(*saved, *_packing(args), 0.0, causal, *state)
+    heads, kv_heads = query.shape[2], args.key.shape[2]
+    keys = [_repeated(each, heads, args.modulo_heads).transpose(1, 2) for each in (args.key, args.value)]
+    grad_query, *grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        args.grad_out.transpose(1, 2),
+        query.transpose(1, 2),
+        *keys,
+        args.out.transpose(1, 2),
+        # rows that read nothing: any finite number, as all their scores are -inf
+        lse if added is None else lse.masked_fill(lse.isneginf(), 0),
+        *(0.0, causal and added is None),
+        attn_mask=added,
+    )
+    grad_key, grad_value = (_summed(each.transpose(1, 2), kv_heads, args.modulo_heads) for each in grads)
+    return grad_query.transpose(1, 2), grad_key, grad_value
+
+
+@takes(AttentionBackwardArgs)
+def attention_backward(args: AttentionBackwardArgs) -> tuple[Tensor, ...]:
+    args = _as_read(args)
+    query, key = args.query, args.key
     lone = None
     grads: tuple[Tensor, ...]
     if query.numel() == 0 or key.numel() == 0:
-        grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+        grads = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, args.value))
     else:
-        packing = _packing(query, key, cu_query, cu_key, max_query, max_key)
-        on_cpu = query.device.type == "cpu"
-        added, empty = _mask(query, key_mask, causal, null_key is not None) if on_cpu else (None, None)
-        if null_key is not None:
+        on_cpu, null = query.device.type == "cpu", args.null_key is not None
+        added, empty = _mask(query, args.key_mask, args.causal, null) if on_cpu else (None, None)
+        if null:
             lone = empty if key.shape[1] > 1 else query.new_ones(1, 1, 1, dtype=torch.bool)
         if lone is not None:
             # who reads the null key alone has weights without a gradient: nothing is left to the kernels' rounding
             lone = lone.transpose(1, 2)[..., None]
-            aside, grad_out = grad_out.masked_fill(~lone, 0), grad_out.masked_fill(lone, 0)
-        grads = _backward(grad_out, query, key, value, out, lse, packing, added, causal, modulo_heads)
-    grad_key, grad_null_key = _apart(grads[1], null_key)
-    grad_value, grad_null_value = _apart(grads[2], null_value)
+            aside = args.grad_out.masked_fill(~lone, 0)
+            args = args._replace(grad_out=args.grad_out.masked_fill(lone, 0))
+        grads = _backward(args, added)
+    grad_key, grad_null_key = _apart(grads[1], args.null_key)
+    grad_value, grad_null_value = _apart(grads[2], args.null_value)
     if lone is not None:
-        grad_null_value = grad_null_value + _summed(aside, key.shape[2], modulo_heads).sum((0, 1))
-    grad_query, grad_key = _rotated(grads[0], grad_key, freqs, inverse=True)
+        grad_null_value = grad_null_value + _summed(aside, key.shape[2], args.modulo_heads).sum((0, 1))
+    grad_query, grad_key = _rotated(grads[0], grad_key, args.freqs, inverse=True)
     return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous(), grad_null_key, grad_null_value

@@ -39,8 +39,16 @@ def remembering(check: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_common(op: str, like: str, tensors: dict[str, Tensor], freqs: Tensor | None, integers: dict) -> None:
-    """Raises unless all tensors are on one device, and of the dtypes they should be of; only called when one is not."""
+    """Raises unless all tensors are on one device, and of the dtypes that they should be of."""
     first = tensors[like]
+    dtype, device = first.dtype, first.device
+    if (
+        dtype.is_floating_point
+        and all([each.dtype == dtype and each.device == device for each in tensors.values()])
+        and all([each.dtype == wanted and each.device == device for each, wanted in integers.values()])
+        and (freqs is None or (freqs.dtype in (torch.float32, dtype) and freqs.device == device))
+    ):
+        return
     if not first.dtype.is_floating_point:
         refuse(op, like, "floating point", str(first.dtype), "convert it, and what goes with it, with .to()")
     everything = {

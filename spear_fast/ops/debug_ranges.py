@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spear_fast.ops.arguments import takes
+from spear_fast.ops.attention_arguments import AttentionArgs, AttentionBackwardArgs
 from spear_fast.ops.reference import ranges as reference
 from spear_fast.ops.reference.ranges import check_offsets, check_range, check_selection
 from spear_fast.ops.selection_params import IntParam, SelectionMethod
+from spear_fast.ops.selection_state import BeamState, SampleState
 
 
 def check(op: str, first: Tensor, *others: Any) -> None:
@@ -45,21 +48,33 @@ def _decode_self_attention(
     check_range(op, "ancestors", slots, beams - 1, "write each position's slot before it is read")
 
 
-def _decode_cross_attention(query: Tensor, key: Tensor, *others: Any) -> None:
-    lengths, advice = others[3], "pass each utterance's number of source positions"
+def _decode_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    return_weights: bool,
+) -> None:
+    advice = "pass each utterance's number of source positions"
     check_range("decode_cross_attention", "lengths", lengths, key.shape[2], advice)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, op: str = "attention") -> None:
-    _, cu_query, cu_key, max_query, max_key, *_ = others
-    if cu_query is not None:
-        check_offsets(op, "cu_query", cu_query, query.shape[0], "max_query", max_query)
-    if cu_key is not None:
-        check_offsets(op, "cu_key", cu_key, key.shape[0], "max_key", max_key)
+def _offsets(op: str, args: AttentionArgs | AttentionBackwardArgs) -> None:
+    if args.cu_query is not None and args.cu_key is not None:
+        check_offsets(op, "cu_query", args.cu_query, args.query.shape[0], "max_query", args.max_query)
+        check_offsets(op, "cu_key", args.cu_key, args.key.shape[0], "max_key", args.max_key)
 
 
-def _attention_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> None:
-    _attention(query, key, value, *others[2:], op="attention_backward")
+@takes(AttentionArgs)
+def _attention(args: AttentionArgs) -> None:
+    _offsets("attention", args)
+
+
+@takes(AttentionBackwardArgs)
+def _attention_backward(args: AttentionBackwardArgs) -> None:
+    _offsets("attention_backward", args)
 
 
 def _cross_entropy(
@@ -76,35 +91,25 @@ def _cross_entropy_backward(
 
 
 def _check_live(
-    op: str,
-    method: SelectionMethod,
-    logits: Tensor,
-    int_params: Tensor,
-    prefix: Tensor,
-    lengths: Tensor,
-    tokens: Tensor,
-    done: Tensor,
+    op: str, method: SelectionMethod, logits: Tensor, state: BeamState | SampleState, lengths: Tensor
 ) -> None:
-    live = ~done & (int_params[:, IntParam.METHOD] == method)
-    slot = torch.arange(lengths.shape[1], device=lengths.device)
-    used = live[:, None] & (slot < int_params[:, IntParam.BEAM_SIZE, None])
-    check_selection(op, logits, live, int_params, prefix, lengths[: len(done)].masked_fill(~used, 0), tokens)
+    """lengths: `[utterances, beams or 1]`, tokens so far of those hypotheses that go on, 0 of others."""
+    live = ~state.done & (state.int_params[:, IntParam.METHOD] == method)
+    beam = torch.arange(lengths.shape[1], device=lengths.device)
+    used = live[:, None] & (beam < state.int_params[:, IntParam.BEAM_SIZE, None])
+    lengths = lengths[: len(state.done)].masked_fill(~used, 0)
+    check_selection(op, logits, live, state.int_params, state.prefix, lengths, state.tokens)
 
 
-def _beam_step(
-    logits: Tensor, null_logits: Tensor | None, float_params: Tensor, int_params: Tensor, prefix: Tensor,
-    inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, *others: Tensor,
-) -> None:  # fmt: skip
-    _check_live("beam_step", SelectionMethod.BEAM, logits, int_params, prefix, lengths[:, :1], tokens, others[-1])
+@takes(BeamState)
+def _beam_step(logits: Tensor, null_logits: Tensor | None, state: BeamState) -> None:
+    _check_live("beam_step", SelectionMethod.BEAM, logits, state, state.lengths[:, :1])
 
 
-def _sample_step(
-    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, float_params: Tensor, int_params: Tensor,
-    prefix: Tensor, seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor,
-    parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
-) -> None:  # fmt: skip
-    lengths = lengths[: len(done)].masked_fill(finished, 0)
-    _check_live("sample_step", SelectionMethod.SAMPLE, logits, int_params, prefix, lengths, tokens, done)
+@takes(SampleState)
+def _sample_step(logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, state: SampleState) -> None:
+    lengths = state.lengths[: len(state.done)].masked_fill(state.finished, 0)
+    _check_live("sample_step", SelectionMethod.SAMPLE, logits, state, lengths)
 
 
 # op → what looks at the integers among its arguments

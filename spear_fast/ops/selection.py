@@ -7,15 +7,20 @@ and `ancestors` is then treated like the first. All tensors but the logits are c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from string import ascii_lowercase
+
 import torch
 from torch import Tensor
 
 from spear_fast.ops import backends
+from spear_fast.ops.arguments import takes
 from spear_fast.ops.checks import refuse, remembering, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import selection as reference
 from spear_fast.ops.registry import define
 from spear_fast.ops.selection_params import FloatParam, IntParam
+from spear_fast.ops.selection_state import PARAMETERS, BeamState, SampleState
 
 
 def beam_step(
@@ -121,7 +126,8 @@ def sample_step(
 
 
 # name → dtype (None: the scores') and shape: U utterances, R rows, K beams, T capacity
-_COMMON = {
+_BUFFERS = {
+    "seeds": (torch.int64, "U"),
     "inputs": (torch.int64, "UK"),
     "scores": (None, "UK"),
     "lengths": (torch.int64, "RK"),
@@ -129,25 +135,20 @@ _COMMON = {
     "tokens": (torch.int32, "UTK"),
     "parents": (torch.uint8, "UTK"),
     "logprobs": (None, "UTK"),
-}
-_BEAM = {
-    **_COMMON,
     "pool_scores": (None, "UK"),
     "pool_beams": (torch.int64, "UK"),
     "pool_ends": (torch.int64, "UK"),
     "pool_finished": (torch.bool, "UK"),
     "pool_last_logprobs": (None, "UK"),
     "ended": (torch.int64, "U"),
+    "finished": (torch.bool, "UK"),
     "done": (torch.bool, "U"),
 }
-_SAMPLE = {"seeds": (torch.int64, "U"), **_COMMON, "finished": (torch.bool, "UK"), "done": (torch.bool, "U")}
 _NAMES = {"U": "utterances", "R": "utterances or twice that", "K": "beams", "T": "capacity"}
 
 
-def _check_logits(
-    op: str, logits: Tensor, others: dict[str, Tensor | None], float_params: Tensor, int_params: Tensor, prefix: Tensor
-) -> None:
-    """Raises ValueError unless the logits and the settings of an op fit each other."""
+def _check_logits(op: str, logits: Tensor, others: dict[str, Tensor | None], state: BeamState | SampleState) -> None:
+    """Raises ValueError unless the logits and the parameters of an op fit each other."""
     if logits.dim() != 3:
         refuse(op, "logits", "[utterances, beams, vocabulary]", shape_of(logits), "pass the newest step alone")
     utterances, beams, vocab = logits.shape
@@ -166,15 +167,15 @@ def _check_logits(
             refuse(op, name, f"{logits.dtype} on {logits.device} like logits", f"{other.dtype} on {other.device}",
                    "convert it with .to()")  # fmt: skip
     precise = torch.promote_types(logits.dtype, torch.float32)
-    for name, settings, width, dtype in (
-        ("float_params", float_params, len(FloatParam), precise),
-        ("int_params", int_params, len(IntParam), torch.int32),
-        ("prefix", prefix, None, torch.int32),
+    for name, params, width, dtype in (
+        ("float_params", state.float_params, len(FloatParam), precise),
+        ("int_params", state.int_params, len(IntParam), torch.int32),
+        ("prefix", state.prefix, None, torch.int32),
     ):
-        if settings.dim() != 2 or settings.shape[0] != utterances or settings.shape[1] != (width or settings.shape[1]):
+        if params.dim() != 2 or params.shape[0] != utterances or params.shape[1] != (width or params.shape[1]):
             columns = "longest prefix" if width is None else str(width)
-            refuse(op, name, f"[{utterances} utterances, {columns}]", shape_of(settings), "give each utterance a row")
-        _check_tensor(op, name, settings, dtype, logits.device)
+            refuse(op, name, f"[{utterances} utterances, {columns}]", shape_of(params), "give each utterance a row")
+        _check_tensor(op, name, params, dtype, logits.device)
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -186,65 +187,57 @@ def _check_tensor(op: str, name: str, tensor: Tensor, dtype: torch.dtype, device
         refuse(op, name, "contiguous", f"strides {list(tensor.stride())}", "make it with .contiguous()")
 
 
-def _check_state(op: str, logits: Tensor, wanted: dict, state: tuple[Tensor, ...]) -> None:
+def _check_state(op: str, logits: Tensor, state: BeamState | SampleState) -> None:
     """Raises ValueError unless the buffers fit the logits."""
     utterances, beams = logits.shape[0], logits.shape[1]
-    named = dict(zip(wanted, state, strict=True))
-    rows = named["lengths"].shape[0]
+    rows = state.lengths.shape[0]
     if rows != utterances and rows != 2 * utterances:
-        got = shape_of(named["lengths"])
+        got = shape_of(state.lengths)
         refuse(op, "lengths", f"[{utterances} or {2 * utterances}, {beams}]", got, "give each decoded row its lengths")
-    capacity = named["tokens"].shape[1] if named["tokens"].dim() == 3 else 0
+    capacity = state.tokens.shape[1] if state.tokens.dim() == 3 else 0
     sizes = {"U": utterances, "R": rows, "K": beams, "T": capacity}
     precise, device = torch.promote_types(logits.dtype, torch.float32), logits.device
-    shapes = {letters: tuple(sizes[letter] for letter in letters) for letters in ("U", "UK", "RK", "UTK", "RKT")}
-    for (name, (dtype, letters)), tensor in zip(wanted.items(), state, strict=True):
-        dtype = dtype or precise
-        if tensor.shape != shapes[letters]:
-            names = ", ".join(_NAMES[letter] for letter in letters)
-            refuse(
-                op, name, f"[{names}] = {list(shapes[letters])}", shape_of(tensor), "see the docstring for the sizes"
-            )
-        if tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-            _check_tensor(op, name, tensor, dtype, device)
+    for name in state._fields[PARAMETERS:]:
+        tensor, (dtype, letters) = getattr(state, name), _BUFFERS[name]
+        shape = tuple(sizes[letter] for letter in letters)
+        if tensor.shape != shape:
+            wanted = f"[{', '.join(_NAMES[letter] for letter in letters)}] = {list(shape)}"
+            refuse(op, name, wanted, shape_of(tensor), "see the docstring for the sizes")
+        _check_tensor(op, name, tensor, dtype or precise, device)
 
 
-def _check_beam_step(
-    logits: Tensor, null_logits: Tensor | None, float_params: Tensor, int_params: Tensor, prefix: Tensor, *state: Tensor
-) -> None:
+@takes(BeamState)
+def _check_beam_step(logits: Tensor, null_logits: Tensor | None, state: BeamState) -> None:
     """Raises ValueError unless the arguments of `beam_step` fit each other; providers check the ranges of integers."""
-    _check_logits("beam_step", logits, {"null_logits": null_logits}, float_params, int_params, prefix)
-    _check_state("beam_step", logits, _BEAM, state)
+    _check_logits("beam_step", logits, {"null_logits": null_logits}, state)
+    _check_state("beam_step", logits, state)
 
 
-def _check_sample_step(
-    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, float_params: Tensor, int_params: Tensor,
-    prefix: Tensor, *state: Tensor,
-) -> None:  # fmt: skip
+@takes(SampleState)
+def _check_sample_step(logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, state: SampleState) -> None:
     """Raises ValueError unless the arguments of `sample_step` fit each other."""
-    _check_logits(
-        "sample_step", logits, {"null_logits": null_logits, "filtered": filtered}, float_params, int_params, prefix
-    )
-    _check_state("sample_step", logits, _SAMPLE, state)
+    _check_logits("sample_step", logits, {"null_logits": null_logits, "filtered": filtered}, state)
+    _check_state("sample_step", logits, state)
 
 
-def _written(names: dict, letters: str) -> str:
-    """Returns the schema of buffers; all of them are written but the seeds."""
-    marks = iter(letters)
-    return ", ".join("Tensor seeds" if name == "seeds" else f"Tensor({next(marks)}!) {name}" for name in names)
+def _schema(logits: str, fields: Sequence[str]) -> str:
+    """Returns the schema of an op of such logits and fields: all buffers are written but the seeds."""
+    letters = iter(ascii_lowercase)
+    read = (*fields[:PARAMETERS], "seeds")
+    state = [f"Tensor {name}" if name in read else f"Tensor({next(letters)}!) {name}" for name in fields]
+    return f"({logits}, {', '.join(state)}) -> ()"
 
 
-_SETTINGS = "Tensor float_params, Tensor int_params, Tensor prefix, "
 _beam_step = define(
     "beam_step",
-    f"(Tensor logits, Tensor? null_logits, {_SETTINGS}{_written(_BEAM, 'abcdefghijklmn')}) -> ()",
+    _schema("Tensor logits, Tensor? null_logits", BeamState._fields),
     check=remembering(_check_beam_step),
     fake=_check_beam_step,
     native=("cpu", "cuda"),
 )
 _sample_step = define(
     "sample_step",
-    f"(Tensor logits, Tensor? null_logits, Tensor? filtered, {_SETTINGS}{_written(_SAMPLE, 'abcdefghi')}) -> ()",
+    _schema("Tensor logits, Tensor? null_logits, Tensor? filtered", SampleState._fields),
     check=remembering(_check_sample_step),
     fake=_check_sample_step,
     native=("cpu", "cuda"),

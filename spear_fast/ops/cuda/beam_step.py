@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spear_fast.ops.arguments import takes
 from spear_fast.ops.cuda import runtime
 from spear_fast.ops.cuda.runtime import SCALARS, Launch
 from spear_fast.ops.cuda.selection import THREADS, logits_fields, state_fields
+from spear_fast.ops.selection_state import BeamState
 
 SOURCE, STRUCT = "beam_step.cu", "BeamStep"
-# in the order of the op's arguments behind the logits; the struct's fields have the same names
-STATE = (
-    "float_params int_params prefix inputs scores lengths ancestors tokens parents logprobs pool_scores "
-    "pool_beams pool_ends pool_finished pool_last_logprobs ended done"
-).split()
 
 
-def beam_step(logits: Tensor, null_logits: Tensor | None, *state: Tensor) -> None:
+@takes(BeamState)
+def beam_step(logits: Tensor, null_logits: Tensor | None, state: BeamState) -> None:
     utterances, beams, vocab = logits.shape
     # eight bytes a candidate, sixteen a hypothesis
     memory = {
@@ -25,7 +23,7 @@ def beam_step(logits: Tensor, null_logits: Tensor | None, *state: Tensor) -> Non
         "candidates": logits.new_empty(utterances * (beams + 1) * 2 * beams, dtype=torch.int64),
         "next": logits.new_empty(utterances * beams * 2, dtype=torch.int64),
     }
-    values = state_fields(logits, dict(zip(STATE, state, strict=True)) | memory)
+    values = state_fields(logits, state._asdict() | memory)
     values |= logits_fields("logits", logits) | logits_fields("null_logits", null_logits)
     kernel = f"spear_fast::beam_step<{SCALARS[logits.dtype]}>"
     runtime.launch(Launch(SOURCE, kernel, STRUCT, utterances, THREADS), values, logits.device)

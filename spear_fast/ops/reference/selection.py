@@ -7,56 +7,55 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spear_fast.ops.arguments import takes
 from spear_fast.ops.reference.candidates import best_candidates, draw, keep_top_k, keep_top_p
 from spear_fast.ops.reference.philox import uniform
 from spear_fast.ops.reference.ranges import check_selection
 from spear_fast.ops.reference.restrictions import column, mixed, own_history, restricted
 from spear_fast.ops.selection_params import COLDEST, EarlyStopping, FloatParam, IntParam, SelectionMethod
+from spear_fast.ops.selection_state import BeamState, SampleState
 
 
 @dataclass
 class _Pool:
-    """`[utterances, beams]` each: scores float, slots and ends int64, finished bool, last_logprobs float."""
+    """`[utterances, beams]` each: scores float, beams and ends int64, finished bool, last_logprobs float."""
 
     scores: Tensor
-    slots: Tensor
+    beams: Tensor
     ends: Tensor
     finished: Tensor
     last_logprobs: Tensor
 
 
-def beam_step(
-    logits: Tensor, null_logits: Tensor | None, float_params: Tensor, int_params: Tensor, prefix: Tensor,
-    inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor, parents: Tensor,
-    logprobs: Tensor, pool_scores: Tensor, pool_beams: Tensor, pool_ends: Tensor, pool_finished: Tensor,
-    pool_last_logprobs: Tensor, ended: Tensor, done: Tensor,
-) -> None:  # fmt: skip
+@takes(BeamState)
+def beam_step(logits: Tensor, null_logits: Tensor | None, state: BeamState) -> None:
     utterances, beams, vocab = logits.shape
-    live = ~done & (int_params[:, IntParam.METHOD] == SelectionMethod.BEAM)
+    float_params, int_params = state.float_params, state.int_params
+    live = ~state.done & (int_params[:, IntParam.METHOD] == SelectionMethod.BEAM)
     if not utterances:
         return
     size = column(int_params, IntParam.BEAM_SIZE, 2)
-    steps = lengths[:utterances, :1].masked_fill(~live[:, None], 0)
-    check_selection("beam_step", logits, live, int_params, prefix, steps, tokens)
+    steps = state.lengths[:utterances, :1].masked_fill(~live[:, None], 0)
+    check_selection("beam_step", logits, live, int_params, state.prefix, steps, state.tokens)
     rank = torch.arange(2 * beams, device=logits.device)
-    slot = rank[:beams]
-    used = slot < size
+    beam = rank[:beams]
+    used = beam < size
 
     scaled = mixed(logits, null_logits, float_params) / column(float_params, FloatParam.TEMPERATURE).clamp(min=COLDEST)
     likely = scaled.log_softmax(dim=-1)
     each = steps.expand(-1, beams)
-    history = own_history(tokens, ancestors[:utterances], each)
-    ranked = restricted(likely, history, each, float_params, int_params, prefix)
-    ranked = (scores[..., None] + ranked).masked_fill(~used[..., None], -torch.inf)
+    history = own_history(state.tokens, state.ancestors[:utterances], each)
+    ranked = restricted(likely, history, each, float_params, int_params, state.prefix)
+    ranked = (state.scores[..., None] + ranked).masked_fill(~used[..., None], -torch.inf)
     values, index = best_candidates(ranked.flatten(1), 2 * beams)
-    # where the vocabulary has too few candidates, those of no slot stand behind
+    # where the vocabulary has too few candidates, those of no beam come last
     index = index.masked_fill(index >= size * vocab, 0)
     origins, chosen = index // vocab, index % vocab
     chosen_logprobs = likely.flatten(1).gather(1, index)
 
     eos = column(int_params, IntParam.EOS_ID, 2)
     ends = (chosen == eos) & (eos >= 0)
-    # a stable sort keeps the order by score within those that go on; behind them those that end, then the superfluous
+    # a stable sort keeps the order by score within those that go on; then come those that end, then the superfluous
     place = torch.where(rank < 2 * size, ends.to(torch.uint8), 2)
     goes_on = place.sort(dim=-1, stable=True).indices[:, :beams]
     running = values.masked_fill(ends, -torch.inf).gather(1, goes_on)
@@ -67,73 +66,72 @@ def beam_step(
     enters = torch.cat((ends & (rank < size) & live[:, None], limit & used & live[:, None]), dim=1)
     totals = torch.cat((values, running), dim=1)
     enters = enters & ~(totals == -torch.inf)
-    pool = _Pool(pool_scores, pool_beams, pool_ends, pool_finished, pool_last_logprobs)
+    pool = _Pool(state.pool_scores, state.pool_beams, state.pool_ends, state.pool_finished, state.pool_last_logprobs)
     _enter(
         pool,
         (totals / counted).masked_fill(~enters, -torch.inf),
         used & live[:, None],
-        slots=torch.cat((origins, slot.expand(utterances, -1)), dim=1),
+        beams=torch.cat((origins, beam.expand(utterances, -1)), dim=1),
         ends=torch.cat(((length - 1).expand(-1, 2 * beams), length.expand(-1, beams)), dim=1),
         finished=torch.cat((ends, torch.zeros_like(used)), dim=1),
         last_logprobs=torch.cat((chosen_logprobs, torch.zeros_like(running)), dim=1),
     )
-    ended += enters.sum(dim=1)
+    state.ended.add_(enters.sum(dim=1))
 
     origins, chosen = origins.gather(1, goes_on), chosen.gather(1, goes_on)
     written = used & live[:, None]
     for history, new in (
-        (tokens, chosen),
-        (parents, origins),
-        (logprobs, chosen_logprobs.gather(1, goes_on)),
+        (state.tokens, chosen),
+        (state.parents, origins),
+        (state.logprobs, chosen_logprobs.gather(1, goes_on)),
     ):
         record_step(history, each, new, written)
-    follow_parents(ancestors, origins, steps, written)
-    inputs.copy_(torch.where(written, chosen, inputs))
-    scores.copy_(torch.where(written, running, scores))
-    lengths += written.repeat(lengths.shape[0] // utterances, 1)
-    over = limit[:, 0] | _cannot_improve(pool, running[:, :1], length, ended, float_params, int_params)
-    done |= live & over
+    follow_parents(state.ancestors, origins, steps, written)
+    state.inputs.copy_(torch.where(written, chosen, state.inputs))
+    state.scores.copy_(torch.where(written, running, state.scores))
+    state.lengths.add_(written.repeat(state.lengths.shape[0] // utterances, 1))
+    over = limit[:, 0] | _cannot_improve(pool, running[:, :1], length, state.ended, float_params, int_params)
+    state.done.logical_or_(live & over)
 
 
-def sample_step(
-    logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, float_params: Tensor, int_params: Tensor,
-    prefix: Tensor, seeds: Tensor, inputs: Tensor, scores: Tensor, lengths: Tensor, ancestors: Tensor, tokens: Tensor,
-    parents: Tensor, logprobs: Tensor, finished: Tensor, done: Tensor,
-) -> None:  # fmt: skip
+@takes(SampleState)
+def sample_step(logits: Tensor, null_logits: Tensor | None, filtered: Tensor | None, state: SampleState) -> None:
     utterances, beams, _ = logits.shape
-    live = ~done & (int_params[:, IntParam.METHOD] == SelectionMethod.SAMPLE)
+    float_params, int_params = state.float_params, state.int_params
+    live = ~state.done & (int_params[:, IntParam.METHOD] == SelectionMethod.SAMPLE)
     if not utterances:
         return
-    slot = torch.arange(beams, device=logits.device)
-    used = slot < column(int_params, IntParam.BEAM_SIZE, 2)
-    written = used & ~finished & live[:, None]
-    steps = lengths[:utterances].masked_fill(~written, 0)
-    check_selection("sample_step", logits, live, int_params, prefix, steps, tokens)
+    beam = torch.arange(beams, device=logits.device)
+    used = beam < column(int_params, IntParam.BEAM_SIZE, 2)
+    written = used & ~state.finished & live[:, None]
+    steps = state.lengths[:utterances].masked_fill(~written, 0)
+    check_selection("sample_step", logits, live, int_params, state.prefix, steps, state.tokens)
 
     exact = mixed(logits, null_logits, float_params)
-    history = own_history(tokens, slot.to(torch.uint8)[:, None].expand_as(ancestors[:utterances]), steps)
+    history = own_history(state.tokens, beam.to(torch.uint8)[:, None].expand_as(state.ancestors[:utterances]), steps)
     allowed = exact if filtered is None else filtered.to(exact.dtype)
-    allowed = restricted(allowed, history, steps, float_params, int_params, prefix)
-    chosen = _chosen(allowed, steps, seeds, float_params, int_params)
+    allowed = restricted(allowed, history, steps, float_params, int_params, state.prefix)
+    chosen = _chosen(allowed, steps, state.seeds, float_params, int_params)
     chosen_logprobs = exact.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
     nothing_left = (allowed == -torch.inf).all(dim=-1)
     chosen_logprobs = chosen_logprobs.masked_fill(nothing_left, -torch.inf)
 
-    for history, new in ((tokens, chosen), (parents, slot.expand_as(chosen)), (logprobs, chosen_logprobs)):
+    parents = beam.expand_as(chosen)
+    for history, new in ((state.tokens, chosen), (state.parents, parents), (state.logprobs, chosen_logprobs)):
         record_step(history, steps, new, written)
-    next_position = torch.arange(ancestors.shape[2], device=slot.device) == steps[..., None] + 1
-    table = ancestors.view(-1, *tokens.shape[::2], ancestors.shape[2])
-    table.copy_(torch.where(next_position & written[..., None], slot[:, None].to(torch.uint8), table))
+    next_position = torch.arange(state.ancestors.shape[2], device=beam.device) == steps[..., None] + 1
+    table = state.ancestors.view(-1, *state.tokens.shape[::2], state.ancestors.shape[2])
+    table.copy_(torch.where(next_position & written[..., None], beam[:, None].to(torch.uint8), table))
     given = steps < column(int_params, IntParam.PREFIX_LENGTH, 2)
-    inputs.copy_(torch.where(written, chosen, inputs))
-    scores.copy_(torch.where(written & ~given, scores + chosen_logprobs, scores))
-    lengths += written.repeat(lengths.shape[0] // utterances, 1)
+    state.inputs.copy_(torch.where(written, chosen, state.inputs))
+    state.scores.copy_(torch.where(written & ~given, state.scores + chosen_logprobs, state.scores))
+    state.lengths.add_(written.repeat(state.lengths.shape[0] // utterances, 1))
     eos = column(int_params, IntParam.EOS_ID, 2)
     # where logits are NaN, or nothing may come, nothing sensible can follow
     ends = ((chosen == eos) & (eos >= 0)) | ~(chosen_logprobs > -torch.inf)
-    finished |= written & ends
-    at_limit = lengths[:utterances] >= column(int_params, IntParam.MAX_LENGTH, 2)
-    done |= live & (finished | at_limit | ~used).all(dim=-1)
+    state.finished.logical_or_(written & ends)
+    at_limit = state.lengths[:utterances] >= column(int_params, IntParam.MAX_LENGTH, 2)
+    state.done.logical_or_(live & (state.finished | at_limit | ~used).all(dim=-1))
 
 
 def _chosen(allowed: Tensor, steps: Tensor, seeds: Tensor, float_params: Tensor, int_params: Tensor) -> Tensor:
