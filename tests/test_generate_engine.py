@@ -9,6 +9,7 @@ from test_engine import options_of, same
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding import Encoder, Engine, EngineConfig, decode, runner, scheduler
+from spear_fast.decoding import padded as padded_batches
 from spear_fast.transformer import Transformer
 
 HOW = {
@@ -232,3 +233,64 @@ def test_decode_serves_each_row_as_alone(model):
         width = one.tokens.shape[-1]
         assert one.tokens.tolist() == together.tokens[row : row + 1, :, :width].tolist()
         torch.testing.assert_close(one.scores, together.scores[row : row + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_call_reuses_the_engine_where_it_fits(model, monkeypatch):
+    """On CUDA, where it keeps what it has captured; not for another encoder, other beams, or a much larger batch."""
+    made = []
+    make = padded_batches.Engine
+    monkeypatch.setattr(padded_batches, "Engine", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    monkeypatch.setattr(padded_batches, "keeps_engine", lambda decoder, config: True)
+    rows = padded(sources(6, seed=9))
+    wanted = [generated(model, rows, how) for how in ("greedy", "standard", "reference")]
+    fresh = len(made)
+    # greedy has one beam, the searches have as many each
+    assert fresh == 2
+    for how, expected in zip(("standard", "reference"), wanted[1:], strict=True):
+        same(generated(model, rows, how), expected)
+        same(generated(model, rows[:3], how, max_length=5), generated(model, rows[:3], how, max_length=5))
+    assert len(made) == fresh
+    same(generated(model, rows, "greedy"), wanted[0])
+    assert len(made) == fresh + 1
+    assert made[fresh - 1]._closed
+    generated(model, padded(sources(7, seed=9)), "greedy")
+    assert len(made) == fresh + 2
+    with torch.no_grad():
+        model.token_emb["text"].weight.mul_(1.5)
+    changed = generated(model, rows, "greedy")
+    assert len(made) == fresh + 3
+    monkeypatch.undo()
+    same(generated(model, rows, "greedy"), changed)
+    assert model.decoder("text").idle_engine is None
+    with torch.no_grad():
+        model.token_emb["text"].weight.div_(1.5)
+
+
+def test_an_engine_that_a_call_left_in_an_error_is_not_used_again(model, monkeypatch):
+    monkeypatch.setattr(padded_batches, "keeps_engine", lambda decoder, config: True)
+    ids = padded(sources(3, seed=9))
+    generated(model, ids, "greedy")
+
+    def failing(decoder, view, mix):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(runner, "step", failing)
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            generated(model, ids, "greedy")
+    assert model.decoder("text").idle_engine is None
+    assert generated(model, ids, "greedy").tokens.numel()
+
+
+def test_engines_are_kept_on_cuda_if_they_are_small(model, monkeypatch):
+    class Properties:
+        total_memory = 1000
+
+    class OnCuda:
+        device = torch.device("cuda:0")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    sizes = EngineConfig(slots=1, beams=1, max_length=1, max_source=1, slot_bytes=100)
+    assert padded_batches.keeps_engine(OnCuda, sizes)
+    assert not padded_batches.keeps_engine(OnCuda, EngineConfig(2, 1, 1, 1, 100))
+    assert not padded_batches.keeps_engine(model.decoder("text"), sizes)

@@ -105,6 +105,20 @@ class Engine:
         """Requests that are being decoded."""
         return self._scheduler.in_flight
 
+    def fits(self, encoder: Encoder | None, config: EngineConfig, guided: bool) -> bool:
+        """Returns whether this engine can do the work of one with these sizes, and is not much larger."""
+        own = self.config
+        return (
+            not self._closed
+            and self._scheduler.encoder is encoder
+            and self._scheduler.guided == guided
+            and own.beams == config.beams
+            and config.slots <= own.slots
+            and config.max_length <= own.max_length
+            and config.max_source <= own.max_source
+            and own.bytes <= 4 * config.bytes
+        )
+
     def submit(
         self,
         source: Tensor,

@@ -17,6 +17,9 @@ from spear_fast.decoding.request import StopGroup
 from spear_fast.decoding.result import DecodingResult, join_results
 from spear_fast.ops.selection_params import SelectionMethod
 
+# share of a GPU's memory that the buffers of an engine may take which waits for the next call
+KEPT_SHARE = 0.1
+
 
 def decode(decoder: Decoder, memory: Tensor, memory_mask: Tensor, options: DecodingOptions) -> DecodingResult:
     """Returns the hypotheses of each row of an encoded source.
@@ -94,10 +97,37 @@ def _served(
     )
     # the rows of the reference's search stop together
     group = StopGroup(len(sources)) if options.kind == SelectionMethod.REFERENCE else None
-    with Engine(encoder, decoder, config, guided=options.guided) as engine:
+    engine = _idle_engine(encoder, decoder, config, options.guided)
+    try:
         requests = [engine.submit(source, options, stop_group=group) for source in sources]
         results = [request.result() for request in requests]
+    except BaseException:
+        engine.close()
+        raise
+    if keeps_engine(decoder, engine.config):
+        engine, decoder.idle_engine = decoder.idle_engine, engine
+    if engine is not None:
+        engine.close()
     return join_results(results, decoder.pad_id).to(decoder.device)
+
+
+def keeps_engine(decoder: Decoder, config: EngineConfig) -> bool:
+    """Returns whether an engine is worth keeping for the next call: on CUDA, where its steps are captured, if small."""
+    device = decoder.device
+    if device.type != "cuda":
+        return False
+    return config.bytes <= KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def _idle_engine(encoder: Encoder | None, decoder: Decoder, config: EngineConfig, guided: bool) -> Engine:
+    """Returns the engine that the last call has left, where it fits, or a new one."""
+    # whoever takes it has it alone
+    engine, decoder.idle_engine = decoder.idle_engine, None
+    if engine is not None:
+        if engine.fits(encoder, config, guided):
+            return engine
+        engine.close()
+    return Engine(encoder, decoder, config, guided=guided)
 
 
 def _spread(result: DecodingResult, mask: Tensor) -> DecodingResult:

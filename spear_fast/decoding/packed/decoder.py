@@ -40,6 +40,7 @@ class Decoder:
         or None.
     eos_id: the id that ends a sequence, None when nothing does. pad_id: what fills up results; any integer.
     fused: the whole step in C++, of float32 models on a CPU; None elsewhere. weights: how they are held, see `Linear`.
+    idle_engine: made for an earlier batch, with its buffers and captured steps, for the next one; or None.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class Decoder:
     pad_id: int
     fused: Any
     weights: Weights
+    idle_engine: Any
     _watch: ParameterWatch
 
     @classmethod
@@ -108,6 +110,7 @@ class Decoder:
         self.logits = Linear(logits, weights=weights)
         self.early_exit = None if early_exit is None else read_early_exit(*early_exit, weights)
         self.fused = _fused(self)
+        self.idle_engine = None
         return self
 
     @property
