@@ -316,3 +316,13 @@ def test_reference_layout_is_what_it_was(tmp_path: Path) -> None:
     package = build_pair(5)[1].load(tmp_path / "x.pt")
     assert list(package) == ["model", "optim", "version"]
     assert list(package["model"]) == list(reference.state_dict())
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff\xfe"))
+    model = build_pair(3)[1]
+    model.attach_tokenizer(words(13))
+    model.save_pretrained(folder)
+    assert load_model(folder).tokenizer.to_str() == model.tokenizer.to_str()
+    for path in (folder, folder / "model.safetensors"):
+        assert_loads(path, model.state_dict())

@@ -121,7 +121,7 @@ class HubModel(nn.Module, ModelHubMixin):
         write_state(self, save_directory / WEIGHTS_NAME, without="wav2vec.")
         self._hub_mixin_config = self.config
         if self.tokenizer is not None:
-            self.tokenizer.save(str(save_directory / TOKENIZER_NAME))
+            (save_directory / TOKENIZER_NAME).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
         if self.wav2vec is not None and hasattr(self.wav2vec, "save"):
             self.wav2vec.save(save_directory)  # type: ignore[operator]
         card = save_directory / "README.md"
@@ -169,6 +169,6 @@ class HubModel(nn.Module, ModelHubMixin):
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{path} is not a readable tokenizer: {error}; copy it again from its source.") from error

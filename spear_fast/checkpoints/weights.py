@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from spear_fast.checkpoints.names import find_state, plain_names
@@ -51,7 +51,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file, by the model's own names. Raises FileNotFoundError or ValueError."""
     path = existing_file(path)
     try:
-        state = load_file(path)
+        state = load_file(path) if _is_utf8(path) else load(path.read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable safetensors file: {error}; copy it again from its source."
@@ -88,11 +88,24 @@ def write_state(model: nn.Module, path: Path, *, without: str) -> None:
         for name, tensor in model.state_dict().items()
         if name not in tied and not name.startswith(without)
     }
+    metadata = {"format": "pt"}
+    if not _is_utf8(path):
+        path.write_bytes(save(state, metadata))
+        return
     # safetensors writes for the owner alone; a file that python makes has the mode that the umask gives
     with open(path, "ab") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777
-    save_file(state, path, metadata={"format": "pt"})
+    save_file(state, path, metadata=metadata)
     path.chmod(mode)
+
+
+def _is_utf8(path: Path) -> bool:
+    """Returns whether safetensors takes a path: file systems have names in any bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], origin: str | Path) -> None:
