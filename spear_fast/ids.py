@@ -96,13 +96,13 @@ def is_wide_mask(mask: Tensor | None, ids: Tensor, extra: int) -> bool:
 
 
 def append_eos(ids: Tensor, mask: Tensor, eos_id: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Returns ids and mask one position longer, with `eos_id` behind each row's last token.
+    """Returns ids and mask one position longer, with `eos_id` after each row's last token.
 
     ids: `[batch, length]`, int64. mask: `[batch, length]`, bool.
     """
     batch, length = ids.shape
     positions = torch.arange(1, length + 1, device=ids.device)
-    # the index behind the last token; 0 in a row without any
+    # the index after the last token; 0 in a row without any
     ends = (positions * mask).amax(dim=-1, keepdim=True) if length else ids.new_zeros(batch, 1)
     ids = torch.cat((ids, ids.new_full((batch, 1), pad_id)), dim=-1)
     mask = torch.cat((mask, mask.new_zeros(batch, 1)), dim=-1)

@@ -31,7 +31,7 @@ class TextToSemantic(HubModel, Generation):
     dim: model width. source_depth, target_depth: layers of encoder and decoder.
     num_text_token_ids, num_semantic_token_ids: vocabulary sizes without end-of-sequence, which gets one id more
         wherever `autoset_*_eos_id` is on.
-    wav2vec: module with `codebook_size` that turns waves `[batch, samples]` into ids `[batch, length]`.
+    wav2vec: module with `codebook_size` that returns ids `[batch, length]` for waves `[batch, samples]`; it is frozen.
     tokenizer_encode: function from a list of strings to ids `[batch, length]`.
     target_kv_heads: fewer key/value heads in the decoder's self-attention.
     semantic_pad_id, text_pad_id: pad ids; an id that the vocabulary does not have (-1) leaves every real id usable.
@@ -245,7 +245,7 @@ class TextToSemantic(HubModel, Generation):
         decoder_mask = F.pad(target_mask, (1, 0), value=True)
         if wide_mask is not None:
             decoder_mask = wide_mask.to(self.device, torch.bool)
-        # each layer's output is kept for the early exit alone
+        # only the early exit needs each layer's output
         output = self.target_transformer(
             embedded,
             mask=decoder_mask,

@@ -39,7 +39,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Sequential):
     """Norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features.
 
-    The bias of the first linear is added inside the GEGLU, unless another kind of module has taken the linear's place
+    The bias of the first linear is added inside the GEGLU, unless another kind of module has replaced the linear
     or a hook wants to see its result.
     """
 
@@ -48,11 +48,11 @@ class FeedForward(nn.Sequential):
         super().__init__(RMSNorm(dim), nn.Linear(dim, inner * 2), GEGLU(), nn.Dropout(dropout), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, widen, activation, dropout, narrow = self
-        if not is_plain(widen) or type(activation) is not GEGLU:
+        norm, up_gate, activation, dropout, down = self
+        if not is_plain(up_gate) or type(activation) is not GEGLU:
             return super().forward(x)
-        product = F.linear(norm(x), widen.weight)
-        return narrow(dropout(ops.geglu(product, widen.bias.to(product.dtype))))
+        projected = F.linear(norm(x), up_gate.weight)
+        return down(dropout(ops.geglu(projected, up_gate.bias.to(projected.dtype))))
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -72,8 +72,8 @@ class Residual(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary positions over interleaved pairs, from frequencies that the state dict carries.
 
-    The frequencies stay in float32 at least when the model moves to a half type: rounded ones turn positions past a
-    few hundred to a wrong angle.
+    The frequencies stay in float32 at least when the model moves to a half type: rounded ones rotate positions
+    past a few hundred to a wrong angle.
     """
 
     def __init__(self, dim: int, theta: float = 10000.0) -> None:
@@ -83,15 +83,15 @@ class RotaryEmbedding(nn.Module):
         self.freqs = nn.Parameter(freqs, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        kept = self.freqs.data
+        before = self.freqs.data
         super()._apply(fn, recurse)
         if self.freqs.dtype in (torch.float16, torch.bfloat16):
-            self.freqs.data = kept.to(self.freqs.device)
+            self.freqs.data = before.to(self.freqs.device)
         return self
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions, or cross-attention with a learned null key and value in front.
+    """Self-attention with rotary positions, or cross-attention with a learned null key and value before the context's.
 
     The norm is of the query side only: a context comes in as it is (reference line 225).
     """

@@ -15,14 +15,14 @@ def subset_mask(mask: Tensor, fraction: float) -> Tensor:
     """Returns a bool mask like `mask` `[batch, length]` with `fraction` of each row's True positions, at random."""
     count = mask.sum(dim=-1, keepdim=True) * fraction
     order = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1).argsort(dim=-1)
-    # in a full row the order is a random permutation, and the reference's draw for the same seed; where pads sort in
-    # front only ranks count right
+    # in a full row the order is a random permutation, and the reference's draw for the same seed; where pads sort
+    # first only ranks count right
     ranks = order.argsort(dim=-1) - (~mask).sum(dim=-1, keepdim=True)
     return (torch.where(mask.all(dim=-1, keepdim=True), order, ranks) < count) & mask
 
 
 def _pack_left(ids: Tensor, keep: Tensor, pad_id: int) -> Tensor:
-    """Returns the kept ids of each row in order, padded behind to the longest."""
+    """Returns the ids of each row where `keep` is True, in order, padded at the end to the longest row."""
     order = (~keep).to(torch.int8).argsort(dim=-1, stable=True)
     counts = keep.sum(dim=-1, keepdim=True)
     packed = ids.gather(-1, order).masked_fill(torch.arange(ids.shape[-1], device=ids.device) >= counts, pad_id)
@@ -60,7 +60,7 @@ class SpeechSpeechPretrainWrapper(nn.Module):
     def forward(self, x: Tensor, return_early_exit_loss: bool = False, *, return_logits: bool = True) -> Any:
         """Returns loss and logits, or the loss alone, which is quicker without logits.
 
-        x: semantic ids `[batch, length]`, padded behind with the model's `semantic_pad_id`, or raw audio
+        x: semantic ids `[batch, length]`, padded at the end with the model's `semantic_pad_id`, or raw audio
         `[batch, samples]`.
         """
         pad_id = self.model.semantic_pad_id

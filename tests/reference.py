@@ -1,4 +1,4 @@
-"""The real spear-tts-pytorch 0.4.8, loaded behind stubs of four modules of packages that no longer import.
+"""The real spear-tts-pytorch 0.4.8, loaded with stubs of four modules of packages that no longer import.
 
     from reference import load_reference, build_pair
 
@@ -178,7 +178,7 @@ def randomise_(model: nn.Module, seed: int, spread: float = 2.2) -> nn.Module:
     """Gives every parameter but the rotary frequencies values that are neither trivial nor overwhelming.
 
     spread: of what the matrices make of unit vectors. Where gradients are compared it is small: sharp softmaxes, one
-    behind the other, make many times more of a rounding in one model than in the next, whoever computes it.
+    after the other, make many times more of a rounding in one model than in the next, whoever computes it.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -237,8 +237,8 @@ def assert_as_exact(ours: Tensor, theirs: Tensor, truth: Tensor, *, factor: floa
     if truth.numel() == 0:
         return
     error, allowed = ((value.double() - truth.double()).abs().max().item() for value in (ours, theirs))
-    limit = factor * allowed + floor * max(1.0, truth.abs().max().item())
-    assert error <= limit, f"error {error:.3e} is above {limit:.3e}; the reference's own is {allowed:.3e}"
+    bound = factor * allowed + floor * max(1.0, truth.abs().max().item())
+    assert error <= bound, f"error {error:.3e} is above {bound:.3e}; the reference's own is {allowed:.3e}"
 
 
 def cut_after_eos(tokens: Tensor, eos_id: int, pad_id: int) -> Tensor:

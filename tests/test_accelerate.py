@@ -358,7 +358,7 @@ def test_soundstorm(pair) -> None:
     assert fast.num_semantic_token_ids == reference.num_semantic_token_ids == 18
     fast.semantic_cond_to_model_dim = reference.semantic_cond_to_model_dim
     texts, kwargs = ["so", "it goes"], dict(filter_fn_kwargs=dict(k=1), max_length=9)
-    # rows that end together or not at all: the reference leaves tokens behind an EOS
+    # rows that end together or not at all: the reference leaves tokens after an EOS
     expected = cut_after_eos(reference.generate(texts, **kwargs)[0], 17, -1)
     found, condition = fast.generate(texts, **kwargs)
     assert found.tolist() == expected.tolist()

@@ -68,11 +68,11 @@ def test_prefixes_of_wrappers_come_off(tmp_path: Path, prefix: str, suffix: str)
         assert torch.equal(model.start_token["text"], state["start_token.text"])
 
 
-@pytest.mark.parametrize("place", ["{}", "state_dict", "model_state_dict", "net", "checkpoint.model"])
-def test_places_in_a_package(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("path", ["{}", "state_dict", "model_state_dict", "net", "checkpoint.model"])
+def test_paths_in_a_package(tmp_path: Path, path: str) -> None:
     state = state_of()
     package: dict = state
-    for name in reversed(place.split(".") if place != "{}" else []):
+    for name in reversed(path.split(".") if path != "{}" else []):
         package = {name: package, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}
     torch.save(package, tmp_path / "c.pt")
     assert_loads(tmp_path / "c.pt", state)
@@ -224,7 +224,7 @@ def test_weights_that_only_a_larger_type_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stride 0", "meta", "sparse"])
-def test_tensors_without_a_value_for_each_place(tmp_path: Path, kind: str) -> None:
+def test_tensors_without_a_value_for_each_index(tmp_path: Path, kind: str) -> None:
     state = state_of()
     made = {
         "stride 0": lambda: torch.zeros(1).expand(2**40, 32),
@@ -246,7 +246,7 @@ def test_numbers_of_numpy_beside_the_weights(tmp_path: Path, number: object) -> 
     torch.save({"model": state, "steps": number}, path)
     assert_loads(path, state)
     assert build_pair(3)[1].load(path)["steps"] == number
-    # and nothing stays allowed behind it
+    # and nothing stays allowed afterwards
     with pytest.raises(Exception, match="numpy"):
         torch.load(path, weights_only=True)
 

@@ -81,7 +81,7 @@ def test_pretraining_never_deletes_or_predicts_pads() -> None:
         assert len(kept) == len(deleted) == length // 2
         assert torch.equal(torch.cat((kept, deleted)).sort().values, row[row != -1])
     for ids in (source, target):
-        assert ((ids == -1).long().diff(dim=-1) >= 0).all(), "pads belong behind"
+        assert ((ids == -1).long().diff(dim=-1) >= 0).all(), "pads belong at the end"
 
 
 def test_eos_goes_behind_the_last_token_not_over_a_pad_inside() -> None:
@@ -192,7 +192,7 @@ def test_regulariser_of_a_single_row(logsumexp: bool) -> None:
 
 
 def test_rotary_positions_in_bfloat16() -> None:
-    # the first pair turns one radian a position, of which bf16 keeps 8 bits: one radian off past 256, two past 512
+    # the first pair rotates by one radian a position, of which bf16 keeps 8 bits: one radian off past 256, two past 512
     inner = load_reference().spear_tts_pytorch
     rotary = inner.RotaryEmbedding(64)
     vector = torch.eye(64)[0].expand(1, 1, 700, 64)
@@ -296,7 +296,7 @@ def test_loaded_rotary_frequencies_take_effect_after_a_run() -> None:
     for model in (reference, ours):
         model(source, target, **kwargs)
         model.load_state_dict(other.state_dict())
-    # the reference goes on with the table that it made from the old ones
+    # the reference continues with the table that it made from the old ones
     assert (reference(source, target, **kwargs) - expected).abs().max() > 1e-2
     torch.testing.assert_close(ours(source, target, **kwargs), expected, rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Bad input to the model: where the reference fails deep inside or goes on silently, ours says what is wrong."""
+"""Bad input to the model: where the reference fails deep inside or continues silently, ours says what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules run on the ops: same results, nothing kept that need not be, and watchers still see what they watch."""
+"""The modules run on the ops: same results, nothing stored that need not be, and watchers still see what they watch."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_loss_through_more_than_a_matrix():
 
 
 def test_under_autocast():
-    """As with torch's own layers, products are of bfloat16 and what is normalised stays in float32."""
+    """As with torch's own layers, matmuls are of bfloat16 and what is normalised stays in float32."""
     model, exact = build(), loss_of(build())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_of(model)

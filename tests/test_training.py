@@ -42,7 +42,7 @@ def test_a_tiny_set_is_learnt_with_its_ends_and_generate_works(tmp_path):
             generated = trainer.generate(source[None], max_length=20, **options)
             wanted = [*text.tolist(), trained.eos_id["text"]]
             assert generated[0].tolist()[: len(wanted)] == wanted
-            assert not generated[0, len(wanted) :].any(), "pads behind the end"
+            assert not generated[0, len(wanted) :].any(), "pads after the end"
     assert torch.equal(frozen, trained.source_transformer.layers[0][0].to_q[0].weight)
 
 

@@ -1,4 +1,4 @@
-"""What a trainer is given: refused where it would be ignored; and what a run leaves behind: nothing half done."""
+"""What a trainer is given: refused where it would be ignored; and what a killed run leaves: nothing for long."""
 
 from __future__ import annotations
 

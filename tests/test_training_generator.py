@@ -1,4 +1,4 @@
-"""The generator of pseudo-labelled rows: goes on, overwrites nothing, writes what training reads back right."""
+"""The generator of pseudo-labelled rows: resumes, overwrites nothing, writes what training reads back right."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_reference_begins_again_and_saves_ends(tmp_path):
     assert first.keys() == stamps.keys() == {"0.pt", "1.pt"}
     assert first != stamps, "the second run wrote over the first"
     assert torch.load(tmp_path / "0.pt").tolist()[:7] == [0, 1, 2, 3, 4, 10, -1], "with the end of the speech"
-    # ours goes on in its folder, and mends the ends when reading
+    # ours resumes in its folder, and mends the ends when reading
     generate(tmp_path, Rows(torch.arange(5) for _ in range(3)), spear_fast.accelerate(theirs))
     data = GeneratedAudioTextDataset(tmp_path, speech_eos_id=10, text_eos_id=12)
     assert [speech.tolist() for speech, _ in data] == [[0, 1, 2, 3, 4]] * 3

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that goes on ends, bit for bit, like one that never stopped; files go both ways."""
+"""Checkpoints: a resumed run ends, bit for bit, like one that never stopped; files go both ways."""
 
 from __future__ import annotations
 

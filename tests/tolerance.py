@@ -1,8 +1,8 @@
 """The one rule by which floating-point results are judged, after FlashAttention's tests.
 
-Truth is the computation in float64; the yardstick is the same computation by plain torch in the tested dtype. A result
-may be off by twice what torch is off (gradients: three times), and a floor of a few roundings for where torch happens
-to be exact.
+Truth is the computation in float64; the same-dtype baseline is the computation by plain torch in the tested dtype. A
+result may be off by twice what torch is off (gradients: three times), and a floor of a few roundings for where torch
+happens to be exact.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 VALUES = 2.0
 GRADIENTS = 3.0
-# roundings of the largest value that are always allowed; in float64 the truth and the yardstick are rounded as well
+# roundings of the largest value that are always allowed; in float64 the truth and the baseline are rounded as well
 FLOOR = 4.0
 FLOOR_FLOAT64 = 64.0
 
@@ -28,27 +28,27 @@ def to_float64(tree):
     return tree
 
 
-def allowed_error(truth: Tensor, yardstick: Tensor, *, factor: float = VALUES) -> float:
-    """Returns how far from `truth` a result in the yardstick's dtype may be."""
+def allowed_error(truth: Tensor, baseline: Tensor, *, factor: float = VALUES) -> float:
+    """Returns how far from `truth` a result in the baseline's dtype may be."""
     if truth.numel() == 0:
         return 0.0
-    roundings = FLOOR_FLOAT64 if yardstick.dtype == torch.float64 else FLOOR
-    floor = roundings * torch.finfo(yardstick.dtype).eps * max(1.0, truth.abs().max().item())
-    return factor * (yardstick.double() - truth.double()).abs().max().item() + floor
+    roundings = FLOOR_FLOAT64 if baseline.dtype == torch.float64 else FLOOR
+    floor = roundings * torch.finfo(baseline.dtype).eps * max(1.0, truth.abs().max().item())
+    return factor * (baseline.double() - truth.double()).abs().max().item() + floor
 
 
 def assert_within(
-    result: Tensor, truth: Tensor, yardstick: Tensor, *, factor: float = VALUES, what: str = "result"
+    result: Tensor, truth: Tensor, baseline: Tensor, *, factor: float = VALUES, what: str = "result"
 ) -> None:
-    """Raises AssertionError unless `result` is about as near to `truth` as `yardstick` is.
+    """Raises AssertionError unless `result` is about as near to `truth` as `baseline` is.
 
     result: any shape, the tested dtype.
     truth: the same shape, float64.
-    yardstick: the same shape and dtype as `result`, by plain torch.
+    baseline: the same-dtype baseline: the same shape and dtype as `result`, by plain torch.
     factor: VALUES or GRADIENTS.
     """
     assert result.shape == truth.shape, f"{what} has shape {list(result.shape)}, wanted {list(truth.shape)}"
-    assert result.dtype == yardstick.dtype, f"{what} is {result.dtype}, wanted {yardstick.dtype}"
+    assert result.dtype == baseline.dtype, f"{what} is {result.dtype}, wanted {baseline.dtype}"
     if not result.dtype.is_floating_point:
         assert torch.equal(result.long(), truth.long()), f"{what} is integer and differs"
         return
@@ -57,5 +57,5 @@ def assert_within(
     )
     error = (result.double() - truth.double()).nan_to_num(0.0, 0.0, 0.0).abs()
     worst = error.max().item() if error.numel() else 0.0
-    limit = allowed_error(truth, yardstick, factor=factor)
-    assert worst <= limit, f"{what} is off by {worst:.3g}, allowed {limit:.3g}"
+    bound = allowed_error(truth, baseline, factor=factor)
+    assert worst <= bound, f"{what} is off by {worst:.3g}, allowed {bound:.3g}"

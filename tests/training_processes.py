@@ -53,7 +53,7 @@ def gathered(rank: int, folder: str):
 
 
 def trained(rank: int, folder: str):
-    """Trains with the regulariser, and goes on from the middle in a folder of its own."""
+    """Trains with the regulariser, and resumes from the middle in a folder of its own."""
     torch.manual_seed(5)
     # the same rows a step as one process with batches of four
     options = settings(f"{folder}/run", batch_size=2, accelerate_kwargs={"cpu": True}, **STEPS)
@@ -64,7 +64,7 @@ def trained(rank: int, folder: str):
     split = settings(f"{folder}/split", batch_size=4, split_batches=True, accelerate_kwargs={"cpu": True}, **STEPS)
     halves = SemanticToTextTrainer(model(**ALL_DROPPED).double(), dataset=pairs(), **split)
     rows = next(halves.dl_iter)[0].shape[0]
-    # deletes at random, so that each process has to go on with its own draws
+    # deletes at random, so that each process has to continue with its own draws
     again = settings(f"{folder}/pre", batch_size=2, accelerate_kwargs={"cpu": True}, **STEPS)
     torch.manual_seed(6)
     whole = SpeechSpeechPretrainer(model(ff_dropout=0.1), dataset=speech(), **again)

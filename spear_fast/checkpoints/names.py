@@ -44,7 +44,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _states(entries: dict[Any, Any], path: str) -> list[tuple[str, dict[str, Tensor]]]:
-    """Returns the state dicts of a TextToSemantic in a package and the dicts in it, by their place there."""
+    """Returns the state dicts of a TextToSemantic in a package and the dicts in it, by their path in it."""
     tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor) and isinstance(name, str)}
     if any(_prefix(name) is not None for name in tensors):
         return [(path, tensors)]
@@ -60,7 +60,7 @@ def _dense(state: dict[str, Tensor], origin: str | Path) -> dict[str, Tensor]:
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         # a tensor of stride 0 may claim any size
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{origin} has {name} without a value for each place; save it again as a dense tensor.")
+            raise ValueError(f"{origin} has {name} without a value for each index; save it again as a dense tensor.")
     return state
 
 

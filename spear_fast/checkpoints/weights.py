@@ -128,8 +128,8 @@ def load_into(model: nn.Module, state: dict[str, Tensor], origin: str | Path) ->
 def fitted(model: nn.Module, state: dict[str, Tensor], origin: str | Path) -> dict[str, Tensor]:
     """Returns `state` with every name of `model`, which may be on the meta device, and no other.
 
-    Of tensors that the model ties one is enough. Tensors of a `wav2vec` are kept from the model where the state has
-    none, and left out where the model has none: ids need none.
+    One of the tensors that the model ties is enough. Where the state has no `wav2vec` the model's own stays; where the
+    model has none the state's is left out, since token ids need none.
 
     Raises ValueError naming the first tensor that is missing, surplus, or of another size or type.
     """

@@ -35,7 +35,7 @@ class Accelerated(nn.Module):
 
     accelerator: Any
     model: TextToSemantic
-    # what `generate` turns into what
+    # from what to what `generate` goes
     source_type: str
     target_type: str
 

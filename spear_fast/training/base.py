@@ -29,15 +29,15 @@ class Trainer(Accelerated):
 
     The learning rate warms up from `initial_lr` to `lr` in `num_warmup_steps` and then falls along a cosine to zero at
     `num_train_steps`, in optimizer steps, whatever the number of processes. Checkpoints are the reference's packages
-    with the step, the place in the data and the random states added: a run that goes on ends like one that never
-    stopped. A file's number is the step that it was saved behind, counted from 0.
+    with the step, the position in the data and the random states added: a resumed run ends bit for bit like one that
+    never stopped. A file's number is the step after which it was saved, counted from 0.
 
     batch_size: rows of one process; with `split_batches` of all together.
     max_batch_tokens: batches of rows of about one length, as many as fit in so many tokens, instead of `batch_size`.
     valid_frac: fraction of the rows kept for validation; 0 validates on the training rows.
     num_valid_batches: how many batches a validation takes, the same each time and with the same random draws.
     force_clear_prev_results: True deletes a results folder that is not empty, False keeps what is there.
-    resume: goes on from the newest checkpoint in the results folder, if there is one.
+    resume: continues from the newest checkpoint in the results folder, if there is one.
         With neither, a folder that is not empty is an error: nothing is ever asked.
     input_sample_hz: sample rate of raw audio, passed on to `wav2vec`. num_workers: processes that read the dataset.
     """
@@ -135,7 +135,7 @@ class Trainer(Accelerated):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def warmup(self, step: int) -> float:
-        """Returns the learning rate at a step of the warm-up, and `lr` behind it."""
+        """Returns the learning rate at a step of the warm-up, and `lr` after it."""
         return self.lr * self._rate(step) if step < self.num_warmup_steps else self.lr
 
     def _rate(self, step: int) -> float:
@@ -182,7 +182,7 @@ class Trainer(Accelerated):
             self.load(found[-1])
 
     def save(self, path: str | Path, random_states: list[dict[str, Any]] | None = None) -> None:
-        """Writes a checkpoint: model, optimizer, scheduler, steps, place in the data, random states.
+        """Writes a checkpoint: model, optimizer, scheduler, steps, position in the data, random states.
 
         random_states: those of all processes; by default that of this one alone.
         """
@@ -199,7 +199,7 @@ class Trainer(Accelerated):
         checkpoints.write_whole(Path(path), lambda file: torch.save(package, file))
 
     def load(self, path: str | Path, restore_optimizer: bool = True) -> None:
-        """Goes on from a checkpoint, ours or the reference's, whose step is one behind that in the file's name.
+        """Continues from a checkpoint, ours or the reference's; the next step is one more than the file's number.
 
         restore_optimizer: False takes the model alone. Raises FileNotFoundError, or ValueError when it does not fit.
         """

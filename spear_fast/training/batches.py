@@ -1,4 +1,4 @@
-"""Which rows make a batch: drawn from seed and epoch alone, so that any place in the data can be found again."""
+"""Which rows make a batch: drawn from seed and epoch alone, so that any position in the data can be found again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind and goes on from: the results folder and the files in it."""
+"""What a run writes and resumes from: the results folder and the files in it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def check_results_folder(folder: Path, clear: bool | None, resume: bool) -> None
         return
     if clear is None and not resume:
         raise ValueError(
-            f"{folder} is not empty; pass resume=True to go on from its newest checkpoint, "
+            f"{folder} is not empty; pass resume=True to continue from its newest checkpoint, "
             "force_clear_prev_results=True to delete it, or another results_folder."
         )
-    place = folder.resolve()
-    if clear and (place == Path.home() or place in (Path.cwd(), *Path.cwd().parents)):
+    resolved = folder.resolve()
+    if clear and (resolved == Path.home() or resolved in (Path.cwd(), *Path.cwd().parents)):
         raise ValueError(f"results_folder {folder} holds more than results and is not deleted; give another.")
 
 
@@ -68,10 +68,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_unfinished(folder: Path, pattern: str, *, seconds: float = 0.0) -> None:
-    """Removes what processes that were killed left of files that `write_whole` should have written to a folder.
+    """Removes the unfinished files of `write_whole` in a folder whose processes have been killed.
 
-    pattern: of the files' names, as `Path.glob` takes it. seconds: what has changed in as many is kept, for folders in
-    which processes of other machines write; files of processes that live on this one are kept anyway.
+    pattern: of the files' names, as `Path.glob` takes it. seconds: files that have changed within
+    as many stay, for folders in which other machines write too; files of processes that live on this one stay anyway.
     """
     for path in folder.glob(f".{pattern}.*{_UNFINISHED}"):
         process = path.name.removesuffix(_UNFINISHED).rpartition(".")[2]

@@ -36,7 +36,7 @@ class GeneratedAudioTextDataset(Dataset[Pair]):
     """The reference's folder of `.pt` rows, `<speech ids> <delimiter> <text ids>`, in the order of their numbers.
 
     Gives speech and text ids, `[n]` and `[m]`, int64. Negative ids are pads and left out.
-    speech_eos_id, text_eos_id: where given, a half ends in front of its first end-of-sequence: the reference saved
+    speech_eos_id, text_eos_id: where given, a half ends before its first end-of-sequence: the reference saved
     them, and training appends its own.
 
     Raises ValueError for a folder without rows, and for a row that is damaged or has no delimiter.
@@ -68,7 +68,7 @@ class GeneratedAudioTextDataset(Dataset[Pair]):
         delimiters = (row == self.delimiter_id).nonzero().flatten()
         if not len(delimiters):
             raise ValueError(f"{path} has no delimiter {self.delimiter_id}; wanted speech ids, it, text ids.")
-        # pads of speech may stand in front of the delimiter, and look the same
+        # pads of speech may stand before the delimiter, and look the same
         halves = (row[: delimiters[0]], row[delimiters[0] + 1 :])
         speech, text = (_until(half[half >= 0], eos_id) for half, eos_id in zip(halves, self.eos_ids, strict=True))
         return speech, text
@@ -85,7 +85,7 @@ def _read_row(path: Path) -> Tensor:
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
-    # digits by value, so that 10.pt comes behind 9.pt
+    # digits by value, so that 10.pt comes after 9.pt
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.stem) if part]
 
 
@@ -116,14 +116,14 @@ class LabelledDataset(Dataset[Pair]):
             raise ValueError(f"there are no labels in {folder}; give a folder that spear-fast label wrote.")
         field = compute.field
         lengths = {name: compute.list_value_length(field(name)) for name in ("source", "target")}
-        kept = (lengths["source"] > 0) & (lengths["target"] > 0)
+        wanted = (lengths["source"] > 0) & (lengths["target"] > 0)
         if finished_only:
             # null where no label has an end
-            kept &= field("finished") | field("finished").is_null()
+            wanted &= field("finished") | field("finished").is_null()
         if min_mean_logprob is not None:
-            kept &= field("mean_logprob") >= min_mean_logprob
+            wanted &= field("mean_logprob") >= min_mean_logprob
         # stays in Arrow's memory: lists of Python integers would take twenty times as much
-        self.table = parquet.dataset(paths).to_table(columns=["source", "target"], filter=kept)
+        self.table = parquet.dataset(paths).to_table(columns=["source", "target"], filter=wanted)
         if not self.table.num_rows:
             raise ValueError(
                 f"no label in {folder} passes the filter; lower min_mean_logprob or allow unfinished ones."
@@ -143,7 +143,7 @@ class LabelledDataset(Dataset[Pair]):
 
 
 class Collate:
-    """Turns rows into one entry per column: ids padded behind with that column's pad id, `[batch, length]`, int64.
+    """Turns rows into one entry per column: ids padded at the end with that column's pad id, `[batch, length]`, int64.
 
     Strings stay a list, and so does raw audio, `[samples]` each: the silence of padding would become tokens too.
     """
@@ -196,9 +196,9 @@ def speech_ids(
     rate = {} if input_sample_hz is None else {"input_sample_hz": input_sample_hz}
     rows: list[Tensor] = [torch.empty(0)] * len(speech)
     for length in sorted({len(wave) for wave in speech}):
-        places = [place for place, wave in enumerate(speech) if len(wave) == length]
+        alike = [row for row, wave in enumerate(speech) if len(wave) == length]
         with evaluation_mode(wav2vec):
-            found = wav2vec(torch.stack([speech[place] for place in places]).to(device), **rate)
-        for place, ids in zip(places, found, strict=True):
-            rows[place] = ids.flatten()
+            found = wav2vec(torch.stack([speech[row] for row in alike]).to(device), **rate)
+        for row, ids in zip(alike, found, strict=True):
+            rows[row] = ids.flatten()
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)

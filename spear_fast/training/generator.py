@@ -28,13 +28,13 @@ _NOT_SAVED = {"num_return_sequences": 1, "return_source": False, "return_target_
 class SemanticToTextDatasetGenerator(nn.Module):
     """Labels a dataset of speech (ids or raw audio) and saves `<speech ids> <delimiter> <text ids>` rows.
 
-    A row's file is named by its index in the dataset, and is there whole or not at all. Rows that are there are kept:
-    started again it goes on, also with a longer dataset or another number of processes, which share the work. Another
+    A row's file is named by its index in the dataset, and is there whole or not at all. Started again it resumes after
+    the rows that are there, also with a longer dataset or another number of processes, which share the work. Another
     model or other options on the same folder are an error. Pads and ends of sequence are left out: training appends
     its own. For large jobs `spear-fast label` is the better tool: batches by length, shards, scores, ids.
 
     dataset: gives a tensor, or a tuple that holds one, an utterance. delimiter_id: no token's id.
-    audio_pad_id: pad behind the ids that the dataset gives, where they have other pads than the model's.
+    audio_pad_id: pad at the end of the ids that the dataset gives, where it is not the model's.
     text_pad_id: taken for the reference's signature; the ends of texts are known from decoding.
     input_sample_hz: sample rate of raw audio, passed on to the model's `wav2vec`.
     """
@@ -96,9 +96,9 @@ class SemanticToTextDatasetGenerator(nn.Module):
             sources = [self._ids(row) for row in rows]
             batch = nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=pad_id)
             result = self.model.generate(batch, source_type="speech", target_type="text", return_result=True, **options)
-            places = indices[number * self.batch_size : number * self.batch_size + len(rows)]
+            numbers = indices[number * self.batch_size : number * self.batch_size + len(rows)]
             texts = zip(result.tokens[:, 0].cpu(), result.lengths[:, 0].tolist(), strict=True)
-            for index, source, (text, length) in zip(places, sources, texts, strict=True):
+            for index, source, (text, length) in zip(numbers, sources, texts, strict=True):
                 row = torch.cat((source.cpu(), torch.tensor([self.delimiter_id]), text[:length]))
                 write_whole(self.path(index), partial(torch.save, row))
 
@@ -113,8 +113,8 @@ class SemanticToTextDatasetGenerator(nn.Module):
             is_end |= row == self.model.eos_id["speech"]
         if self.audio_pad_id is not None:
             is_end |= row == self.audio_pad_id
-        kept = (~is_end).nonzero().flatten()
-        return row[: int(kept[-1]) + 1].long() if len(kept) else row[:0].long()
+        tokens = (~is_end).nonzero().flatten()
+        return row[: int(tokens[-1]) + 1].long() if len(tokens) else row[:0].long()
 
     def _check_job(self, options: dict[str, Any]) -> None:
         """Raises ValueError when the folder's rows are of another model or other options; else notes them there."""

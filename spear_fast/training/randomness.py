@@ -1,4 +1,4 @@
-"""The state of every random generator of a process: kept in checkpoints, and set aside while a model is validated."""
+"""The state of every random generator of a process: saved in checkpoints, and set aside while a model is validated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def same_randomness(device: torch.device) -> Iterator[None]:
-    """Inside, random draws are the same each time; behind, they go on as if there had been none."""
+    """Inside, random draws are the same each time; afterwards they continue as if there had been none."""
     state = random_state(device)
     torch.manual_seed(0)
     random.seed(0)
