@@ -65,8 +65,23 @@ def test_what_the_engine_gets_wrong_is_not_timed(monkeypatch):
         return lambda: [tokens.where(torch.arange(len(tokens)) > 0, -1) for tokens in right(self, rows, slots)()]
 
     monkeypatch.setattr(Generation, "by_engine", wrong)
-    with pytest.raises(RuntimeError, match=r"tiny-mixed: .* 100.00% by generate, .* by engine, wanted all; nothing"):
+    with pytest.raises(RuntimeError, match=r"tiny-mixed: .* 100.00% by generate, .* by engine, wanted 100%; nothing"):
         generate.measure(CASES["tiny-mixed"], 1, device=CPU, dtype=torch.float32, peers=False, quick=True)
+
+
+def test_a_gpu_may_turn_a_tie_and_no_more(monkeypatch):
+    """One row of four that goes another way is told in the share; half of them are too many."""
+    case, shares = CASES["tiny"], {"cuda": 0.96}
+    monkeypatch.setattr(generate, "equal_in_engine", lambda generation: shares["cuda"])
+    monkeypatch.setattr(generate, "equal_tokens", lambda generation: 1.0)
+    monkeypatch.setattr(generate, "Generation", lambda *a, **k: None)
+    check = generate._check_engine.__wrapped__
+    check(case, torch.device("cuda"))
+    with pytest.raises(RuntimeError, match=r"96.00% of the engine's tokens are right, wanted 100%"):
+        check(case, CPU)
+    shares["cuda"] = 0.94
+    with pytest.raises(RuntimeError, match=r"94.00% .* wanted 95%"):
+        check(case, torch.device("cuda"))
 
 
 def test_tokens_depend_on_their_source_and_on_each_other():
