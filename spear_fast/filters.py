@@ -1,4 +1,4 @@
-"""The reference's filters of logits, by their names there (lines 128 and 136)."""
+"""The reference's filters of logits, by their names there (lines 113 and 121)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def top_k(logits: Tensor, thres: float = 0.1, k: int | None = None) -> Tensor:
-    """Returns logits `[..., vocabulary]` with all but the `k` largest at -inf.
+    """Returns logits with all but the `k` largest at -inf (reference line 121); of equal ones any are taken.
 
-    k: by default `ceil(thres * vocabulary)`.
+    logits: `[..., vocabulary]`, floating point. k: by default `ceil(thres * vocabulary)`.
     """
     if k is None:
         k = math.ceil(thres * logits.shape[-1])
@@ -20,7 +20,10 @@ def top_k(logits: Tensor, thres: float = 0.1, k: int | None = None) -> Tensor:
 
 
 def top_p(logits: Tensor, thres: float = 0.9) -> Tensor:
-    """Returns logits `[..., vocabulary]` with -inf outside the smallest set whose probability passes `thres`."""
+    """Returns logits with -inf outside the smallest set whose probability passes `thres` (reference line 113).
+
+    logits: `[..., vocabulary]`, floating point. thres: in [0, 1]; the most probable token always stays.
+    """
     ordered, indices = logits.sort(dim=-1, descending=True)
     cumulative = ordered.softmax(dim=-1).cumsum(dim=-1)
     beyond = torch.cat(

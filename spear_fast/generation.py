@@ -172,7 +172,7 @@ class Generation(InputMixin):
         coverage_penalty: float = 0.0,
         return_alignment: bool = False,
     ) -> Any:
-        """Returns target ids `[batch, length]`, pads after each end-of-sequence (reference line 620).
+        """Returns target ids `[batch, length]`, pads after each end-of-sequence (reference line 597).
 
         source, source_mask, input_sample_hz: see `encode`.
         temperature, filter_logits_fn, filter_fn_kwargs: for sampling; a filter takes logits `[batch, vocabulary]`. In

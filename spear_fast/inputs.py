@@ -1,4 +1,4 @@
-"""What goes into a model: ids, strings or audio, turned into ids with masks, ends of sequence and embeddings."""
+"""What goes into a model: ids of it, strings or audio, with masks, ends of sequence and embeddings."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class InputMixin(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters, to which sources are moved."""
         return self.start_token["speech"].device
 
     def to_ids(self, source: Source, modality: Modality, name: str, input_sample_hz: int | None = None) -> Tensor:
@@ -89,7 +90,11 @@ class InputMixin(nn.Module):
 
         source: ids `[batch, n]` of any integer type, a list of strings, or raw audio `[batch, samples]`.
         source_mask: `[batch, n]`, bool; by default every id but the trailing pads. `length` is n plus the
-        end-of-sequence where that is set automatically; a mask of that length is used as it is, as the reference does.
+            end-of-sequence where that is set automatically; a mask of that length is used as it is, as the reference
+            does. input_sample_hz: sample rate of raw audio in Hz; see `to_ids`.
+
+        The memory has the parameters' type, under autocast what a norm gives there. Raises as `to_ids`, and ValueError
+        for ids outside the vocabulary (on a CPU), a mask of another shape, or an empty source.
         """
         ids, mask = self._source(source, source_type, source_mask, input_sample_hz)
         return self.source_transformer(self._embed(ids, mask, source_type), mask), mask, ids

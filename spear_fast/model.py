@@ -1,7 +1,7 @@
 """TextToSemantic: the encoder-decoder of SPEAR-TTS between text and semantic speech tokens.
 
 Same constructor, attributes, parameter names and numerics as spear-tts-pytorch 0.4.8, so that state dicts go both
-ways; what goes in is read by `spear_fast.inputs`, what comes out made by `spear_fast.generation`.
+ways. Sources are read in `spear_fast.inputs`, targets generated in `spear_fast.generation`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from spear_fast import ids as token_ids
 from spear_fast.checkpoints.config import check_arguments
 from spear_fast.checkpoints.hub import HubModel
 from spear_fast.checkpoints.weights import load_into, read_package
+from spear_fast.freezing import FreezingMixin, set_requires_grad
 from spear_fast.generation import Generation
 from spear_fast.inputs import Modality, Source
 from spear_fast.losses.similarity import alignment_loss
@@ -25,20 +26,29 @@ from spear_fast.losses.tokens import token_loss
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
 
 
-class TextToSemantic(HubModel, Generation):
-    """Text ↔ semantic speech tokens (reference line 380; arXiv 2302.03540).
+class TextToSemantic(HubModel, Generation, FreezingMixin):
+    """Text ↔ semantic speech tokens (reference line 381; arXiv 2302.03540).
 
     dim: model width. source_depth, target_depth: layers of encoder and decoder.
     num_text_token_ids, num_semantic_token_ids: vocabulary sizes without end-of-sequence, which gets one id more
         wherever `autoset_*_eos_id` is on.
     wav2vec: module with `codebook_size` that returns ids `[batch, length]` for waves `[batch, samples]`; it is frozen.
-    tokenizer_encode: function from a list of strings to ids `[batch, length]`.
-    target_kv_heads: fewer key/value heads in the decoder's self-attention.
+    tokenizer_encode: function from a list of strings to ids `[batch, length]`. use_openai_tokenizer: takes that of the
+        package x-clip, with its vocabulary.
+    dim_head, heads: size and number of attention heads; the size is even.
+    target_kv_heads: key/value heads of the decoder's self-attention, of which `heads` is a multiple; None for all.
+    attn_dropout, ff_dropout: probabilities, in training. ff_mult: inner features of a feed-forward are
+        `int(dim * ff_mult * 2 / 3)`.
     semantic_pad_id, text_pad_id: pad ids; an id that the vocabulary does not have (-1) leaves every real id usable.
     cond_drop_prob: probability, for each row, of training without its source (for guidance).
-    target_early_exit_layer: decoder layer with a head of its own, for speculative decoding.
+    autoset_semantic_eos_id, autoset_text_eos_id: whether an end-of-sequence is appended, with the id after the last.
+    attn_flash: taken for the reference's signature; the fastest exact attention is chosen anyway.
+    target_early_exit_layer: decoder layer with a head of its own, from 1, for speculative decoding.
+        detach_early_exit_embed: that head's loss leaves the layers under it alone.
+    align_reg_loss_weight: of the regulariser in `forward`; see `alignment_loss`. align_reg_use_logsumexp_pool: pools
+        positions by a log-sum-exp of temperature align_reg_logsumexp_pool_temp instead of the maximum.
 
-    Raises ValueError when the sizes do not fit together.
+    Raises ValueError, one sentence, for an argument that is of no use, or where two do not fit together.
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class TextToSemantic(HubModel, Generation):
         self.dim = dim
         self.wav2vec = wav2vec
         if wav2vec is not None:
-            _set_requires_grad(wav2vec, False)
+            set_requires_grad(wav2vec, False)
         self.tokenizer: Any = None
         self.tokenizer_encode = tokenizer_encode
         self.num_semantic_token_ids = num_semantic_token_ids
@@ -151,8 +161,9 @@ class TextToSemantic(HubModel, Generation):
             )
 
     def load(self, path: str | Path, strict: bool = True) -> dict[str, Any]:
-        """Loads the `model` entry of a reference checkpoint and returns the whole package.
+        """Loads the `model` entry of a reference checkpoint and returns the whole package (reference line 550).
 
+        strict: every tensor must be there and no other; see `fitted`. The file may wrap the model as `load_model` says.
         Raises FileNotFoundError, or ValueError when the file is no checkpoint or does not fit this model.
         """
         package = read_package(path)
@@ -161,39 +172,6 @@ class TextToSemantic(HubModel, Generation):
         else:
             self.load_state_dict(package["model"], strict=False)
         return package
-
-    def unfreeze_all(self) -> None:
-        _set_requires_grad(self, True)
-
-    def freeze_encoder(self) -> None:
-        _set_requires_grad(self.source_transformer, False)
-
-    def freeze_encoder_below_layer(self, layer: int) -> None:
-        """Trains the encoder but for its layers 1 to `layer`."""
-        _check_layer(layer)
-        _set_requires_grad(self.source_transformer, True)
-        for module in self.source_transformer.layers[:layer]:  # type: ignore[union-attr]
-            _set_requires_grad(module, False)
-
-    def freeze_encoder_above_layer(self, layer: int) -> None:
-        """Trains the encoder's layers 1 to `layer` and freezes those above, as the paper fine-tunes."""
-        _check_layer(layer)
-        _set_requires_grad(self.source_transformer, False)
-        for module in self.source_transformer.layers[:layer]:  # type: ignore[union-attr]
-            _set_requires_grad(module, True)
-
-    def freeze_decoder(self) -> None:
-        _set_requires_grad(self.target_transformer, False)
-
-    def freeze_speech_emb(self) -> None:
-        self._freeze_embedding("speech")
-
-    def freeze_text_emb(self) -> None:
-        self._freeze_embedding("text")
-
-    def _freeze_embedding(self, modality: Modality) -> None:
-        _set_requires_grad(self.token_emb[modality], False)
-        self.start_token[modality].requires_grad = False
 
     def forward(
         self,
@@ -210,9 +188,10 @@ class TextToSemantic(HubModel, Generation):
         should_sim_regularize: bool = True,
         return_early_exit_loss: bool = False,
     ) -> Any:
-        """Returns logits `[batch, target length + 1, vocabulary]`, or with `return_loss` the loss.
+        """Returns logits `[batch, target length + 1, vocabulary]`, or with `return_loss` the loss, [].
 
-        source, target: ids, strings, or for the source raw audio; see `encode`.
+        Reference line 985.
+        source, target: ids `[batch, length]` of any integer type, strings, or for the source raw audio; see `encode`.
         source_mask, target_mask: `[batch, length]`, bool, over the ids as given. The reference's form is taken
             too: over source and its end-of-sequence; over start vector, target and, with `return_loss`, its
             end-of-sequence.
@@ -222,6 +201,8 @@ class TextToSemantic(HubModel, Generation):
         cond_drop_prob: overrides the model's; drawn for each row.
         should_sim_regularize: adds the alignment regulariser (arXiv 2309.08773) over rows that lost their source.
         return_early_exit_loss: adds the loss of the early-exit head.
+
+        Raises ValueError where shapes, ids or options do not fit; TypeError for what is neither tensor nor strings.
         """
         memory, source_mask, _ = self.encode(source, source_type=source_type, source_mask=source_mask)
         target = self.to_ids(target, target_type, "target")
@@ -285,18 +266,6 @@ class TextToSemantic(HubModel, Generation):
             embedded = embedded.detach()
         residual, norm, to_logits = self.to_early_exit_semantic_logits
         return token_loss(norm(residual(embedded[:, :-1])), to_logits, labels)
-
-
-def _check_layer(layer: int) -> None:
-    if layer < 0:
-        raise ValueError(f"layer must be at least 0, a number of layers from the lowest on, got {layer}.")
-
-
-def _set_requires_grad(module: nn.Module, requires_grad: bool) -> None:
-    for name, parameter in module.named_parameters():
-        # rotary frequencies are constants that the state dict carries
-        if not name.endswith("rotary_emb.freqs"):
-            parameter.requires_grad = requires_grad
 
 
 def _openai_tokenizer(

@@ -16,7 +16,10 @@ from spear_fast import ops
 
 
 class RMSNorm(nn.Module):
-    """`x / max(||x||, 1e-12) * sqrt(dim) * gamma`, over the last dimension (reference line 147)."""
+    """`x / max(||x||, 1e-12) * sqrt(dim) * gamma`, over the last dimension (reference line 140).
+
+    x: `[..., dim]`, floating point; where its type differs from gamma's, the result has the larger of both.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -30,14 +33,14 @@ class RMSNorm(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """First half times the exact GELU of the second half of the last dimension."""
+    """First half times the exact GELU of the second half of the last dimension (reference line 151)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.geglu(x)
 
 
 class FeedForward(nn.Sequential):
-    """Norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features.
+    """Norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features (reference line 156).
 
     The bias of the first linear is added inside the GEGLU, unless another kind of module has replaced the linear
     or a hook wants to see its result.
@@ -61,6 +64,8 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 class Residual(nn.Module):
+    """`fn(x) + x` (reference line 131)."""
+
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()
         self.fn = fn
@@ -93,7 +98,10 @@ class RotaryEmbedding(nn.Module):
 class Attention(nn.Module):
     """Self-attention with rotary positions, or cross-attention with a learned null key and value before the context's.
 
-    The norm is of the query side only: a context comes in as it is (reference line 225).
+    The norm is of the query side only: a context comes in as it is (reference line 168).
+
+    dim_head, heads: size and number of query heads. kv_heads: key/value heads, of which `heads` is a multiple; query
+        head i reads key/value head i modulo kv_heads. dropout: of attention weights, in training.
     """
 
     def __init__(
@@ -160,7 +168,10 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` layers of self-attention, optional cross-attention and feed-forward, each with its residual."""
+    """`depth` layers of self-attention, optional cross-attention and feed-forward, each with its residual.
+
+    As the reference's (its line 270), without caches; the arguments are those of `Attention` and `FeedForward`.
+    """
 
     def __init__(
         self,

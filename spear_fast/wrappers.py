@@ -30,10 +30,12 @@ def _pack_left(ids: Tensor, keep: Tensor, pad_id: int) -> Tensor:
 
 
 class SpeechSpeechPretrainWrapper(nn.Module):
-    """Denoising pretraining on speech tokens: the target is what was deleted, or the whole (reference line 1052).
+    """Denoising pretraining on speech tokens: the target is what was deleted, or the whole (reference line 1183).
 
-    deletion_prob: fraction of each row's tokens that is deleted (the paper: 0.6).
-    reconstruct_seq: the target is the whole sequence. mask_id: deleted tokens become this id and stay in place.
+    wav2vec: of raw audio; by default the model's. deletion_prob: fraction of each row's tokens that is deleted (the
+        paper: 0.6). reconstruct_seq: the target is the whole sequence. mask_id: deleted tokens become this id instead.
+
+    Raises ValueError when a probability or the id is out of range, or `mask_id` comes without `reconstruct_seq`.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         self.mask_id = mask_id
 
     def forward(self, x: Tensor, return_early_exit_loss: bool = False, *, return_logits: bool = True) -> Any:
-        """Returns loss and logits, or the loss alone, which is quicker without logits.
+        """Returns loss `[]`, in nats per token, and logits `[batch, vocabulary, labels]`; the loss alone is quicker.
 
         x: semantic ids `[batch, length]`, padded at the end with the model's `semantic_pad_id`, or raw audio
         `[batch, samples]`.
@@ -86,14 +88,14 @@ class SpeechSpeechPretrainWrapper(nn.Module):
 
 
 class SemanticToTextWrapper(nn.Module):
-    """Speech tokens to text: back-translation, and what labels speech (reference line 1121)."""
+    """Speech tokens to text: back-translation, and what labels speech (reference line 1250)."""
 
     def __init__(self, model: TextToSemantic) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, semantic_token_ids: Tensor, grapheme_token_ids: Tensor, *, return_logits: bool = True) -> Any:
-        """Returns loss and logits, or the loss alone. Both ids arguments: `[batch, length]`."""
+        """Returns loss and logits as `TextToSemantic.forward` does, or the loss alone. Ids: `[batch, length]`."""
         return self.model(
             semantic_token_ids,
             grapheme_token_ids,
@@ -105,7 +107,7 @@ class SemanticToTextWrapper(nn.Module):
 
 
 class TextToSemanticWrapper(nn.Module):
-    """Text to speech tokens (reference line 1151)."""
+    """Text to speech tokens, with the loss of the early exit where there is one (reference line 1280)."""
 
     def __init__(self, model: TextToSemantic) -> None:
         super().__init__()
@@ -119,7 +121,7 @@ class TextToSemanticWrapper(nn.Module):
         *,
         return_logits: bool = True,
     ) -> Any:
-        """Returns loss and logits, or the loss alone. Both ids arguments: `[batch, length]`."""
+        """Returns loss and logits as `TextToSemantic.forward` does, or the loss alone. Ids: `[batch, length]`."""
         return self.model(
             grapheme_token_ids,
             semantic_token_ids,

@@ -17,7 +17,8 @@ def accelerate(reference_model: nn.Module) -> TextToSemantic:
     """Returns a fast model over the same parameters as a live `spear_tts_pytorch.TextToSemantic`.
 
     A change of a weight on either side, by training or `load_state_dict`, is a change on both. The result is an
-    instance of both classes, so that code that checks for the reference's takes it.
+    instance of both classes, so that code that checks for the reference's takes it. It is on the same device, in the
+    same types and mode; `wav2vec` and `tokenizer_encode` are shared. The reference's own object stays usable.
 
     Raises ValueError when the model is not a TextToSemantic of the reference.
     """

@@ -30,7 +30,7 @@ A SPEAR-TTS model (arXiv 2302.03540) between text and semantic speech tokens.
 
 
 class TokenizerEncode:
-    """Turns strings into ids `[batch, length]`, int64, padded at the end with `pad_id`.
+    """Encodes strings: ids `[batch, length]`, int64, padded at the end with `pad_id`.
 
     Padding that the tokenizer does by itself is taken off: it would be read as words. Raises ValueError where the
     tokenizer cuts a text.

@@ -60,6 +60,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def existing_file(path: str | Path) -> Path:
+    """Returns the path of a file that is there; raises FileNotFoundError otherwise."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; check the path.")

@@ -20,9 +20,10 @@ def _pool(states: Tensor, mask: Tensor, temperature: float | None) -> Tensor:
 def alignment_loss(
     source: Tensor, source_mask: Tensor, target: Tensor, target_mask: Tensor, rows: Tensor, temperature: float | None
 ) -> Tensor:
-    """Returns the mean squared difference between the cosine similarities among sources and among targets.
+    """Returns the mean squared difference between the cosine similarities among sources and among targets, [].
 
-    source: `[batch, source length, dim]`. target: `[batch, target length, dim]`. Masks: bool, `[batch, length]`.
+    The reference's (its lines 1123 to 1159). source: `[batch, source length, dim]`, target: `[batch, target length,
+    dim]`, both floating point. Masks: bool, `[batch, length]`.
     rows: `[batch]`, bool, the rows that take part; those of all processes are compared with each other.
     temperature: of the log-sum-exp over positions, or None for the maximum.
     Zero where fewer than two rows take part.

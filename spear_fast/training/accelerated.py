@@ -40,6 +40,7 @@ class Accelerated(nn.Module):
     target_type: str
 
     def print(self, msg: str) -> None:
+        """Prints a line, on the main process alone."""
         self.accelerator.print(msg)
 
     def end_trackers(self) -> None:
@@ -56,16 +57,20 @@ class Accelerated(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of this process."""
         return self.accelerator.device
 
     @property
     def is_distributed(self) -> bool:
+        """Whether several processes train together."""
         return self.accelerator.num_processes > 1
 
     @property
     def is_main(self) -> bool:
+        """Whether this process is the first of all."""
         return self.accelerator.is_main_process
 
     @property
     def is_local_main(self) -> bool:
+        """Whether this process is the first on its machine."""
         return self.accelerator.is_local_main_process

@@ -32,14 +32,22 @@ class Trainer(Accelerated):
     with the step, the position in the data and the random states added: a resumed run ends bit for bit like one that
     never stopped. A file's number is the step after which it was saved, counted from 0.
 
-    batch_size: rows of one process; with `split_batches` of all together.
+    num_train_steps, num_warmup_steps: optimizer steps. grad_accum_every: batches a step. lr, initial_lr: highest and
+        first learning rate. wd: weight decay, of matrices alone. max_grad_norm: None for no clipping.
+    batch_size: rows of one process; with `split_batches` of all together. drop_last: leaves out a smaller last batch.
     max_batch_tokens: batches of rows of about one length, as many as fit in so many tokens, instead of `batch_size`.
-    valid_frac: fraction of the rows kept for validation; 0 validates on the training rows.
+    valid_frac: fraction of the rows for validation, drawn by random_split_seed; 0 validates on the training rows.
     num_valid_batches: how many batches a validation takes, the same each time and with the same random draws.
+    log_every, save_results_every, save_model_every: steps between lines of log, validations and checkpoints.
+    results_folder: where checkpoints go. accelerate_kwargs: of `accelerate.Accelerator`.
     force_clear_prev_results: True deletes a results folder that is not empty, False keeps what is there.
     resume: continues from the newest checkpoint in the results folder, if there is one.
         With neither, a folder that is not empty is an error: nothing is ever asked.
-    input_sample_hz: sample rate of raw audio, passed on to `wav2vec`. num_workers: processes that read the dataset.
+    input_sample_hz: sample rate of raw audio in Hz, passed on to `wav2vec`. num_workers: processes that read the
+        dataset.
+
+    Raises ValueError, one sentence, for arguments that are of no use or would not be obeyed, for a dataset of another
+    form, and for a results folder that is not empty; ImportError without accelerate.
     """
 
     name: str

@@ -26,7 +26,9 @@ _NOT_SAVED = {"num_return_sequences": 1, "return_source": False, "return_target_
 
 
 class SemanticToTextDatasetGenerator(nn.Module):
-    """Labels a dataset of speech (ids or raw audio) and saves `<speech ids> <delimiter> <text ids>` rows.
+    """Labels a dataset of speech, ids or raw audio, and saves rows of speech ids, a delimiter, text ids.
+
+    The reference's class (its line 1312), resumable.
 
     A row's file is named by its index in the dataset, and is there whole or not at all. Started again it resumes after
     the rows that are there, also with a longer dataset or another number of processes, which share the work. Another
@@ -71,6 +73,7 @@ class SemanticToTextDatasetGenerator(nn.Module):
         self.folder.mkdir(exist_ok=True, parents=True)
 
     def path(self, index: int) -> Path:
+        """Returns where the row of an utterance is, or will be."""
         return self.folder / f"{index}.pt"
 
     def remaining(self) -> list[int]:
@@ -81,7 +84,11 @@ class SemanticToTextDatasetGenerator(nn.Module):
         return [index for index in mine if self.path(index).name not in present]
 
     def forward(self, max_length: int = 2048, beam_search_decode: bool = True, **generate_kwargs: Any) -> None:
-        """Labels what is not labelled yet. The arguments are those of `TextToSemantic.generate`."""
+        """Labels what is not labelled yet. The arguments are those of `TextToSemantic.generate`.
+
+        Raises ValueError when the folder's rows are of another model or other options, or for an option whose result a
+        row has no room for.
+        """
         options = {"max_length": max_length, "beam_search_decode": beam_search_decode, **generate_kwargs}
         unused = [name for name, default in _NOT_SAVED.items() if options.get(name, default) != default]
         if unused:

@@ -33,7 +33,11 @@ def _shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class SpeechSpeechPretrainer(Trainer):
-    """Denoising pretraining on speech (reference trainer.py:77). The dataset gives semantic ids or raw audio."""
+    """Denoising pretraining on speech (reference trainer.py line 77).
+
+    The dataset gives semantic ids `[n]` or raw audio `[samples]`; deletion_prob, reconstruct_seq, mask_id: see
+    `SpeechSpeechPretrainWrapper`; the others: see `Trainer`.
+    """
 
     name, prefix = "speechspeech", "speech.speech"
     source_type, target_type = "speech", "speech"
@@ -86,9 +90,10 @@ class SpeechSpeechPretrainer(Trainer):
 
 
 class SemanticToTextTrainer(Trainer):
-    """Trains the decoder to write what the frozen encoder heard (reference trainer.py:325): back-translation.
+    """Trains the decoder to write what the frozen encoder heard (reference trainer.py line 325): back-translation.
 
-    The dataset gives (semantic ids or raw audio, text ids).
+    The dataset gives (semantic ids or raw audio, text ids). The model's encoder and speech embeddings stay frozen
+    afterwards; `unfreeze_all` undoes it. Arguments: see `Trainer`.
     """
 
     name, prefix = "semantictext", "semantic.text"
@@ -142,10 +147,12 @@ class SemanticToTextTrainer(Trainer):
 
 
 class TextToSemanticTrainer(Trainer):
-    """Trains text to speech tokens on labelled and pseudo-labelled pairs (reference trainer.py:577).
+    """Trains text to speech tokens on labelled and pseudo-labelled pairs (reference trainer.py line 578).
 
     The dataset gives (semantic ids or raw audio, text ids). As in the paper the decoder and the upper layers of the
-    encoder are frozen, and text embeddings and the lowest `train_encoder_layers` are trained.
+    encoder are frozen, and text embeddings and the lowest `train_encoder_layers` are trained; `unfreeze_all` undoes it.
+    generated_audio_text_dataset_folder, dataset_delimiter_id: see `GeneratedAudioTextDataset`; joined with `dataset`.
+    should_train_early_exit_layer_if_available: trains that head too. The others: see `Trainer`.
     freeze_encoder_layers_below: the reference's, for scripts that set it: freezes that many of the lowest layers
         instead and trains those above.
     """
