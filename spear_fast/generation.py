@@ -33,7 +33,7 @@ _ENCODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Encoder]] 
 _DECODERS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Decoder]] = weakref.WeakKeyDictionary()
 
 
-class Generation(InputMixin):
+class GenerationMixin(InputMixin):
     """The part of `TextToSemantic` that decodes; runs on `spear_fast.decoding`."""
 
     target_transformer: Transformer

@@ -19,14 +19,14 @@ from spear_fast.checkpoints.config import check_arguments
 from spear_fast.checkpoints.hub import HubModel
 from spear_fast.checkpoints.weights import load_into, read_package
 from spear_fast.freezing import FreezingMixin, set_requires_grad
-from spear_fast.generation import Generation
+from spear_fast.generation import GenerationMixin
 from spear_fast.inputs import Modality, Source
 from spear_fast.losses.similarity import alignment_loss
 from spear_fast.losses.tokens import token_loss
 from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
 
 
-class TextToSemantic(HubModel, Generation, FreezingMixin):
+class TextToSemantic(HubModel, GenerationMixin, FreezingMixin):
     """Text ↔ semantic speech tokens (reference line 381; arXiv 2302.03540).
 
     dim: model width. source_depth, target_depth: layers of encoder and decoder.
