@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spear_fast.ops.arguments import takes
 from spear_fast.ops.attention_arguments import AttentionArgs, AttentionBackwardArgs, AttentionOptions
+from spear_fast.ops.backends import holding_numbers
 from spear_fast.ops.providers import Provider, ProviderQuery
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -122,10 +123,19 @@ def _xformers_backward(args: AttentionBackwardArgs) -> tuple[Tensor, ...]:
 def flash_attn(op: str) -> Provider:
     """Returns the provider `flash-attn` of `attention` or `attention_backward`."""
     function = _flash_attn_forward if op == "attention" else _flash_attn_backward
-    return Provider(op, "flash-attn", function, ("cuda",), _missing("flash_attn", "flash-attn"), flash_attn_why_not)
+    return Provider(
+        op,
+        "flash-attn",
+        holding_numbers(op, function),
+        ("cuda",),
+        _missing("flash_attn", "flash-attn"),
+        flash_attn_why_not,
+    )
 
 
 def xformers(op: str) -> Provider:
     """Returns the provider `xformers` of `attention` or `attention_backward`."""
     function = _xformers_forward if op == "attention" else _xformers_backward
-    return Provider(op, "xformers", function, ("cuda",), _missing("xformers", "xformers"), xformers_why_not)
+    return Provider(
+        op, "xformers", holding_numbers(op, function), ("cuda",), _missing("xformers", "xformers"), xformers_why_not
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops import extension
+from spear_fast.ops.checks import refuse_views
 from spear_fast.ops.cuda import runtime
 from spear_fast.ops.providers import Provider, ProviderQuery
 
@@ -63,12 +64,26 @@ def cuda(op: str, why_not: WhyNot | None = None) -> Provider:
     def found() -> Callable:
         if cuda_is_native():
             return getattr(torch.ops.spear_fast, op).cuda
-        return getattr(importlib.import_module(f"spear_fast.ops.cuda.{op}"), op)
+        return holding_numbers(op, getattr(importlib.import_module(f"spear_fast.ops.cuda.{op}"), op))
 
     def function(*arguments: Any) -> Any:
         return found()(*arguments)
 
     return Provider(op, "cuda", function, ("cuda",), cuda_missing, why_not or of_dtypes(*TRITON_DTYPES))
+
+
+def holding_numbers(op: str, function: Callable) -> Callable:
+    """Returns a function for memory that is read as it lies: a view that stands for other numbers is refused.
+
+    The dispatcher resolves such views for all that is registered with it; it is not asked here.
+    """
+
+    def called(*arguments: Any) -> Any:
+        if any([isinstance(each, Tensor) and (each.is_neg() or each.is_conj()) for each in arguments]):
+            refuse_views(op)
+        return function(*arguments)
+
+    return called
 
 
 def interpreted() -> bool:
@@ -96,7 +111,7 @@ def triton(op: str, module: str, why_not: WhyNot | None = None) -> Provider:
 
     @functools.cache
     def found() -> Callable:
-        return getattr(importlib.import_module(f"spear_fast.kernels.{module}"), op)
+        return holding_numbers(op, getattr(importlib.import_module(f"spear_fast.kernels.{module}"), op))
 
     def function(first: Tensor, *others: Any) -> Any:
         # Triton launches on the current device, wherever the tensors are

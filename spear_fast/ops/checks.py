@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+# the dtypes that ops compute in; narrower ones torch can store and convert alone
+FLOATS = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -15,6 +18,33 @@ def shape_of(tensor: Tensor) -> str:
 
 def refuse(op: str, name: str, wanted: str, got: str, advice: str) -> NoReturn:
     raise ValueError(f"{op}: {name} must be {wanted}, got {got}; {advice}")
+
+
+def check_float(op: str, name: str, dtype: torch.dtype) -> None:
+    """Raises ValueError unless an op computes in `dtype`."""
+    if dtype in FLOATS:
+        return
+    narrow = " of 16 bits or more" if dtype.is_floating_point else ""
+    refuse(op, name, f"floating point{narrow}", str(dtype), "convert it, and what goes with it, with .to()")
+
+
+def refuse_layouts(op: str, arguments: dict[str, Any]) -> None:
+    """Raises ValueError where a tensor's numbers do not lie in memory by strides; for calls that have failed."""
+    for name, tensor in arguments.items():
+        if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+            got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+            refuse(op, name, "dense", got, "call .to_dense(), or .to_padded_tensor() where it is nested")
+
+
+def refuse_views(op: str) -> NoReturn:
+    """Raises ValueError for a view that stands for other numbers than those in its memory."""
+    refuse(
+        op,
+        "every argument",
+        "a tensor whose memory holds its numbers",
+        "a negated or conjugated view",
+        "call .resolve_neg() or .resolve_conj()",
+    )
 
 
 def remembering(check: Callable[..., None]) -> Callable[..., None]:
@@ -43,14 +73,13 @@ def check_common(op: str, like: str, tensors: dict[str, Tensor], freqs: Tensor |
     first = tensors[like]
     dtype, device = first.dtype, first.device
     if (
-        dtype.is_floating_point
+        dtype in FLOATS
         and all([each.dtype == dtype and each.device == device for each in tensors.values()])
         and all([each.dtype == wanted and each.device == device for each, wanted in integers.values()])
         and (freqs is None or (freqs.dtype in (torch.float32, dtype) and freqs.device == device))
     ):
         return
-    if not first.dtype.is_floating_point:
-        refuse(op, like, "floating point", str(first.dtype), "convert it, and what goes with it, with .to()")
+    check_float(op, like, dtype)
     everything = {
         **tensors,
         **({} if freqs is None else {"freqs": freqs}),

@@ -37,9 +37,10 @@ def label_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index
     return -cross_entropy(hidden, weight, labels, ignore_index)
 
 
-def _check_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> None:
+def _check_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, op: str = "cross_entropy"
+) -> None:
     """Raises ValueError unless the arguments fit each other; providers check that labels lie in the vocabulary."""
-    op = "cross_entropy"
     if hidden.dim() != 2:
         refuse(op, "hidden", "[n, dim]", shape_of(hidden), "flatten what comes before the last dimension")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
@@ -54,7 +55,7 @@ def _check_cross_entropy_backward(
     grad_losses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
 ) -> None:
     op = "cross_entropy_backward"
-    _check_cross_entropy(hidden, weight, labels, ignore_index)
+    _check_cross_entropy(hidden, weight, labels, ignore_index, op)
     rows = (hidden.shape[0],)
     check_shapes(op, {"grad_losses": (grad_losses, "n", rows), "lse": (lse, "n", rows)})
     precision = torch.promote_types(torch.float32, hidden.dtype)

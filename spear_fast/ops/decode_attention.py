@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops import backends
-from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
+from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
 from spear_fast.ops.providers import Provider, ProviderQuery, register
 from spear_fast.ops.reference import decode_attention as reference
 from spear_fast.ops.registry import define
@@ -131,7 +131,7 @@ def _check_append_kv(
         and value.device == freqs.device == positions.device == cache_key.device == cache_value.device == device
         and positions.dtype == torch.int64
         and freqs.dtype == torch.float32
-        and dtype.is_floating_point
+        and dtype in FLOATS
     ):
         tensors = {"key": key, "value": value, "cache_key": cache_key, "cache_value": cache_value}
         check_common(op, "key", tensors, freqs, {"positions": (positions, torch.int64)})
@@ -181,7 +181,7 @@ def _check_decode_self_attention(
         and ancestors.dtype == torch.uint8
         and lengths.dtype == torch.int64
         and freqs.dtype == torch.float32
-        and dtype.is_floating_point
+        and dtype in FLOATS
     ):
         tensors = {"query": query, "cache_key": cache_key, "cache_value": cache_value}
         integers = {"ancestors": (ancestors, torch.uint8), "lengths": (lengths, torch.int64)}
@@ -226,7 +226,7 @@ def _check_decode_cross_attention(
         key.dtype == value.dtype == null_key.dtype == null_value.dtype == dtype
         and key.device == value.device == null_key.device == null_value.device == lengths.device == device
         and lengths.dtype == torch.int64
-        and dtype.is_floating_point
+        and dtype in FLOATS
     ):
         tensors = {"query": query, "key": key, "value": value, "null_key": null_key, "null_value": null_value}
         check_common(op, "query", tensors, None, {"lengths": (lengths, torch.int64)})

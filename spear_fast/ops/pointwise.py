@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops import backends
-from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
+from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
 from spear_fast.ops.providers import Provider, ProviderQuery, register
 from spear_fast.ops.reference import pointwise as reference
 from spear_fast.ops.registry import define, differentiate
@@ -51,7 +51,7 @@ def _check_alike(op: str, like: str, tensors: dict[str, Tensor | None]) -> None:
     """Raises unless the tensors that are there have the dtype and device of the one named `like`."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first = given[like]
-    if first.dtype.is_floating_point and all(
+    if first.dtype in FLOATS and all(
         tensor.dtype == first.dtype and tensor.device == first.device for tensor in given.values()
     ):
         return
@@ -64,11 +64,15 @@ def _check_statistic(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
         refuse(op, name, f"{precision} on {like.device}", f"{tensor.dtype} on {tensor.device}", "pass the forward's")
 
 
+def _check_normed(op: str, x: Tensor, gamma: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        refuse(op, "x", "[..., dim] with dim at least 1", shape_of(x), "the last dimension is normalised")
+    check_shapes(op, {"gamma": (gamma, "dim", (x.shape[-1],))})
+
+
 def _check_rms_norm(x: Tensor, gamma: Tensor, residual: Tensor | None) -> None:
     """Raises ValueError unless the arguments of `rms_norm` fit each other."""
-    if x.dim() == 0 or x.shape[-1] == 0:
-        refuse("rms_norm", "x", "[..., dim] with dim at least 1", shape_of(x), "the last dimension is normalised")
-    check_shapes("rms_norm", {"gamma": (gamma, "dim", (x.shape[-1],))})
+    _check_normed("rms_norm", x, gamma)
     if residual is not None:
         check_shapes("rms_norm", {"residual": (residual, "..., dim", x.shape)})
     _check_alike("rms_norm", "x", {"x": x, "gamma": gamma, "residual": residual})
@@ -78,13 +82,15 @@ def _check_rms_norm_backward(
     grad_normed: Tensor, grad_sum: Tensor | None, x: Tensor, gamma: Tensor, inverse: Tensor
 ) -> None:
     op = "rms_norm_backward"
-    _check_rms_norm(x, gamma, grad_sum)
+    _check_normed(op, x, gamma)
     expected = {
         "grad_normed": (grad_normed, "..., dim", x.shape),
         "inverse": (inverse, "rows", (prod(x.shape[:-1]),)),
     }
     check_shapes(op, expected)
-    _check_alike(op, "x", {"x": x, "grad_normed": grad_normed, "grad_sum": grad_sum})
+    if grad_sum is not None:
+        check_shapes(op, {"grad_sum": (grad_sum, "..., dim", x.shape)})
+    _check_alike(op, "x", {"x": x, "gamma": gamma, "grad_normed": grad_normed, "grad_sum": grad_sum})
     _check_statistic(op, "inverse", inverse, x)
 
 

@@ -7,6 +7,7 @@ cannot run then raises and says why, where an automatic choice passes on to the 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class ProviderRow(NamedTuple):
     missing: str | None
 
 
+# modules of layers above which define ops: a setting may name one before anybody has imported its module
+ABOVE = ("spear_fast.decoding.step",)
 # op → its providers, the preferred first; new ones are added with register()
 _providers: dict[str, list[Provider]] = {}
 _chosen: dict[str, dict[tuple, Callable]] = {}
@@ -89,6 +92,15 @@ def register(provider: Provider, *, before: str | None = None) -> None:
 
 def _parse(setting: str) -> dict[str, str]:
     """Returns op → provider for a setting such as "append_kv=cpu,*=reference"; later entries win over earlier ones."""
+    try:
+        return _wanted(setting)
+    except ValueError:
+        for module in ABOVE:
+            importlib.import_module(module)
+        return _wanted(setting)
+
+
+def _wanted(setting: str) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in setting.split(","))):
         op, equals, name = (part.strip() for part in entry.partition("="))
@@ -99,9 +111,9 @@ def _parse(setting: str) -> dict[str, str]:
             )
         having = [each for each in (_providers if op == "*" else [op]) if name in names(each)]
         if not having:
-            known = sorted({provider for each in _providers for provider in names(each)})
+            known = sorted({provider for each in _providers for provider in names(each)}) if op == "*" else names(op)
             raise ValueError(
-                f"{op} has no provider {name!r}; choose from {', '.join(known if op == '*' else names(op))}"
+                f"SPEAR_FAST_PROVIDER: {op} has no provider {name!r}; choose from {', '.join(known)}, or leave it out"
             )
         wanted.update(dict.fromkeys(having, name))
         # who computes the values computes the gradients, where it can
@@ -143,7 +155,9 @@ def choose(op: str, query: ProviderQuery) -> Callable:
             return provider.function
         refusals.append(f"{provider.name}: {reason}")
     asked = "the provider asked for cannot" if op in _forced else "no provider can"
-    raise RuntimeError(f"{op} on {query.device.type} in {query.dtype}: {asked} compute it ({'; '.join(refusals)})")
+    advice = "; leave it out of SPEAR_FAST_PROVIDER, or out of ops.forced()" if op in _forced else ""
+    reasons = "; ".join(refusals)
+    raise RuntimeError(f"{op} on {query.device.type} in {query.dtype}: {asked} compute it ({reasons}){advice}")
 
 
 def chosen(op: str) -> dict[tuple, Callable]:

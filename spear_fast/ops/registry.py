@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spear_fast.ops import debug_ranges
-from spear_fast.ops.checks import refuse
+from spear_fast.ops.checks import refuse_layouts, refuse_views
 from spear_fast.ops.providers import ProviderQuery, add_op, choose
 
 LIBRARY = torch.library.Library("spear_fast", "DEF")
@@ -32,22 +32,16 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _refuse_views(name: str) -> Callable[..., NoReturn]:
+def _refusing_views(op: str) -> Callable[..., NoReturn]:
     """Returns what the dispatcher calls where an argument of an op that writes into its arguments has such a bit.
 
     torch's own way, to compute with copies and to copy back, wants every written argument returned, and else crashes.
     """
 
-    def refuse_views(*arguments: Any) -> NoReturn:
-        refuse(
-            name.partition(".")[0],
-            "every argument",
-            "a tensor whose memory holds its numbers",
-            "a negated or conjugated view",
-            "call .resolve_neg() or .resolve_conj()",
-        )
+    def refusal(*arguments: Any) -> NoReturn:
+        refuse_views(op)
 
-    return refuse_views
+    return refusal
 
 
 def define(
@@ -70,27 +64,33 @@ def define(
     memory = add_op(op)
 
     def run(first: Tensor, *others: Any) -> Any:
-        check(first, *others)
-        debug_ranges.check(op, first, *others)
-        # a plain tuple equals the ProviderQuery it was remembered under, and is quicker to make
-        depends = () if options is None else options(first, *others)
-        query = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends
-        function = memory.get(query) or choose(op, ProviderQuery(*query))
-        if not autocasts(first.device.type):
-            return function(first, *others)
-        # the op's arguments say what it computes in, whatever its provider is made of
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *others)
+        try:
+            check(first, *others)
+            debug_ranges.check(op, first, *others)
+            # a plain tuple equals the ProviderQuery it was remembered under, and is quicker to make
+            depends = () if options is None else options(first, *others)
+            query = first.device, first.dtype, first.shape[-1] if first.ndim else 1, depends
+            function = memory.get(query) or choose(op, ProviderQuery(*query))
+            if not autocasts(first.device.type):
+                return function(first, *others)
+            # the op's arguments say what it computes in, whatever its provider is made of
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *others)
+        except RuntimeError:
+            # asked only now: every call would pay for it
+            refuse_layouts(op, dict(zip(names, (first, *others), strict=True)))
+            raise
 
     for name in (op, *(f"{op}.{provider}" for provider in native)):
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"spear_fast::{name}", fake, lib=LIBRARY)
         if "!" in schema:
             for bit in ("Negative", "Conjugate"):
-                LIBRARY.impl(name, _refuse_views(name), bit)
+                LIBRARY.impl(name, _refusing_views(op), bit)
     LIBRARY.impl(op, run, "CompositeExplicitAutograd")
     _runs[op] = run
     dispatched = getattr(torch.ops.spear_fast, op).default
+    names = [argument.name for argument in dispatched._schema.arguments]
 
     def call(first: Tensor, *others: Any) -> Any:
         if torch.compiler.is_compiling() or type(first) not in _PLAIN:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.arguments import takes
-from spear_fast.ops.checks import refuse, remembering, shape_of
+from spear_fast.ops.checks import check_float, refuse, remembering, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import selection as reference
 from spear_fast.ops.registry import define
@@ -152,8 +152,7 @@ def _check_logits(op: str, logits: Tensor, others: dict[str, Tensor | None], sta
     if logits.dim() != 3:
         refuse(op, "logits", "[utterances, beams, vocabulary]", shape_of(logits), "pass the newest step alone")
     utterances, beams, vocab = logits.shape
-    if not logits.dtype.is_floating_point:
-        refuse(op, "logits", "floating point", str(logits.dtype), "convert them with .to()")
+    check_float(op, "logits", logits.dtype)
     if not (1 <= beams <= 256):
         refuse(op, "beams", "1 to 256", str(beams), "an ancestor is one byte; use fewer beams")
     if not (vocab >= 1 and vocab * beams < 2**31):
