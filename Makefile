@@ -75,7 +75,7 @@ docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an 
 gpu: ## on a machine with a CUDA GPU: build, test and measure there, into OUT (benchmarks/results); no network
 	$(PYTHON) -m benchmarks gpu --out $(or $(OUT),benchmarks/results) $(ARGS)
 
-wheel: $(VENV)/.torch ## a wheel with the extension for this machine, in dist/
+wheel: $(VENV)/.torch ## a wheel with the extension, for all x86-64 machines or those like this one, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)

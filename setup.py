@@ -2,30 +2,42 @@
 
 SPEAR_FAST_BUILD  auto (default): build the extension, or say why not; require: fail if it cannot be built;
                   off: leave it out
-SPEAR_FAST_MARCH  what the compiler's -march gets: native (default), x86-64-v3, …; empty for the compiler's own default
+SPEAR_FAST_MARCH  what the compiler's -march gets, for one variant alone: native, x86-64-v3, …; empty for the compiler's
+                  own default. Left out, an x86-64 machine builds a variant for AVX2 and one for AVX-512, of which a
+                  machine loads what it can run, and any other machine builds for itself
 TORCH_CUDA_ARCH_LIST  what the CUDA kernels are built for, where torch has CUDA and nvcc of its major version is found
 SPEAR_FAST_SANITIZE  what -fsanitize gets, for tests: address,undefined (`make asan`)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 MODE = os.environ.get("SPEAR_FAST_BUILD", "auto")
-MARCH = os.environ.get("SPEAR_FAST_MARCH", "native")
+MARCH = os.environ.get("SPEAR_FAST_MARCH")
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
 SANITIZE = os.environ.get("SPEAR_FAST_SANITIZE", "")
+
+# variant → what its -march gets, the fastest first; an x86-64 CPU that runs neither is served by torch
+X86_VARIANTS = {
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "avx2": ["-march=x86-64-v3"],
+}
 
 # compiler macro → the name that /proc/cpuinfo has for the same feature
 FEATURES = {
@@ -144,26 +156,83 @@ def targets() -> list[str]:
     return flags
 
 
-def device_objects(nvcc: str, folder: Path) -> list[str]:
-    """Compiles the .cu files that launch kernels, side by side; returns the objects."""
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in [Path(__file__), *ROOT.glob("csrc/**/*.*")])
-    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets()]
+class Job(NamedTuple):
+    """A source to be compiled, and the command that does it, without input and output."""
 
-    def build(source: Path) -> str:
-        made = folder / f"{source.stem}.o"
-        if not made.is_file() or made.stat().st_mtime < newest:
-            subprocess.run([nvcc, *flags, "-c", "-o", str(made), str(source)], check=True)
-        return str(made)
+    source: Path
+    command: list[str]
+
+
+def compiled(jobs: list[Job], folder: Path) -> list[Path]:
+    """Compiles side by side what has not been compiled; returns the objects.
+
+    An object's name tells all that it was made of, so that no clock decides whether it is still right.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = digest(path.read_bytes() for path in sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cu")]))
+    compilers = {
+        path: subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+        for path in {job.command[0] for job in jobs}
+    }
+    ccache = shutil.which("ccache")
+
+    def build(job: Job) -> Path:
+        made_of = job.source.read_bytes(), headers, compilers[job.command[0]], job.command
+        made = folder / f"{job.source.stem}-{digest(map(str, made_of))}.o"
+        if not made.is_file():
+            unfinished = made.with_suffix(f".{os.getpid()}.tmp")
+            cached = [ccache] if ccache and job.source.suffix == ".cpp" else []
+            subprocess.run([*cached, *job.command, "-c", "-o", str(unfinished), str(job.source)], check=True)
+            unfinished.replace(made)
+        return made
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        return list(pool.map(build, sorted(ROOT.glob("csrc/cuda/launch_*.cu"))))
+        # the largest first, so that none is left for a single core
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].source.stat().st_size)
+        made = dict(zip(order, pool.map(build, [jobs[i] for i in order]), strict=True))
+    return [made[i] for i in range(len(jobs))]
+
+
+def digest(parts: Iterable[bytes | str]) -> str:
+    """Returns 16 characters that stand for the parts and their order."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode()
+        whole.update(len(data).to_bytes(8, "little") + data)
+    return whole.hexdigest()[:16]
+
+
+def device_jobs(nvcc: str) -> list[Job]:
+    """Returns how the .cu files that launch kernels are compiled."""
+    command = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", *targets()]
+    return [Job(source, command) for source in sorted(ROOT.glob("csrc/cuda/launch_*.cu"))]
 
 
 def cuda_folders(nvcc: str) -> list[str]:
     """Returns where nvcc links from."""
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     return re.findall(r'"-L([^"]+)"', plan.stdout + plan.stderr)
+
+
+def variants() -> dict[str, list[str]]:
+    """Returns the variants to be built: name → flags that choose the instruction set."""
+    if MARCH is not None:
+        return {MARCH or "default": [f"-march={MARCH}"] if MARCH else []}
+    # tests watched by a sanitizer want one, quickly
+    if platform.machine() in ("x86_64", "AMD64") and not SANITIZE:
+        return X86_VARIANTS
+    return {"native": ["-march=native"]}
+
+
+class Build(NamedTuple):
+    """How C++ sources are compiled and linked: what all variants share, and the flags of each."""
+
+    command: list[str]
+    link: list[str]
+    variants: dict[str, list[str]]
+
+    def jobs(self, variant: str, sources: Iterable[Path]) -> list[Job]:
+        return [Job(source, [*self.command, *self.variants[variant]]) for source in sources]
 
 
 def extension_settings() -> dict:
@@ -183,78 +252,91 @@ def extension_settings() -> dict:
     except ImportError as error:
         give_up(f"torch is not there at build time: {error}; install torch first and use --no-build-isolation")
         return {}
-    march = [f"-march={MARCH}"] if MARCH else []
-    try:
-        defined = macros(cxx, march)
-    except subprocess.CalledProcessError as error:
-        give_up(f"{cxx} does not take {' '.join(march)}: {error.stderr.strip().splitlines()[-1]}")
-        return {}
-    level = capability(defined)
+    flags, described = {}, {}
+    for name, march in variants().items():
+        try:
+            defined = macros(cxx, march)
+        except subprocess.CalledProcessError as error:
+            give_up(f"{cxx} does not take {' '.join(march)}: {error.stderr.strip().splitlines()[-1]}")
+            return {}
+        level = capability(defined)
+        flags[name] = [*march, f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}"]
+        features = sorted(feature for macro, feature in FEATURES.items() if macro in defined)
+        described[name] = {"march": " ".join(march), "capability": level, "features": features}
     omp_compile, omp_link = openmp(Path(torch.__file__).parent / "lib")
-    flags = [
+    sanitize_compile, sanitize_link = sanitizers()
+    include = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
+    command = [
+        cxx,
         "-O3",
         "-g0",
-        *march,
+        "-DNDEBUG",
+        "-fPIC",
         "-std=c++20",
         "-fno-math-errno",
         "-fvisibility=hidden",
+        "-Wall",
         "-Wno-unknown-pragmas",
         # gcc 12 thinks that its own AVX-512 header reads what it has not written
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
+        *include,
         *omp_compile,
+        *sanitize_compile,
     ]
-    sanitize_compile, sanitize_link = sanitizers()
-    flags += [f"-DCPU_CAPABILITY={level}", f"-DCPU_CAPABILITY_{level}", *sanitize_compile]
-
+    # a symbol that nobody has is an error now, not when the library is loaded
+    link = [*omp_link, *sanitize_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
+    build = Build(command, link, flags)
     nvcc = nvcc_for(torch.version.cuda)
-    extension = cpp_extension.CppExtension(
-        "spear_fast._C",
-        [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])],
-        depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")],
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": flags},
-        # a symbol that nobody has is an error now, not when the library is loaded
-        extra_link_args=[*omp_link, *sanitize_link, *(["-Wl,-z,defs"] if sys.platform == "linux" else [])],
-    )
     facts = {
         "torch": torch.__version__,
         "compiler": cxx,
-        "march": MARCH,
-        "capability": level,
         "machine": platform.machine(),
         "sanitize": SANITIZE or None,
-        "features": sorted(name for macro, name in FEATURES.items() if macro in defined),
+        "sources": runpy.run_path(str(ROOT / "spear_fast" / "ops" / "extension.py"))["fingerprint"](ROOT / "csrc"),
+        "variants": described,
         "cuda": None,
         "nvcc": None,
         "cuda_targets": None,
     }
+    extensions = [
+        cpp_extension.CppExtension(f"spear_fast._C_{name}", [], language="c++", extra_link_args=build.link)
+        for name in build.variants
+    ]
 
     class BuildOptional(cpp_extension.BuildExtension):
-        """Builds the extension, notes beside it what it was built for, and lets an install pass without it."""
+        """Builds the variants, notes beside them what they were built for, and lets an install pass without them."""
 
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, no_python_abi_suffix=True, **kwargs)
+            super().__init__(*args, no_python_abi_suffix=True, use_ninja=False, **kwargs)
 
         def add_cuda(self, nvcc):
-            """Adds the CUDA kernels to the extension, or says that they cannot be built."""
+            """Adds the CUDA kernels to all variants, or says that they cannot be built; returns further sources."""
             try:
-                objects = device_objects(nvcc, Path(self.build_temp) / "cuda")
+                objects = compiled(device_jobs(nvcc), Path(self.build_temp) / "cuda")
             except subprocess.CalledProcessError as error:
                 if MODE == "require":
                     raise
                 say(f"building without the CUDA kernels ({error}); CuPy can build them at run time")
-                return
-            extension.extra_objects += objects
-            extension.sources += [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*.cpp"))]
-            extension.libraries += ["torch_cuda", "cudart"]
-            extension.library_dirs += cuda_folders(nvcc)
+                return []
+            for extension in self.extensions:
+                extension.extra_objects += map(str, objects)
+                extension.libraries += ["torch_cuda", "cudart"]
+                extension.library_dirs += cuda_folders(nvcc)
             facts.update(cuda=torch.version.cuda, nvcc=nvcc, cuda_targets=ARCHITECTURES)
+            return sorted(ROOT.glob("csrc/cuda/*.cpp"))
 
         def build_extensions(self):
+            # the objects know whether they are new; linking takes a second
+            self.force = True
+            sources = sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
             try:
                 if nvcc is not None:
-                    self.add_cuda(nvcc)
+                    sources += self.add_cuda(nvcc)
+                jobs = [job for name in build.variants for job in build.jobs(name, sources)]
+                objects = compiled(jobs, Path(self.build_temp) / "objects")
+                for i, extension in enumerate(self.extensions):
+                    extension.extra_objects += map(str, objects[i * len(sources) : (i + 1) * len(sources)])
                 super().build_extensions()
             except Exception as error:
                 give_up(f"the compiler's own words are above; {error or type(error).__name__}")
@@ -262,11 +344,15 @@ def extension_settings() -> dict:
 
         def run(self):
             super().run()
-            if self.extensions:
-                notes = Path(self.get_ext_fullpath("spear_fast._C")).with_name("_build.json")
-                notes.write_text(json.dumps(facts, indent=1) + "\n")
+            if not self.extensions:
+                return
+            made = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+            for other in set(made[0].parent.glob("_C*.so")) - set(made):
+                # of an earlier build: nothing loads it any more
+                other.unlink()
+            made[0].with_name("_build.json").write_text(json.dumps(facts, indent=1) + "\n")
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOptional}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildOptional}}
 
 
 # what CuPy builds at run time where nvcc did not: folders of csrc, and the files in each that device code is made of

@@ -66,10 +66,19 @@ def _build() -> dict[str, Any]:
     compiler = " ".join(str(built[name]) for name in ("compiler", "march", "capability") if built.get(name))
     return {
         "extension": extension.missing() or f"built for torch {built['torch']} by {compiler}",
+        "extension's variants": _variants(built),
         "extension's CUDA kernels": f"for {built['cuda_targets']}, CUDA {built['cuda']}" if built.get("cuda") else None,
         "torch's CUDA": torch.version.cuda,
         "nvcc": _nvcc(),
     }
+
+
+def _variants(built: dict[str, Any]) -> str | None:
+    """Returns which instruction sets the extension was built for, and which of them this machine loads."""
+    if not built.get("variants"):
+        return None
+    named = f"{built['variant']} runs here" if "variant" in built else "none runs here"
+    return f"{', '.join(built['variants'])}; {named} (SPEAR_FAST_CPU forces one)"
 
 
 def _nvcc() -> str | None:

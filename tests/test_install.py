@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from spear_fast.ops import extension
 from spear_fast.ops.cuda import sources
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +42,7 @@ def test_import_needs_no_optional_package(tmp_path):
     code = BLOCK.format(blocked=tuple(OPTIONAL)) + (
         "from pathlib import Path\n"
         "from spear_fast.ops import extension\n"
-        "extension._LIBRARY = Path('absent.so')\n"
+        "extension._FOLDER = Path('absent')\n"
         "import torch, spear_fast\n"
         "from spear_fast import ops\n"
         "assert any('is not built' in (row.missing or '') for row in ops.available())\n"
@@ -119,6 +122,56 @@ def test_wheel_holds_the_device_sources(tmp_path):
     assert texts == {name: sources.text(name) for name in kernels}
     # nothing that only the checkout has is still to be included
     assert {name for text in texts.values() for name in re.findall(r'#include "(.+)"', text)} == {"cuda_emulation.h"}
+
+
+# compiles nothing, so that a build takes seconds; names and links as the true one does
+COMPILER = """#!/bin/sh
+case " $* " in *" -c "*)
+  while [ $# -gt 1 ]; do [ "$1" = -o ] && made=$2; shift; done
+  exec {compiler} -x c++ -c -o "$made" /dev/null;;
+esac
+exec {compiler} "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines build for themselves")
+@pytest.mark.parametrize(("march", "variants"), [(None, ["avx512", "avx2"]), ("x86-64-v2", ["x86-64-v2"])])
+def test_wheel_holds_all_variants(march, variants, tmp_path):
+    """One wheel for all x86-64 machines, and, asked for, one for some alone; the note says what is there."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER.format(compiler=shutil.which("c++")))
+    compiler.chmod(0o755)
+    environment = {"CXX": str(compiler), "SPEAR_FAST_BUILD": "require", "PATH": os.environ["PATH"]}
+    wheel, _ = built_wheel(tmp_path, **environment, **({} if march is None else {"SPEAR_FAST_MARCH": march}))
+    libraries = {name for name in wheel.namelist() if name.endswith(".so")}
+    assert libraries == {f"spear_fast/_C_{name}.so" for name in variants}
+    built = json.loads(wheel.read("spear_fast/_build.json"))
+    assert list(built["variants"]) == variants
+    assert built["sources"] == extension.fingerprint(ROOT / "csrc")
+    assert "avx512vnni" not in built["variants"][variants[0]]["features"]
+
+
+def test_what_was_compiled_is_known_by_what_it_is_made_of(tmp_path, monkeypatch):
+    """No time decides: an object is used again where source, headers and command are the same."""
+    monkeypatch.setattr("setuptools.setup", lambda **settings: None)
+    monkeypatch.setenv("SPEAR_FAST_BUILD", "off")
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    source, command = tmp_path / "one.cpp", [shutil.which("c++") or "c++", "-O0"]
+    source.write_text("int one() { return 1; }\n")
+
+    def compiled(*flags: str) -> Path:
+        return build["compiled"]([build["Job"](source, [*command, *flags])], tmp_path / "objects")[0]
+
+    first = compiled()
+    made = first.stat().st_mtime_ns
+    os.utime(source)
+    assert compiled() == first
+    assert first.stat().st_mtime_ns == made
+    assert compiled("-O1") != first
+    source.write_text("int one() { return 2; }\n")
+    os.utime(source, (0, 0))
+    assert compiled() != first
 
 
 def test_build_without_a_compiler_goes_on_and_says_so(tmp_path):

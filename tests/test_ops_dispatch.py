@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spear_fast import ops
-from spear_fast.ops import backends, extension, providers
+from spear_fast.ops import backends, providers
 
 PROVIDERS = list(dict.fromkeys(row[:2] for row in runnable(*OPS)))
 # options under which an op does more
@@ -294,38 +293,6 @@ def test_the_environment_forces_a_provider():
     assert "reference" in run(code, SPEAR_FAST_PROVIDER="decode_cross_attention=reference").stdout
     wrong = run(code, SPEAR_FAST_PROVIDER="decode_cross_attention=cublas")
     assert "decode_cross_attention has no provider 'cublas'; choose from cpu, " in wrong.stderr
-
-
-@pytest.mark.parametrize(
-    ("facts", "said"),
-    [
-        ({"torch": "1.0"}, "was built for torch 1.0 and this is"),
-        ({"machine": "pdp11"}, "was built for pdp11 and this is"),
-        ({"features": ["avx9000"]}, "was built for a CPU with avx9000, which this one lacks"),
-        (None, "without a note of what it was built for"),
-    ],
-)
-def test_an_extension_for_another_machine_is_refused_politely(facts, said, monkeypatch, tmp_path):
-    function_of("append_kv", "cpu")
-    built = extension.facts()
-    monkeypatch.setattr(extension, "_FOLDER", tmp_path)
-    (tmp_path / "_build.json").write_text(json.dumps({**built, **facts} if facts else {}))
-    extension.facts.cache_clear()
-    try:
-        reason = extension.missing.__wrapped__()
-    finally:
-        extension.facts.cache_clear()
-    assert said in reason
-    assert reason.endswith("reinstall spear-fast (pip install --no-build-isolation -e .)")
-
-
-def test_an_extension_that_does_not_load_is_refused_politely(monkeypatch, tmp_path):
-    function_of("append_kv", "cpu")
-    (tmp_path / "_C.so").write_bytes(b"not a library")
-    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "_C.so")
-    assert "does not load" in extension.missing.__wrapped__()
-    monkeypatch.setattr(extension, "_LIBRARY", tmp_path / "absent.so")
-    assert "is not built" in extension.missing.__wrapped__()
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -17,6 +17,10 @@
 #include "panels.h"
 #include "rows.h"
 
+#if defined(CPU_CAPABILITY_AVX2)
+#include <cpuid.h>
+#endif
+
 namespace spear_fast {
 namespace {
 
@@ -44,30 +48,48 @@ struct Float {
   }
 };
 
-// four products of an unsigned with a signed number of 8 bits, added to a sum of 32 bits
+// whether the processor adds products of 8 bits to sums of 32 in one instruction
+bool has_dot_products() {
+#if defined(CPU_CAPABILITY_AVX512)
+  return __builtin_cpu_supports("avx512vnni");
+#elif defined(CPU_CAPABILITY_AVX2)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAvxVnni = 1 << 4;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvxVnni) != 0;
+#else
+  return false;
+#endif
+}
+
+// four products of an unsigned with a signed number of 8 bits, added to a sum of 32 bits; DOT: as has_dot_products says
+//
+// That instruction is written out: compiled for all processors that have such vectors, the code around it must not use it.
+template <bool DOT>
 struct Int8 {
   using unit_t = int32_t;
   using Vector = Lanes<int32_t>;
 
   static Vector add(const Vector& a, const Vector& b, const Vector& sum) {
 #if defined(CPU_CAPABILITY_AVX512)
-#if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(sum, a, b);
-#else
+    if constexpr (DOT) {
+      __m512i total = sum;
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(__m512i(a)), "v"(__m512i(b)));
+      return total;
+    }
     const __m512i even = _mm512_madd_epi16(
         _mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
     return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
-#endif
 #elif defined(CPU_CAPABILITY_AVX2)
-#if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, a, b);
-#else
+    if constexpr (DOT) {
+      __m256i total = sum;
+      __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(__m256i(a)), "x"(__m256i(b)));
+      return total;
+    }
     const __m256i even = _mm256_madd_epi16(
         _mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-#endif
 #else
     constexpr int64_t lanes = Vector::size();
     alignas(64) int32_t sums[lanes];
@@ -243,17 +265,23 @@ void PackedLinear::by_int8(const at::Tensor& rows, at::Tensor& out, bool add) co
   auto* p_out = out.data_ptr<float>();
   const auto* p_scales = scales_.const_data_ptr<float>();
   const auto* p_middles = middles_.const_data_ptr<int32_t>();
-  multiply_panels<Int8>(
-      panels_, reinterpret_cast<const int32_t*>(p_whole), panels_.depth, count, weight_.const_data_ptr<int32_t>(),
-      panels_.depth, [&](int64_t row, int64_t output, const Lanes<int32_t>& sum, int64_t) {
-        const Target target{p_out + row * n + output, std::min(Panels::kLanes, n - output)};
-        const auto exact = at::vec::convert<float>(sum - Lanes<int32_t>::loadu(p_middles + output));
-        auto value = exact * Lanes<float>(p_units[row]) * Lanes<float>::loadu(p_scales + output);
-        if (p_bias != nullptr) {
-          value = value + Lanes<float>::loadu(p_bias + output);
-        }
-        target.store(add ? target.load() + value : value);
-      });
+  const auto finish = [&](int64_t row, int64_t output, const Lanes<int32_t>& sum, int64_t) {
+    const Target target{p_out + row * n + output, std::min(Panels::kLanes, n - output)};
+    const auto exact = at::vec::convert<float>(sum - Lanes<int32_t>::loadu(p_middles + output));
+    auto value = exact * Lanes<float>(p_units[row]) * Lanes<float>::loadu(p_scales + output);
+    if (p_bias != nullptr) {
+      value = value + Lanes<float>::loadu(p_bias + output);
+    }
+    target.store(add ? target.load() + value : value);
+  };
+  const auto* factors = reinterpret_cast<const int32_t*>(p_whole);
+  const auto* weights = weight_.const_data_ptr<int32_t>();
+  static const bool dot = has_dot_products();
+  if (dot) {
+    multiply_panels<Int8<true>>(panels_, factors, panels_.depth, count, weights, panels_.depth, finish);
+  } else {
+    multiply_panels<Int8<false>>(panels_, factors, panels_.depth, count, weights, panels_.depth, finish);
+  }
 }
 
 std::string PackedLinear::kind() const {
