@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import predict
 from benchmarks import rows as rowfile
 from benchmarks.cases import ENGINE, STEP_TOKENS, STEPS, Case, step_cases
 from benchmarks.generate import check_engine, providers
@@ -157,6 +158,10 @@ def measure(case: Case, rounds: int, *, device: torch.device, dtype: torch.dtype
         "shape": case.shape(),
         **environment(device),
     }
+    if device.type == "cuda":
+        own = predict.Device(row["device"], machine["gbs"], machine["gflops"])
+        foreseen = predict.seconds(predict.predicted(case, generated, torch.finfo(dtype).bits // 8), own)
+        row["predicted"] = float(f"{foreseen:.4g}")
     percent = STEPS.get((case.batch, case.beam))
     if percent is not None:
         row |= {"wanted": {"percent": percent}, "reached": row["percent_of_roofline"] >= percent}
@@ -182,6 +187,8 @@ def report(row: rowfile.Row) -> str:
     """Returns a row in words and its kernels as a Markdown table."""
     said = f"{row['case']}, {row['dtype']}, after {row['generated']} tokens: {rowfile.seconds(row['p50'])} a step, "
     said += f"{row['percent_of_roofline']:.0f} % of the roofline's {rowfile.seconds(row['floor'])} ({row['bound']})"
+    if "predicted" in row:
+        said += f", predicted {rowfile.seconds(row['predicted'])}"
     if "times_greedy" in row:
         said += f", {row['times_greedy']:.2f} times as fast as greedy decoding for each row"
     if "wanted" in row:
@@ -205,9 +212,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=cases, metavar="CASE", help=f"of {', '.join(cases)}")
     parser.add_argument("--set", choices=SETS, dest="kind", help="all cases of a set (cpu or gpu, by the device)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--predict", action="store_true", help="measure nothing: print what a step should take on an H100, by a model"
+    )
     add_common(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(given)
+    if chosen.predict:
+        asked = [cases[name] for name in chosen.cases or ()] or [each for each in cases.values() if "gpu" in each.sets]
+        for case in asked:
+            print(predict.report(case, sum(tokens_of(case)) // 2), flush=True)
+        return 0
     where = resolved(chosen)
     kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")
     named = [cases[name] for name in chosen.cases or ()] or [case for case in cases.values() if kind in case.sets]

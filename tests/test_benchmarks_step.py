@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from test_decoding_launches import LAYER, STEP
 
-from benchmarks import generate, rows, step
+from benchmarks import generate, predict, rows, step
 from benchmarks.cases import step_cases
 from benchmarks.machine import CPU
 from benchmarks.variants import Generation
@@ -111,3 +112,26 @@ def test_a_wrong_engine_is_not_timed_and_the_others_are(timed, monkeypatch, tmp_
     assert "step tiny 2x3: RuntimeError: 0.00% of the engine's tokens are right" in capsys.readouterr().out
     (file,) = tmp_path.glob("*.jsonl")
     assert [row["case"] for row in rows.read(file)] == ["step tiny 6x1"]
+
+
+def test_a_prediction_has_the_launches_that_are_dispatched_and_is_never_below_the_roofline():
+    for case in CASES.values():
+        kernels = predict.predicted(case, 100)
+        # the ceiling that test_decoding_launches holds
+        assert sum(kernel.launches for kernel in kernels) == LAYER * case.target_layers + STEP
+        work, total = case.step(100), predict.seconds(kernels)
+        assert total > work.floor(predict.H100.gbs, predict.H100.gflops)
+        # the work that the shape needs, and no more than activations, norms and the bias besides
+        assert work.bytes < sum(kernel.bytes for kernel in kernels)
+        assert work.flops <= sum(kernel.flops for kernel in kernels) < 1.05 * work.flops
+
+
+def test_few_rows_are_bound_by_launches_and_many_by_bytes(capsys):
+    assert step.main(["--predict", "--cases", "step 512x6 1x1", "step 1024x12 512x5"]) == 0
+    few, many = capsys.readouterr().out.split("step 1024x12 512x5,")
+    assert "predicted for one H100 and not measured" in few
+    assert "89 launches" in few
+    assert "| rms_norm | 19 |" in few.replace("  ", " ")
+    share = [float(text.partition(" launches, ")[2].partition(" %")[0]) for text in (few, many)]
+    assert share[0] > 80
+    assert share[1] < 5

@@ -1,0 +1,115 @@
+"""What a decoding step should take on a GPU, kernel by kernel, worked out and not measured.
+
+A kernel takes as long as its bytes at the memory's speed or its operations at the matmuls', whichever is more, and what
+a launch costs inside a CUDA graph. Caches are not modelled, nor kernels that do not fill the GPU: what is measured
+beside it says which assumption is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks import rows as rowfile
+from benchmarks.cases import Case
+from spear_fast.decoding.packed.linear import ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Device:
+    """gbs: gigabytes a second of a large copy. gflops: of a large matmul in halves. launch: seconds of a launch.
+
+    launch: what one costs inside a graph (Hazy Research, "Look Ma, No Bubbles!", 2025: 1.3 µs on an H100).
+    """
+
+    name: str
+    gbs: float
+    gflops: float
+    launch: float = 1.3e-6
+
+
+# what an H100 SXM reaches of its data sheet's 3.35 TB/s and 989 TFLOP/s
+H100 = Device("H100", 3.0e3, 800e3)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """One kind of kernel of a step: launches, and bytes and operations of all of them together."""
+
+    name: str
+    launches: int
+    bytes: float
+    flops: float = 0.0
+
+    def seconds(self, device: Device) -> float:
+        return max(self.bytes / device.gbs, self.flops / device.gflops) / 1e9 + self.launches * device.launch
+
+
+def predicted(case: Case, generated: int, size: int = 2) -> list[Predicted]:
+    """Returns the kernels of the step after `generated` tokens, in their order in a layer.
+
+    size: bytes of a number.
+    """
+    layers, rows, dim = case.target_layers, case.batch * case.beam, case.dim
+    attention, shared = case.heads * case.head_dim, 2 * case.kv_heads * case.head_dim
+    # with the column that holds the last bias
+    inner = -(-(case.inner + 1) // ALIGNMENT) * ALIGNMENT
+    work = case.step(generated, size)
+
+    def matmul(name: str, inputs: int, outputs: int, *, adds: bool = False, count: int = layers) -> Predicted:
+        moved = inputs * outputs + rows * (inputs + outputs * (2 if adds else 1))
+        return Predicted(name, count, size * count * moved, 2.0 * count * rows * inputs * outputs)
+
+    def moving(name: str, numbers: int, count: int = layers) -> Predicted:
+        return Predicted(name, count, float(size * count * rows * numbers))
+
+    heads = 4.0 * layers * rows * attention
+    return [
+        moving("embedding", 2 * dim, 1),
+        moving("rms_norm", 2 * dim, 3 * layers + 1),
+        matmul("matmul: queries, keys, values", dim, attention + shared),
+        moving("append_kv", 2 * shared),
+        Predicted(
+            "decode_self_attention",
+            layers,
+            work.own + size * layers * rows * 2 * attention,
+            heads * (generated + 1),
+        ),
+        matmul("matmul: self-attention's output", attention, dim, adds=True),
+        matmul("matmul: cross-attention's query", dim, attention),
+        Predicted(
+            "decode_cross_attention",
+            2 * layers,
+            work.cross + size * layers * rows * 2 * attention,
+            heads * (case.source + 1),
+        ),
+        matmul("matmul: cross-attention's output", attention, dim, adds=True),
+        matmul("matmul: feed-forward, up and gate", dim, 2 * inner),
+        moving("geglu", 3 * inner),
+        matmul("matmul: feed-forward, down", inner, dim, adds=True),
+        matmul("matmul: logits", dim, case.vocabulary, count=1),
+        Predicted("lengths", 1, 16.0 * rows),
+        Predicted("beam_step" if case.beam > 1 else "sample_step", 1, work.selection),
+    ]
+
+
+def seconds(kernels: Sequence[Predicted], device: Device = H100) -> float:
+    """Returns what a step of these kernels should take, one after the other."""
+    return sum(kernel.seconds(device) for kernel in kernels)
+
+
+def report(case: Case, generated: int, device: Device = H100) -> str:
+    """Returns the prediction in words and, kernel by kernel, as a Markdown table."""
+    kernels = predicted(case, generated)
+    total, floor = seconds(kernels, device), case.step(generated).floor(device.gbs, device.gflops)
+    launches = sum(kernel.launches for kernel in kernels)
+    said = f"{case.name}, bfloat16, after {generated} tokens, predicted for one {device.name} and not measured: "
+    said += f"{rowfile.seconds(total)} a step, {100 * floor / total:.0f} % of the roofline's {rowfile.seconds(floor)}; "
+    said += f"{launches} launches, {100 * launches * device.launch / total:.0f} % of the time"
+    lines = []
+    for kernel in sorted(kernels, key=lambda each: -each.seconds(device)):
+        own = kernel.seconds(device)
+        by_bytes = kernel.bytes / device.gbs >= kernel.flops / device.gflops
+        bound = "launches" if kernel.launches * device.launch > own / 2 else "bandwidth" if by_bytes else "matmuls"
+        lines.append((kernel.name, f"{kernel.launches}", f"{1e6 * own:.1f}", f"{100 * own / total:.0f} %", bound))
+    return f"{said}\n\n{rowfile.table(('kernel', 'launches', 'µs', 'of the step', 'bound by'), lines)}\n"
