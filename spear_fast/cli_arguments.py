@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# beyond it 32-bit numbers end
+LARGEST = 2**31 - 1
+
+
 def positive(text: str) -> int:
     """Returns a whole number of at least 1; argparse says what is wrong with anything else."""
     try:
@@ -18,6 +22,8 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at most {LARGEST}, got {text!r}")
     return value
 
 
@@ -43,4 +49,6 @@ def device_of(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} cannot be used here: it must be cpu or cuda.")
     return device

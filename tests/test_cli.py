@@ -262,7 +262,7 @@ def test_interrupted_it_keeps_what_is_done_and_says_how_to_go_on(tmp_path, folde
     assert json.loads(rest.splitlines()[-1])["event"] == "interrupted"
     message = errors.splitlines()[-1]
     assert "of 400 utterances are done" in message
-    assert message.endswith(f"go on with: {shlex.join(['spear-fast', *command, '--json'])}")
+    assert message.endswith(f"resume with: {shlex.join(['spear-fast', *command, '--json'])}")
     assert "Traceback" not in errors
     committed = shard_bytes(tmp_path / "out")
     assert 1 <= len(committed) < 7

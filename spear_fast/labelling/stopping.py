@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 NOTICE = "\nspear-fast: stopping after the step in progress; press Ctrl-C again to stop at once\n"
@@ -16,10 +16,11 @@ NOTICE = "\nspear-fast: stopping after the step in progress; press Ctrl-C again 
 class StopSignal(threading.Event):
     """Set by the first signal, so that everything finished is kept; the second one stops at once.
 
-    signal: the signal that set it.
+    signal: the signal that set it. at_once: whether there was a second one.
     """
 
     signal = signal.SIGINT
+    at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
@@ -33,8 +34,10 @@ class StopSignal(threading.Event):
 
     def _take(self, number: int, _: FrameType | None) -> None:
         if self.is_set():
+            self.at_once = True
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         self.set()
-        # print is not safe in the middle of another print
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.encode())
+        # print is not safe in the middle of another print; where nobody listens, nothing is said
+        with suppress(OSError, ValueError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, NOTICE.encode())
