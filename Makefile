@@ -32,7 +32,7 @@ interpreted: $(VENV)/.dev ## the Triton kernels' tests on the CPU, in Triton's i
 	    $(wildcard tests/test_ops_*.py tests/test_triton_*.py) $(ARGS); \
 	else echo "Triton is not installed here: its kernels are not tested"; fi
 
-# a build of its own, which stands in front of the installed one; the sanitizer must be there before anybody allocates, and
+# a build of its own, which is found before the installed one; the sanitizer must be there before anybody allocates, and
 # libstdc++ with it, or exceptions pass it by
 asan: $(VENV)/.dev ## the tests of the C++ ops, and of device code on the CPU, under AddressSanitizer and UndefinedBehaviorSanitizer
 	SPEAR_FAST_BUILD=require SPEAR_FAST_SANITIZE=address,undefined \

@@ -1,4 +1,4 @@
-"""Benchmarks: each number stands behind a green check of its case, in a JSONL row with what it was measured on."""
+"""Benchmarks: each number comes after a green check of its case, in a JSONL row with what it was measured on."""
 
 import sys
 from pathlib import Path

@@ -139,8 +139,8 @@ class Generation:
         def decode(most: int = self.case.tokens) -> list[Tensor]:
             requests = [request(row, most) for row in rows]
             # everything is known at once: the engine may sort it all
-            tickets = sorted(engine().run(requests, ahead=len(rows)), key=lambda ticket: ticket.number)
-            return [ticket.result().tokens[0, 0] for ticket in tickets]
+            done = sorted(engine().run(requests, ahead=len(rows)), key=lambda request: request.number)
+            return [request.result().tokens[0, 0] for request in done]
 
         return decode
 

@@ -22,7 +22,7 @@ python_maximum_signature_line_length = 100
 
 REPOSITORY = "https://github.com/lucidrains/spear-tts-pytorch/blob/0.4.8/spear_tts_pytorch"
 # "reference line 620", "reference trainer.py:77"
-LINE = re.compile(r"reference (?:lines? (?P<line>\d+)|(?P<file>\w+\.py):(?P<place>\d+))")
+LINE = re.compile(r"reference (?:lines? (?P<line>\d+)|(?P<file>\w+\.py):(?P<number>\d+))")
 # "scores: `[B, R]` float32, …" and what is indented below
 FIELD = re.compile(r"(?P<names>[a-z_][\w`]*(?:, [a-z_][\w`]*)*): ")
 
@@ -31,7 +31,7 @@ def linked(text: str) -> str:
     """Returns reST with the reference's lines as links to its sources."""
 
     def link(found: re.Match[str]) -> str:
-        name, number = found["file"] or "spear_tts_pytorch.py", found["line"] or found["place"]
+        name, number = found["file"] or "spear_tts_pytorch.py", found["line"] or found["number"]
         return f"`{found[0]} <{REPOSITORY}/{name}#L{number}>`__"
 
     return LINE.sub(link, text)

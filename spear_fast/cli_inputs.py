@@ -158,7 +158,7 @@ def _parquet(path: Path) -> Iterator[Input]:
 
 
 class Reader:
-    """Reads inputs in a thread of its own, so that decoding goes on while a pipe is slow. ended: there are no more."""
+    """Reads inputs in a thread of its own, so that a slow pipe stops no decoding. ended: there are no more."""
 
     def __init__(self, inputs: Iterator[Input], ahead: int) -> None:
         self._queue: queue.Queue[Input | Exception | None] = queue.Queue(ahead)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 FORMATS = ("txt", "jsonl", "npy")
-# fills rows of an array behind their last id
+# fills rows of an array after their last id
 FILLING = -1
 
 

@@ -67,7 +67,7 @@ def assert_right(
 ) -> None:
     """Compares a provider with the definition in float64, by the error that the definition makes in the same dtype.
 
-    results: what to compare, of the op's result and of its arguments behind the call (for what it writes in place).
+    results: what to compare, of the op's result and of its arguments after the call (for what it writes in place).
     """
     row = providers.get(op, provider)
 
@@ -78,11 +78,11 @@ def assert_right(
         return [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
 
     truths = compute(definition, [to_float64(argument) for argument in copies()])
-    yardsticks = compute(definition, copies())
+    baselines = compute(definition, copies())
     # not cloned: strides are part of the case
     found = compute(row.function, moved(arguments, device_of(row)))
-    for i, (result, truth, yardstick) in enumerate(zip(found, truths, yardsticks, strict=True)):
-        assert_within(result.cpu(), truth, yardstick, factor=factor, what=f"{op} by {provider}, result {i}")
+    for i, (result, truth, baseline) in enumerate(zip(found, truths, baselines, strict=True)):
+        assert_within(result.cpu(), truth, baseline, factor=factor, what=f"{op} by {provider}, result {i}")
 
 
 def assert_gradients(
@@ -113,9 +113,9 @@ def assert_gradients(
 
     copies = [argument.clone() if isinstance(argument, Tensor) else argument for argument in arguments]
     truths = gradients(definition, [to_float64(argument) for argument in copies])
-    yardsticks = gradients(definition, list(copies))
+    baselines = gradients(definition, list(copies))
     with providers.forced(f"{op}={provider}"):
         found = gradients(public, moved(arguments, device))
-    for index, result, truth, yardstick in zip(wanting, found, truths, yardsticks, strict=True):
+    for index, result, truth, baseline in zip(wanting, found, truths, baselines, strict=True):
         what = f"{op} by {provider}, gradient of argument {index}"
-        assert_within(result.cpu(), truth, yardstick, factor=GRADIENTS, what=what)
+        assert_within(result.cpu(), truth, baseline, factor=GRADIENTS, what=what)

@@ -47,7 +47,7 @@ class Buffers:
 def new_buffers(
     utterances: int, beams: int, capacity: int, *, guided: bool = False, precise: torch.dtype = torch.float32
 ) -> Buffers:
-    """Buffers in front of the first step, of beam searches; samplers start with all scores at 0."""
+    """Buffers before the first step, of beam searches; samplers start with all scores at 0."""
     rows, pair = utterances * (1 + guided), (utterances, beams)
     history = (utterances, capacity, beams)
     scores = torch.full(pair, -torch.inf, dtype=precise)

@@ -38,7 +38,7 @@ def call(op: str, provider: str, arguments: list, state: tuple[Tensor, ...]) -> 
 
 
 def traced(buffers: Buffers, utterance: int, slot: int, count: int) -> Tokens:
-    """The tokens of a hypothesis, walked back along its parents."""
+    """The backtrace of a hypothesis: its tokens, by its parents."""
     found = []
     for step in reversed(range(count)):
         found.append(int(buffers.tokens[utterance, step, slot]))
@@ -49,8 +49,8 @@ def traced(buffers: Buffers, utterance: int, slot: int, count: int) -> Tokens:
 def assert_addressable(buffers: Buffers, utterance: int, slot: int, tokens: Tokens) -> None:
     """The ancestor table must lead to the same tokens, one by one, and every half of it."""
     for table in buffers.ancestors[utterance :: buffers.inputs.shape[0], slot]:
-        places = table[1 : len(tokens) + 1].tolist()
-        assert [int(buffers.tokens[utterance, i, place]) for i, place in enumerate(places)] == list(tokens)
+        beams = table[1 : len(tokens) + 1].tolist()
+        assert [int(buffers.tokens[utterance, i, beam]) for i, beam in enumerate(beams)] == list(tokens)
 
 
 def run(

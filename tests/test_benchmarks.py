@@ -91,7 +91,7 @@ def test_the_gate_takes_each_provider_and_refuses_another_result():
         if device_of(providers.get(case.op, name)) == CPU and providers.get(case.op, name).missing() is None:
             assert gate.error(computed(case, name, arguments))["max_error"] < 1e-5
     with pytest.raises(AssertionError, match="off by"):
-        gate.error([gate.yardsticks[0] + 1])
+        gate.error([gate.plain[0] + 1])
 
 
 def test_bytes_are_those_of_the_inputs_and_results():

@@ -39,8 +39,8 @@ CASES = [(name, torch.float32) for name in SELF_ATTENTION] + [(name, torch.bfloa
 def test_self_attention(name, dtype):
     arguments = MAKE["decode_self_attention"](**SELF_ATTENTION[name], dtype=dtype)
     truth = reference.decode_self_attention(*to_float64(arguments))
-    yardstick = reference.decode_self_attention(*[tensor.clone() for tensor in arguments])
-    assert_within(decode_self_attention(*arguments), truth, yardstick)
+    baseline = reference.decode_self_attention(*[tensor.clone() for tensor in arguments])
+    assert_within(decode_self_attention(*arguments), truth, baseline)
 
 
 def test_the_order_of_threads_changes_nothing(emulator):

@@ -35,9 +35,9 @@ def copies(arguments):
     return [each.clone() if isinstance(each, Tensor) else each for each in arguments]
 
 
-def assert_same_state(found, truth, yardstick):
+def assert_same_state(found, truth, baseline):
     """Integers exactly; of floats, where they are finite and their values."""
-    for ours, exact, torchs in zip(found, truth, yardstick, strict=True):
+    for ours, exact, torchs in zip(found, truth, baseline, strict=True):
         if not ours.dtype.is_floating_point:
             assert torch.equal(ours.long(), exact.long())
             continue
@@ -55,12 +55,12 @@ def test_one_step(op, shape, dtype):
     for seed in range(8 if dtype == torch.float32 else 1):
         filtered = op == "sample_step" and seed % 3 == 2
         arguments = random_state(op, **shape, dtype=dtype, seed=seed, filtered=filtered)
-        truth, yardstick = to_float64(copies(arguments)), copies(arguments)
+        truth, baseline = to_float64(copies(arguments)), copies(arguments)
         getattr(reference, op)(*truth)
-        getattr(reference, op)(*yardstick)
+        getattr(reference, op)(*baseline)
         STEPS[op](*arguments)
         first = WRITTEN[op]
-        assert_same_state(arguments[first:], truth[first:], yardstick[first:])
+        assert_same_state(arguments[first:], truth[first:], baseline[first:])
 
 
 @pytest.mark.usefixtures("emulator")
@@ -120,7 +120,7 @@ def test_draws_are_those_of_the_cpu(settings):
 @pytest.mark.parametrize(("top_k", "top_p", "left"), [(3, 1.0, 3), (0, 0.5, 6), (0, 0.51, 7), (8, 0.5, 4)])
 @pytest.mark.usefixtures("emulator")
 def test_filters_keep_the_lower_ids_of_equals(top_k, top_p, left):
-    """Of twelve equals those in front stay; all that stay are drawn."""
+    """Of twelve equals the first ones stay; all that stay are drawn."""
     logits = torch.full((200, 1, 40), -torch.inf)
     logits[..., 7:19] = 1.5
     drawn = drawn_by(sample_step, logits, {"top_k": top_k, "top_p": top_p})

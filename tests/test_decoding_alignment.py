@@ -210,7 +210,7 @@ def test_alignment_and_coverage_in_company() -> None:
     def served(which, **settings):
         again = [(asked[i][0], replace(asked[i][1], generator=options_of(i).generator)) for i in which]
         with engine_of(model, slots=4, beams=4, max_length=12, guided=True, **settings) as engine:
-            return {which[ticket.number]: ticket.result() for ticket in engine.run(again)}
+            return {which[request.number]: request.result() for request in engine.run(again)}
 
     together, exact = served(range(24)), served(range(24), deterministic=True)
     for i in range(24):

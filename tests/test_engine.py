@@ -262,7 +262,7 @@ def test_closing_ends_everything(model):
         ask(engine, sources(1)[0], beam_size=1, max_length=5)
 
 
-def test_coroutines_wait_for_tickets(model):
+def test_coroutines_wait_for_requests(model):
     async def main(engine):
         requests = [ask(engine, source, beam_size=2, max_length=8) for source in sources(9, seed=6)]
         return await asyncio.gather(*(asyncio.wrap_future(request) for request in requests))

@@ -159,7 +159,7 @@ def test_alone_and_beside_others_only_ties_differ(record_property, monkeypatch) 
             (ties if near else others).append(i)
     record_property("ties", len(ties))
     assert len(lengths) > 6
-    assert rounded > count // 4, "company changes nothing here: the test shows nothing"
+    assert rounded > count // 4, "neighbours change nothing here: the test shows nothing"
     assert not others
     assert len(ties) <= count // 100
     # the requests are not all one

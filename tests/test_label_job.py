@@ -353,7 +353,7 @@ def test_out_of_memory_the_job_goes_on_with_fewer_and_says_so(tmp_path, tokens, 
     without_memory_for_more_than(monkeypatch, 2)
     seen = Recorder()
     assert label([tokens], tiny_model(), tmp_path / "out", OPTIONS, report=seen).rows == 47
-    assert ["going on with 2 utterances" in fields["message"] for fields in seen.of("warning")] == [True]
+    assert ["continuing with 2 utterances" in fields["message"] for fields in seen.of("warning")] == [True]
     same = [(row["id"], row["target"]) for row in read_rows(tmp_path / "whole")]
     assert [(row["id"], row["target"]) for row in read_rows(tmp_path / "out")] == same
 
@@ -381,7 +381,7 @@ def test_an_error_while_decoding_stops_the_job_and_what_was_done_is_kept(tmp_pat
 
 def test_labels_are_the_same_to_the_bit_whatever_else_is_labelled(tmp_path, monkeypatch):
     """Another order, other shards, other neighbours: the same labels and scores."""
-    # torch's own products, which round by the number of their rows where those are few
+    # torch's own matmuls, which round by the number of their rows where those are few
     monkeypatch.setattr(linear, "packs", lambda weight: False)
     model = tiny_model(dim=128)
     sizes = dict(max_length=12, batch_tokens=1024, beam_size=1)
@@ -395,7 +395,7 @@ def test_labels_are_the_same_to_the_bit_whatever_else_is_labelled(tmp_path, monk
     assert len(one) == 40
     assert len(two) == 65
     assert one == {key: two[key] for key in one}
-    # places stay free at the end of a job; these are nothing but an end
+    # slots stay free at the end of a job; these are nothing but an end
     for begin in range(0, 40, 4):
         out = tmp_path / f"few{begin}"
         label([write_lines(tmp_path / "few.jsonl", rows[begin : begin + 4])], model, out, options)
@@ -462,7 +462,7 @@ def test_weights_of_8_bits_label_nearly_the_same(tmp_path, tokens):
         label([tokens], tiny_model(), out, LabelOptions(max_length=12, batch_tokens=1024, dtype=dtype))
         rows[dtype] = read_rows(out)
     pairs = list(zip(rows["float32"], rows["int8"], strict=True))
-    # random weights: what is nearly as likely may change places
+    # random weights: what is nearly as likely may be swapped
     same = [(exact, rounded) for exact, rounded in pairs if exact["target"] == rounded["target"]]
     assert len(same) > 0.5 * len(pairs)
     assert any(exact["mean_logprob"] != rounded["mean_logprob"] for exact, rounded in same)

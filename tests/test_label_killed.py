@@ -33,7 +33,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_doubled(tmp_path):
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout)
     assert report["kills"] >= KILLS
-    # the kills fell into the work and not all in front of it
+    # the kills fell into the work and not all before it
     assert len({line.split(", ")[-1] for line in report["progress"]}) > 5
 
     for number in range(report["jobs"]):

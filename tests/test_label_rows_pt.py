@@ -33,7 +33,7 @@ def test_rows_as_the_reference_writes_them_are_mended(tmp_path):
     save(folder, "0", [3, 4, SPEECH_EOS, -1, 5, 6, TEXT_EOS])
     # speech shorter than others of its batch: pads equal the delimiter
     save(folder, "1", [3, SPEECH_EOS, -1, -1, -1, 5, TEXT_EOS])
-    # the reference went on behind the end of the text, and left pads where it did not
+    # the reference went on after the end of the text, and left pads where it did not
     save(folder, "2", [7, SPEECH_EOS, -1, 5, TEXT_EOS, 9, 9])
     save(folder, "3", [7, SPEECH_EOS, -1, 5, TEXT_EOS, 0, 0])
     save(folder, "4", [7, SPEECH_EOS, -1, 5, 6, 7])

@@ -297,7 +297,7 @@ def test_the_environment_forces_a_provider():
 
 @pytest.mark.parametrize("op", OPS)
 def test_direct_callers_stay_inside_the_buffers(op):
-    """The native overload has no Python in front of it: it must refuse, not read past the end."""
+    """The native overload has no Python before it: it must refuse, not read past the end."""
     function_of(op, "cpu")
     for index in range(6):
         arguments = list(MAKE[op]())

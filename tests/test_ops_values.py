@@ -38,7 +38,7 @@ SHAPES = {
         {"utterances": 1, "beams": 10, "heads": 7, "groups": 1, "length": 63, "size": 80},
         {"utterances": 3, "beams": 1, "tokens": 5, "heads": 4, "groups": 2, "length": 67, "size": 64},
         {"utterances": 2, "beams": 3, "tokens": 3, "heads": 3, "groups": 1, "length": 9, "size": 16},
-        # tokens in front of the first position
+        # tokens before the first position
         {"tokens": 4, "lengths": torch.tensor([[0, 1, 2], [3, 4, 5]])},
         {"tokens": 11, "beams": 2, "length": 11, "lengths": torch.tensor([[11, 10], [11, 11]])},
         {"utterances": 0},

@@ -229,7 +229,7 @@ def test_everything_that_can_be_returned(beam: bool) -> None:
         if "return_target_mask" in options:
             expected[-1] = expected[at] != -1
         assert [value.tolist() for value in ours] == [value.tolist() for value in expected]
-    # the source comes back with its EOS behind the last token of each row
+    # the source comes back with its EOS after the last token of each row
     returned, _ = pair[1].generate(source, **kwargs, return_source=True)
     assert returned.shape == (3, 9)
     assert (returned == 13).sum(dim=-1).tolist() == [1, 1, 1]

@@ -28,11 +28,11 @@ def run(op, arguments):
 
 def assert_right(op, arguments):
     definition = getattr(reference, op)
-    truth, yardstick = definition(*to_float64(arguments)), definition(*arguments)
+    truth, baseline = definition(*to_float64(arguments)), definition(*arguments)
     results = run(op, arguments)
     if op == "decode_self_attention":
-        truth, yardstick, results = [truth], [yardstick], [results]
-    for i, each in enumerate(zip(results, truth, yardstick, strict=True)):
+        truth, baseline, results = [truth], [baseline], [results]
+    for i, each in enumerate(zip(results, truth, baseline, strict=True)):
         assert_within(each[0].cpu(), *each[1:], what=f"{op}, result {i}")
 
 

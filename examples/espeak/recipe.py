@@ -2,7 +2,7 @@
 
     python examples/espeak/recipe.py [--work build/espeak]
 
-Each stage leaves a file in the working folder and is skipped when that is there, so an interrupted run goes on. At the
+Each stage leaves a file in the working folder and is skipped when that is there, so an interrupted run resumes. At the
 end the model is in `model/` of the working folder, 20 recordings beside it, and REPORT.md says what was reached;
 `--install` copies all three over the committed ones.
 """

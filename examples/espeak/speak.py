@@ -64,7 +64,7 @@ def speak(utterance: Utterance) -> Samples:
     """
     command = ["espeak-ng", "-v", utterance.voice, "-s", str(utterance.words_per_minute), "-p", str(utterance.pitch)]
     made = subprocess.run([*command, "--stdout", utterance.text], check=True, capture_output=True, timeout=60)
-    # espeak-ng cannot seek in a pipe, so the header's length is a placeholder: the data begin behind it
+    # espeak-ng cannot seek in a pipe, so the header's length is a placeholder: the data begin after it
     samples, rate = soundfile.read(io.BytesIO(_mended(made.stdout)), dtype="float32")
     return np.asarray(resample(samples, round(rate * utterance.stretch), SAMPLE_RATE), dtype=np.float32)
 

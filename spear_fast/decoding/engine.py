@@ -288,7 +288,7 @@ class Engine:
                     if self._closed:
                         return
                 self._step()
-        # not even what no step should raise may leave requests behind that nobody completes
+        # not even what no step should raise may leave requests that nobody completes
         except BaseException as error:
             log.exception("the engine's thread has ended")
             with self._lock:

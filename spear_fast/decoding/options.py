@@ -33,7 +33,7 @@ class DecodingOptions:
 
     method: "greedy" takes the likeliest token; "sample" draws; "beam" searches; "speculative" draws (or, at temperature
         0, takes the likeliest) with drafts of the early-exit head, from the same distribution as "sample".
-    beam_size: hypotheses kept for each row. beam_mode: "standard" keeps a pool of finished hypotheses and goes on with
+    beam_size: hypotheses kept for each row. beam_mode: "standard" keeps a pool of finished hypotheses and extends
         unfinished ones only; "reference" is the search of spear-tts-pytorch, which goes on past the end of sequence.
     max_length: most tokens of a hypothesis, end of sequence included. min_length: fewest tokens before that end. These
         and all other whole numbers are at most 2**31 - 1.

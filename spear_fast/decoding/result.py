@@ -127,7 +127,7 @@ def backtrace(
 def _follow_parents(
     history: dict[str, np.ndarray], beams: np.ndarray, steps: np.ndarray, width: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and log-probabilities `[hypotheses, width]`, walked back along parents from the beams given."""
+    """Returns tokens and log-probabilities `[hypotheses, width]`, the backtrace along parents from the beams given."""
     tokens = np.full((len(beams), width), pad_id, dtype=np.int64)
     logprobs = np.zeros((len(beams), width), dtype=history["logprobs"].dtype)
     walked = steps.tolist()

@@ -91,7 +91,7 @@ class Scheduler:
         except Exception as error:
             if is_out_of_memory(error):
                 return self._halve(error)
-            # of all that took part; what waits goes on with fresh buffers
+            # of all that took part; what waits gets fresh buffers
             return [(request, error) for request in self.evict()]
 
     def evict(self) -> list[Request]:

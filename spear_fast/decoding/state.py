@@ -1,6 +1,6 @@
 """The tensors of all utterances in flight: buffers that stay where they are between two growths.
 
-Nothing here is moved when hypotheses change places: keys and values stay where they were written, and the ancestor
+Nothing here is moved when hypotheses are reordered: keys and values stay where they were written, and the ancestor
 table says for each hypothesis and position in which beam that was.
 """
 

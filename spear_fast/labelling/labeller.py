@@ -64,7 +64,7 @@ class Labeller:
     4): sources are encoded one by one. On a GPU, or without the extension, a step also works on all slots, free ones
     too.
 
-    Only where a GPU's memory runs out is it not so: the engine goes on with half the slots, and matmuls of another
+    Only where a GPU's memory runs out is it not so: the engine continues with half the slots, and matmuls of another
     number of rows round differently, which decides between labels that are equally likely but for that; `slots` tells.
 
     rows: of the whole job; a small one needs fewer slots.

@@ -162,7 +162,7 @@ class Stream:
         if labeller.slots < self._slots:
             self._say(
                 "warning",
-                message=f"the device's memory has run out; going on with {labeller.slots} utterances side by side "
+                message=f"the device's memory has run out; continuing with {labeller.slots} utterances side by side "
                 f"instead of {self._slots}. Labels that are equally likely within rounding may come out differently.",
             )
             self._slots = labeller.slots
