@@ -170,7 +170,7 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     """`depth` layers of self-attention, optional cross-attention and feed-forward, each with its residual.
 
-    As the reference's (its line 270), without caches; the arguments are those of `Attention` and `FeedForward`.
+    Without the caches of the reference (reference line 270). The arguments are those of `Attention` and `FeedForward`.
     """
 
     def __init__(

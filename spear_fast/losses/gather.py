@@ -48,8 +48,8 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 def all_gather(t: Tensor, dim: int = 0, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Returns the tensors of all processes joined along `dim`, and their sizes there; alone, `t` and None.
 
-    The reference's name, with the result of its `AllGather` (distributed.py line 36). sizes: `[processes]`, taken for
-    its signature; they are asked for anyway.
+    The reference's name, with the result of its `AllGather` (reference distributed.py:36).
+    sizes: `[processes]`, taken for its signature; they are asked for anyway.
     """
     if not is_distributed():
         return t, None

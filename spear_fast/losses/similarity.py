@@ -22,8 +22,8 @@ def alignment_loss(
 ) -> Tensor:
     """Returns the mean squared difference between the cosine similarities among sources and among targets, [].
 
-    The reference's (its lines 1123 to 1159). source: `[batch, source length, dim]`, target: `[batch, target length,
-    dim]`, both floating point. Masks: bool, `[batch, length]`.
+    From reference line 1123 on. source: `[batch, source length, dim]`, target: `[batch, target length, dim]`, both
+    floating point. Masks: bool, `[batch, length]`.
     rows: `[batch]`, bool, the rows that take part; those of all processes are compared with each other.
     temperature: of the log-sum-exp over positions, or None for the maximum.
     Zero where fewer than two rows take part.

@@ -20,7 +20,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class MockDataset(Dataset[Tensor]):
-    """`length` waves of 1,024 random samples (reference data.py line 10)."""
+    """`length` waves of 1,024 random samples (reference data.py:10)."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -33,7 +33,7 @@ class MockDataset(Dataset[Tensor]):
 
 
 class GeneratedAudioTextDataset(Dataset[Pair]):
-    """The reference's folder of `.pt` rows (its data.py line 22): speech ids, a delimiter, text ids; ordered by number.
+    """A folder of `.pt` rows (reference data.py:22): speech ids, a delimiter, text ids; in the order of their numbers.
 
     Gives speech and text ids, `[n]` and `[m]`, int64. Negative ids are pads and left out.
     speech_eos_id, text_eos_id: where given, a half ends before its first end-of-sequence: the reference saved

@@ -28,7 +28,7 @@ _NOT_SAVED = {"num_return_sequences": 1, "return_source": False, "return_target_
 class SemanticToTextDatasetGenerator(nn.Module):
     """Labels a dataset of speech, ids or raw audio, and saves rows of speech ids, a delimiter, text ids.
 
-    The reference's class (its line 1312), resumable.
+    As the reference's class (reference line 1312), but resumable.
 
     A row's file is named by its index in the dataset, and is there whole or not at all. Started again it resumes after
     the rows that are there, also with a longer dataset or another number of processes, which share the work. Another

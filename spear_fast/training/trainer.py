@@ -33,7 +33,7 @@ def _shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class SpeechSpeechPretrainer(Trainer):
-    """Denoising pretraining on speech (reference trainer.py line 77).
+    """Denoising pretraining on speech (reference trainer.py:77).
 
     The dataset gives semantic ids `[n]` or raw audio `[samples]`; deletion_prob, reconstruct_seq, mask_id: see
     `SpeechSpeechPretrainWrapper`; the others: see `Trainer`.
@@ -90,7 +90,7 @@ class SpeechSpeechPretrainer(Trainer):
 
 
 class SemanticToTextTrainer(Trainer):
-    """Trains the decoder to write what the frozen encoder heard (reference trainer.py line 325): back-translation.
+    """Trains the decoder to write what the frozen encoder heard (reference trainer.py:325): back-translation.
 
     The dataset gives (semantic ids or raw audio, text ids). The model's encoder and speech embeddings stay frozen
     afterwards; `unfreeze_all` undoes it. Arguments: see `Trainer`.
@@ -147,7 +147,7 @@ class SemanticToTextTrainer(Trainer):
 
 
 class TextToSemanticTrainer(Trainer):
-    """Trains text to speech tokens on labelled and pseudo-labelled pairs (reference trainer.py line 578).
+    """Trains text to speech tokens on labelled and pseudo-labelled pairs (reference trainer.py:578).
 
     The dataset gives (semantic ids or raw audio, text ids). As in the paper the decoder and the upper layers of the
     encoder are frozen, and text embeddings and the lowest `train_encoder_layers` are trained; `unfreeze_all` undoes it.
