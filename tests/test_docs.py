@@ -94,3 +94,13 @@ Raises ValueError."""
         "Raises ValueError.",
         "",
     ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/engine.md"])
+def test_the_code_on_a_page_runs(name, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    assert blocks
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, name, "exec"), {})
