@@ -12,7 +12,7 @@ from typing import Any
 
 
 def _give_way() -> None:
-    """Puts the installed package called `kernels` in this one's place, where there is one."""
+    """Puts the installed package called `kernels` instead of this one, where there is one."""
     root = Path(__file__).resolve().parents[1]
     spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != root])
     if spec is None or spec.loader is None:

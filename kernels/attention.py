@@ -142,7 +142,7 @@ def attention_backward(
     blocks = triton.cdiv(longest, constants["BLOCK_QUERY"])
     partial_key, partial_value = None, None
     if null_key is not None:
-        # blocks behind the end of packed rows write nothing
+        # blocks past the end of packed rows write nothing
         partial_key, partial_value = query.new_zeros((2, rows, heads, blocks, size), dtype=torch.float32)
     if query.numel() > 0:
         attention_backward_query_kernel[(blocks * heads * rows,)](

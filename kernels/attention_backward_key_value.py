@@ -45,7 +45,7 @@ def _pass_over_queries(
     SIZE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
 ):
-    """Adds what the queries start..end - 1 give to the gradients of the keys and values; products are transposed.
+    """Adds what the queries start..end - 1 give to the gradients of the keys and values; the matmuls are transposed.
 
     CAUSAL: whether some of them are before some of the keys. KEY, VALUE: whose gradients are wanted.
     """

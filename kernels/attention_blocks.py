@@ -32,7 +32,7 @@ def span(offsets, i_row, length):
 
 @triton.jit
 def load_rows(pointer, o_row, stride, m_row, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
-    """Returns `[ROWS, SIZE]`, zeros behind HEAD_DIM and where m_row is False (None: all rows are there)."""
+    """Returns `[ROWS, SIZE]`, zeros past HEAD_DIM and where m_row is False (None: all rows are there)."""
     o_size = tl.arange(0, SIZE)
     p_block = pointer + o_row[:, None] * stride + o_size[None, :]
     if m_row is None:
@@ -52,7 +52,7 @@ def load_rows(pointer, o_row, stride, m_row, HEAD_DIM: tl.constexpr, SIZE: tl.co
 def store_rows(
     pointer, o_row, stride, m_row, block, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """Writes `[ROWS, SIZE]` in the pointer's dtype, but for what is behind HEAD_DIM and where m_row is False."""
+    """Writes `[ROWS, SIZE]` in the pointer's dtype, but for what is past HEAD_DIM and where m_row is False."""
     o_size = tl.arange(0, SIZE)
     mask = m_row[:, None]
     if SIZE != HEAD_DIM:
@@ -63,7 +63,7 @@ def store_rows(
 
 @triton.jit
 def load_size(pointer, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
-    """Returns one vector `[SIZE]` in float32, zeros behind HEAD_DIM."""
+    """Returns one vector `[SIZE]` in float32, zeros past HEAD_DIM."""
     o_size = tl.arange(0, SIZE)
     return tl.load(pointer + o_size, mask=o_size < HEAD_DIM, other=0.0).to(tl.float32)
 
@@ -85,9 +85,9 @@ def angles(freqs, o_row, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def key_bounds(key_mask, stride, n_keys, BLOCK: tl.constexpr):
-    """Returns how many keys in front are all read, and the number of keys up to the last that is read.
+    """Returns how many keys, from the first, are all read, and the number of keys up to the last that is read.
 
-    Without a mask both are n_keys. Blocks before the first bound need no mask, blocks behind the second no work.
+    Without a mask both are n_keys. Blocks before the first bound need no mask, blocks after the second no work.
     """
     full = n_keys
     bound = n_keys

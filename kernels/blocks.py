@@ -1,4 +1,4 @@
-"""What several kernels and launchers share: products of blocks, the merge of softmax sums, and where Triton runs."""
+"""What several kernels and launchers share: matmuls of blocks, the merge of softmax sums, and where Triton runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Loss of tied-embedding logits: a tile of logits lives in registers, and no larger piece of them in memory.
 
 Backward, the logits are computed again and turned into their own gradients, some rows at a time in the inputs' dtype;
-the two products with the embedding and the hidden states are then the library's.
+the two matmuls with the embedding and the hidden states are then the library's.
 """
 
 from __future__ import annotations

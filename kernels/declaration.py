@@ -27,12 +27,12 @@ class Declaration:
     kernel: the function that `@triton.jit` made.
     tile: the kernel's name in the table of tiles.py; it is compiled at each of its rows.
     signature: argument → type as Triton writes it ("*bf16", "i32", "fp32"), where T stands for the row's dtype (bf16 or
-        fp32); ":16" behind it says that the pointer or number is a multiple of 16 at run time, as it mostly is.
+        fp32); ":16" after it says that the pointer or number is a multiple of 16 at run time, as it mostly is.
     constants: head size (or row width) → constexpr arguments that the row's blocks do not give.
     variants: name → further constants, for the options that are worth compiling: the heaviest on registers last, which
         is the only one compiled in float32 and for architectures other than 9.0. A constant wins over the signature, so
         an optional pointer that is left out is None here.
-    matrix: whether its products must become matrix instructions in 16-bit dtypes: wgmma on sm_90.
+    matrix: whether its matmuls must become matrix instructions in 16-bit dtypes: wgmma on sm_90.
     """
 
     kernel: Any

@@ -56,7 +56,7 @@ def decode_cross_attention_kernel(
 ):
     """A program computes ROWS beams of one head and utterance over one split; the null position is the first split's.
 
-    out: `[utterances, beams, heads, HEAD_DIM]`; with SPLIT, in float32 and with a dimension of splits in front.
+    out: `[utterances, beams, heads, HEAD_DIM]`; with SPLIT, in float32 and with splits as the first dimension.
     log_sums: `[splits, utterances, beams, heads]`, float32, base 2; or None.
     scores: `[utterances, beams, heads, source + 1]`, float32, base 2, written where something is read; or None.
     """

@@ -2,7 +2,7 @@
 
 A program takes one key/value head of one utterance, one split of the positions, and as query rows the beams × heads of
 the group × tokens. Where the rows fit one tile, it reads each cached key and value that any beam needs exactly once,
-slot by slot: beams that share most of their history cost little more memory traffic than one. Where they do not, a
+beam by beam: beams that share most of their history cost little more memory traffic than one. Where they do not, a
 program takes the rows of one beam and gathers that beam's history.
 
 Splits have a fixed size, so that an utterance's result has the same bits whatever else is in the batch.
@@ -65,8 +65,8 @@ def decode_self_attention_kernel(
 ):
     """log_sums: `[splits, rows]`, base 2; `out` is then each split's, `[splits, rows, HEAD_DIM]` in float32. Or None.
 
-    FOLLOW: "shared", each slot's keys are read once for all beams; "gathered", the tile is of one beam, whose ancestors
-    are gathered; "alone", there is one beam and so one slot.
+    FOLLOW: "shared", each beam's keys are read once for all beams; "gathered", the tile is of one beam, whose ancestors
+    are gathered; "alone", there is one beam.
     """
     i_tile = tl.program_id(0) % tiles
     i_group = (tl.program_id(0) // tiles) % groups
@@ -113,30 +113,30 @@ def decode_self_attention_kernel(
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, SIZE], tl.float32)
-    slots = beams if FOLLOW == "shared" else 1
+    sources = beams if FOLLOW == "shared" else 1
     for start in range(begin, end, BLOCK):
         o_position = start + tl.arange(0, BLOCK)
         m_read = o_position[None, :] < tl.minimum(b_limit, end)[:, None]
         m_position = o_position < end
         if FOLLOW == "shared":
             o_ancestor = o_beam[:, None] * s_ancestor_beam + o_position[None, :] * s_ancestor_position
-            b_slot = tl.load(p_ancestors + o_ancestor, mask=m_read, other=0).to(tl.int32)
-            b_slot = tl.where(m_read, b_slot, -1)
+            b_source = tl.load(p_ancestors + o_ancestor, mask=m_read, other=0).to(tl.int32)
+            b_source = tl.where(m_read, b_source, -1)
         if FOLLOW == "gathered":
             o_ancestor = i_beam * s_ancestor_beam + o_position * s_ancestor_position
-            o_slot = tl.load(p_ancestors + o_ancestor, mask=m_position, other=0).to(tl.int64)
-            o_slot = tl.minimum(o_slot, beams - 1)
-        for i_slot in range(slots):
+            o_source = tl.load(p_ancestors + o_ancestor, mask=m_position, other=0).to(tl.int64)
+            o_source = tl.minimum(o_source, beams - 1)
+        for i_source in range(sources):
             if FOLLOW == "shared":
-                m_read = b_slot == i_slot
+                m_read = b_source == i_source
                 # what no beam descends from is not fetched
                 m_position = tl.max(m_read.to(tl.int32), 0) > 0
-                o_slot = tl.full([BLOCK], 0, tl.int64) + i_slot
+                o_source = tl.full([BLOCK], 0, tl.int64) + i_source
             if FOLLOW == "alone":
-                o_slot = tl.full([BLOCK], 0, tl.int64)
+                o_source = tl.full([BLOCK], 0, tl.int64)
             m_block = m_position[:, None] & m_size[None, :]
-            o_key = o_slot * s_key_row + o_position * s_key_position
-            o_value = o_slot * s_value_row + o_position * s_value_position
+            o_key = o_source * s_key_row + o_position * s_key_position
+            o_value = o_source * s_value_row + o_position * s_value_position
             b_key = tl.load(p_key + o_key[:, None], mask=m_block, other=0.0)
             b_value = tl.load(p_value + o_value[:, None], mask=m_block, other=0.0)
             b_scores = product(b_query, tl.trans(b_key), INTERPRETED) * scale

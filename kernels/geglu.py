@@ -1,4 +1,4 @@
-"""The gated activation with the bias before it and the zeros behind it, forward and backward."""
+"""The gated activation with the bias before it and the zeros after it, forward and backward."""
 
 from __future__ import annotations
 

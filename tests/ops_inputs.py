@@ -81,7 +81,7 @@ def decode_self_attention(
     ancestors = torch.randint(max(beams, 1), (utterances, beams, length), dtype=torch.uint8)
     trunk = length // 3
     ancestors[:, :, :trunk] = ancestors[:, :1, :trunk]
-    # what lies past the lengths is never read: not even the slot
+    # what lies past the lengths is never read: not even the beam index
     ancestors[torch.arange(length) >= lengths[..., None]] = 255
     if strided:
         query, *caches = (_strided(tensor) for tensor in (query, *caches))

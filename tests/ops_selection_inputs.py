@@ -74,7 +74,7 @@ def new_buffers(
 
 
 def settings_of(rows: list[dict], beams: int, precise: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Float params, int params and prefix; each row holds what differs from PLAIN and a beam of all slots."""
+    """Float params, int params and prefix; each row holds what differs from PLAIN and a beam of the full size."""
     longest = max([len(row.get("prefix", ())) for row in rows], default=0)
     float_params = torch.zeros(len(rows), len(FloatParam), dtype=precise)
     int_params = torch.zeros(len(rows), len(IntParam), dtype=torch.int32)

@@ -37,20 +37,20 @@ def call(op: str, provider: str, arguments: list, state: tuple[Tensor, ...]) -> 
         old.copy_(new)
 
 
-def traced(buffers: Buffers, utterance: int, slot: int, count: int) -> Tokens:
-    """The backtrace of a hypothesis: its tokens, by its parents."""
+def backtrace(buffers: Buffers, utterance: int, beam: int, count: int) -> Tokens:
+    """The tokens of a hypothesis, by its parents."""
     found = []
     for step in reversed(range(count)):
-        found.append(int(buffers.tokens[utterance, step, slot]))
-        slot = int(buffers.parents[utterance, step, slot])
+        found.append(int(buffers.tokens[utterance, step, beam]))
+        beam = int(buffers.parents[utterance, step, beam])
     return tuple(reversed(found))
 
 
-def assert_addressable(buffers: Buffers, utterance: int, slot: int, tokens: Tokens) -> None:
+def assert_addressable(buffers: Buffers, utterance: int, beam: int, tokens: Tokens) -> None:
     """The ancestor table must lead to the same tokens, one by one, and every half of it."""
-    for table in buffers.ancestors[utterance :: buffers.inputs.shape[0], slot]:
-        beams = table[1 : len(tokens) + 1].tolist()
-        assert [int(buffers.tokens[utterance, i, beam]) for i, beam in enumerate(beams)] == list(tokens)
+    for table in buffers.ancestors[utterance :: buffers.inputs.shape[0], beam]:
+        sources = table[1 : len(tokens) + 1].tolist()
+        assert [int(buffers.tokens[utterance, i, source]) for i, source in enumerate(sources)] == list(tokens)
 
 
 def run(
@@ -86,7 +86,7 @@ def run(
             for k in range(beams):
                 count = int(buffers.lengths[i, k])
                 if not buffers.done[i] and count < capacity:
-                    tokens = traced(buffers, i, k, count)
+                    tokens = backtrace(buffers, i, k, count)
                     assert_addressable(buffers, i, k, tokens)
                     logits[i, k] = torch.tensor(tables[i](tokens), dtype=torch.float64)
         scale = settings[0][:, 1].double()[:, None, None]
@@ -106,12 +106,12 @@ def run(
 def pool_of(buffers: Buffers, utterance: int, eos_id: int) -> list[Ended]:
     """The ended hypotheses of an utterance, best first."""
     found = []
-    for place, score in enumerate(buffers.pool_scores[utterance].tolist()):
+    for rank, score in enumerate(buffers.pool_scores[utterance].tolist()):
         if score == -torch.inf:
             continue
-        slot, count = (int(each[utterance, place]) for each in (buffers.pool_beams, buffers.pool_ends))
-        finished = bool(buffers.pool_finished[utterance, place])
-        tokens = traced(buffers, utterance, slot, count) + ((eos_id,) if finished else ())
+        beam, count = (int(each[utterance, rank]) for each in (buffers.pool_beams, buffers.pool_ends))
+        finished = bool(buffers.pool_finished[utterance, rank])
+        tokens = backtrace(buffers, utterance, beam, count) + ((eos_id,) if finished else ())
         found.append(Ended(tokens, finished, score))
     return found
 

@@ -54,7 +54,7 @@ def test_the_order_of_threads_changes_nothing(emulator):
 
 @pytest.mark.usefixtures("emulator")
 def test_nothing_past_the_lengths_is_read():
-    """Unwritten memory may hold NaN, and slots that do not exist."""
+    """Unwritten memory may hold NaN, and beam indices that do not exist."""
     query, freqs, key, value, ancestors, lengths = MAKE["decode_self_attention"](length=131)
     wanted = decode_self_attention(query, freqs, key, value, ancestors, lengths)
     written = torch.zeros(2, 3, 131, dtype=torch.bool)
@@ -69,7 +69,7 @@ def test_nothing_past_the_lengths_is_read():
 
 @pytest.mark.usefixtures("emulator")
 def test_a_wrong_table_stays_inside_the_caches():
-    """Slots and lengths that are out of range give wrong numbers, not a read outside."""
+    """Beam indices and lengths that are out of range give wrong numbers, not a read outside."""
     *tensors, ancestors, lengths = MAKE["decode_self_attention"](lengths=torch.full((2, 3), 11))
     last = torch.full_like(ancestors, 2)
     wanted = decode_self_attention(*tensors, last, lengths)

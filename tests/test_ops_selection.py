@@ -210,7 +210,7 @@ def test_what_is_done_or_another_method_stays(provider):
         new = new.cpu()
         assert torch.equal(old[:2], new[:2])
         if old.dim() == 2:
-            # the third slot is not in use
+            # the third beam is not in use
             assert torch.equal(old[2, 2], new[2, 2])
 
 

@@ -168,9 +168,9 @@ def test_self_attention_is_attention_over_gathered_caches(op, provider):
     for utterance in range(utterances):
         for beam in range(beams):
             count = int(lengths[utterance, beam])
-            slots = ancestors[utterance, beam, :count].long() + utterance * beams
+            rows = ancestors[utterance, beam, :count].long() + utterance * beams
             key, value = (
-                cache[slots, :, torch.arange(count)].transpose(0, 1).repeat_interleave(heads // groups, 0)
+                cache[rows, :, torch.arange(count)].transpose(0, 1).repeat_interleave(heads // groups, 0)
                 for cache in (cache_key, cache_value)
             )
             position = torch.arange(count - tokens, count)
@@ -185,7 +185,7 @@ def test_no_token_sees_those_behind_it(op, provider):
     """Not even where they are NaN."""
     arguments = MAKE[op](tokens=3, lengths=torch.full((2, 3), 11))
     ancestors, value = arguments[4], arguments[3]
-    # each its own slot, as the steps leave it
+    # each its own beam index, as the steps leave it
     ancestors[:, :, -2:] = torch.arange(3, dtype=torch.uint8)[:, None]
     (wanted,) = computed(op, provider, arguments)
     value[:, :, -1] = torch.nan

@@ -45,16 +45,16 @@ def attention(
 ) -> Any:
     """Returns `softmax(query · key / sqrt(head_dim)) · value`, like query; with `return_lse` also the log-sum-exp.
 
-    Rows are padded, `[batch, length, ...]`, or, with `cu_query` and `cu_key`, packed one behind the other, `[total,
+    Rows are padded, `[batch, length, ...]`, or, with `cu_query` and `cu_key`, packed one after the other, `[total,
     ...]`. A query with no key to read gives zeros.
 
     query: `[batch, length, heads, head_dim]` or `[total, heads, head_dim]`, floating point.
     key, value: `[batch, key_length, kv_heads, head_dim]` or `[total_keys, kv_heads, head_dim]`. Query head h reads
         head `h // (heads // kv_heads)`, or with `modulo_heads` head `h % kv_heads`.
     key_mask: `[batch, key_length]`, bool; False where a key is not read (it may hold any finite numbers).
-    cu_query, cu_key: `[sequences + 1]`, int32; cumulative lengths, 0 in front.
+    cu_query, cu_key: `[sequences + 1]`, int32; cumulative lengths, from 0.
     max_query, max_key: the longest lengths; computed where left out, which waits for a GPU and breaks a graph.
-    null_key, null_value: `[kv_heads, head_dim]`; a position in front of the keys that is always read, never rotated.
+    null_key, null_value: `[kv_heads, head_dim]`; a position before the keys that is always read, never rotated.
     freqs: `[head_dim / 2]`, float32; rotates query and key, the pair (2i, 2i + 1) by `position * freqs[i]`, positions
         counted from 0 in each row. Gradients are those of the unrotated query and key; freqs gets none.
     causal: position i reads the keys 0..i, and the null key; query and key are of the same lengths.

@@ -16,7 +16,7 @@ def _check_packing(
     op: str, query: Tensor, key: Tensor, cu_query: Tensor, cu_key: Tensor, max_query: int, max_key: int
 ) -> None:
     if cu_query.dim() != 1 or cu_query.shape[0] == 0:
-        refuse(op, "cu_query", "[sequences + 1]", shape_of(cu_query), "pass cumulative lengths, 0 in front")
+        refuse(op, "cu_query", "[sequences + 1]", shape_of(cu_query), "pass cumulative lengths, from 0")
     if cu_key.shape != cu_query.shape:
         check_shapes(op, {"cu_key": (cu_key, "sequences + 1", tuple(cu_query.shape))})
     for name, longest in (("max_query", max_query), ("max_key", max_key)):

@@ -49,7 +49,7 @@ def _mask(query: Tensor, key_mask: Maybe, causal: bool, null: bool) -> tuple[May
     """Returns what is added to the scores, and which queries read none of the rows' keys, `[batch or 1, 1, length or
     1]`; None where the kernel knows by itself.
 
-    null: whether a key that is always read stands in front.
+    null: whether a key that is always read comes first.
     """
     if key_mask is None and not (causal and null):
         return None, None
@@ -86,12 +86,12 @@ def _packing(args: AttentionArgs | AttentionBackwardArgs) -> tuple[Maybe, Maybe,
     return args.cu_query, args.cu_key, args.max_query, args.max_key
 
 
-def _in_front(null: Maybe, x: Tensor) -> Tensor:
+def _with_null(null: Maybe, x: Tensor) -> Tensor:
     return x if null is None else torch.cat((null.expand(x.shape[0], 1, -1, -1), x), 1)
 
 
 def _apart(gradient: Tensor, null: Maybe) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of the rows, and of what `_in_front` put in front of each of them."""
+    """Returns the gradients of the rows, and of what `_with_null` put before each of them."""
     if null is None:
         return gradient, gradient.new_empty(0)
     return gradient[:, 1:].contiguous(), gradient[:, 0].sum(0)
@@ -104,7 +104,7 @@ def _rotated(query: Tensor, key: Tensor, freqs: Maybe, inverse: bool = False) ->
 def _as_read(args: Any) -> Any:
     """Returns the arguments as the kernels see them: query and key rotated, the null key among the keys."""
     query, key = _rotated(args.query, args.key, args.freqs)
-    key, value = _in_front(args.null_key, key), _in_front(args.null_value, args.value)
+    key, value = _with_null(args.null_key, key), _with_null(args.null_value, args.value)
     return args._replace(query=query, key=key, value=value)
 
 

@@ -44,8 +44,8 @@ def _decode_self_attention(
     op, buffer, beams = "decode_self_attention", cache_key.shape[2], query.shape[1]
     check_range(op, "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
     read = torch.arange(buffer, device=ancestors.device) < lengths[..., None]
-    slots = ancestors.masked_fill(~read, 0)
-    check_range(op, "ancestors", slots, beams - 1, "write each position's slot before it is read")
+    beam_read = ancestors.masked_fill(~read, 0)
+    check_range(op, "ancestors", beam_read, beams - 1, "write each position's beam index before it is read")
 
 
 def _decode_cross_attention(

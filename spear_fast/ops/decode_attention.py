@@ -37,7 +37,7 @@ def decode_self_attention(
     query: `[utterances, beams, tokens, heads, head_dim]`, not yet rotated: that happens here.
     freqs: `[head_dim / 2]`, float32.
     cache_key, cache_value: `[utterances * beams, kv_heads, length, head_dim]`, keys rotated; see `append_kv`.
-    ancestors: `[utterances, beams, length]`, uint8; the slot, 0..beams - 1 of the same utterance, in which position t
+    ancestors: `[utterances, beams, length]`, uint8; the beam index, 0..beams - 1, under which position t
         of this hypothesis was written. Neither it nor the caches are read at or past `lengths`.
     lengths: `[utterances, beams]`, int64; positions that are written, those of all tokens included. A token that finds
         itself before the first position gives zeros.
@@ -85,7 +85,7 @@ def decode_cross_attention(
 
     query: `[utterances, beams, heads, head_dim]`; beams may be beams times tokens.
     key, value: `[utterances, heads, source, head_dim]`, shared by the beams; not read at or past `lengths`.
-    null_key, null_value: `[heads, head_dim]`; a learned position in front of the source that is always attended.
+    null_key, null_value: `[heads, head_dim]`; a learned position before the source that is always attended.
     lengths: `[utterances]`, int64, in 0..source.
     return_weights: whether to return the weights too, `[utterances, beams, heads, source + 1]`, like query, the null
         position's first, zeros past `lengths`.

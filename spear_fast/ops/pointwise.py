@@ -1,4 +1,4 @@
-"""What stands between the matrix products: norm, gated activation, rotary positions, forward and backward."""
+"""What stands between the matmuls: norm, gated activation, rotary positions, forward and backward."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def rms_norm(x: Tensor, gamma: Tensor, residual: Tensor | None = None) -> Any:
 def geglu(x: Tensor, bias: Tensor | None = None, width: int | None = None) -> Tensor:
     """Returns the first half of `x + bias` times the exact GELU of the second half, `[..., width]`, like x, contiguous.
 
-    x: `[..., 2 * inner]`, floating point. bias: `[2 * inner]`, like x, or None: that of the product before it.
-    width: at least inner, which it is by default; what lies behind inner is zero, to align the product after it.
+    x: `[..., 2 * inner]`, floating point. bias: `[2 * inner]`, like x, or None: that of the linear layer before it.
+    width: at least inner, which it is by default; what lies past inner is zero, to align the matmul after it.
     """
     return _geglu(x, bias, x.shape[-1] // 2 if width is None else width)
 
@@ -107,7 +107,7 @@ def _check_geglu(x: Tensor, bias: Tensor | None, width: int) -> None:
     _check_geglu_inputs("geglu", x, bias)
     if width < x.shape[-1] // 2:
         wanted = f"at least the {x.shape[-1] // 2} that x holds"
-        refuse("geglu", "width", wanted, str(width), "zeros are put behind, nothing is cut off")
+        refuse("geglu", "width", wanted, str(width), "zeros are added at the end, nothing is cut off")
 
 
 def _check_geglu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> None:

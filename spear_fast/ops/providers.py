@@ -79,7 +79,7 @@ def add_op(op: str) -> dict[tuple, Callable]:
 
 
 def register(provider: Provider, *, before: str | None = None) -> None:
-    """Adds a provider to its op, in front of the one named `before`, else last."""
+    """Adds a provider to its op, before the one of that name, else last."""
     rows = _providers[provider.op]
     names = [row.name for row in rows]
     if provider.name in names:

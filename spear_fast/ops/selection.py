@@ -1,6 +1,6 @@
-"""Selection: what becomes of a step's logits, for every utterance by its own settings; one call a step.
+"""Selection: what becomes of a step's logits, for every utterance by its own parameters; one call a step.
 
-Everything is written in place, nothing is read back. `utterances` slots of `beams` hypotheses each; `rows` is
+Everything is written in place, nothing is read back. `utterances` of `beams` hypotheses each; `rows` is
 `utterances`, or twice as many where the decoder also runs without source, for guidance: the second half of `lengths`
 and `ancestors` is then treated like the first. All tensors but the logits are contiguous.
 """
@@ -61,15 +61,15 @@ def beam_step(
     inputs: `[utterances, beams]`, int64; becomes the chosen tokens.
     scores: `[utterances, beams]`, float32, or float64 like the logits; of the hypotheses; -inf where there is none.
     lengths: `[rows, beams]`, int64; tokens so far, below the capacity where the utterance is not done; rises by one.
-    ancestors: `[rows, beams, capacity]`, uint8; in which slot the input at a position was written: the start at
-        position 0, the token of step i at position i + 1. Positions up to `lengths` follow the hypotheses that go on;
-        the one behind them becomes each hypothesis' own slot.
+    ancestors: `[rows, beams, capacity]`, uint8; the beam index under which the input at a position was written: the
+        start at position 0, the token of step i at position i + 1. Positions up to `lengths` follow the hypotheses that
+        go on; the one after them becomes each hypothesis' own beam index.
     tokens, parents, logprobs: `[utterances, capacity, beams]`, int32, uint8, like the scores; what each step appended,
         to which hypothesis, and the model's log-probability of it at the temperature. Written at `lengths`.
     pool_scores, pool_beams, pool_ends, pool_finished, pool_last_logprobs: `[utterances, beams]`, like the scores,
-        int64, int64, bool, like the scores; ended hypotheses, best first: score, -inf where there is none; the slot of
-        the last token but the end of sequence, and the number of tokens up to there; whether an end of sequence
-        follows, or the limit cut it; the log-probability of that end, 0 without one.
+        int64, int64, bool, like the scores; ended hypotheses, best first: score, -inf where there is none; the beam
+        index of the last token but the end of sequence, and the number of tokens up to there; whether an end of
+        sequence follows, or `max_length` cut it; the log-probability of that end, 0 without one.
     ended: `[utterances]`, int64; hypotheses that have entered the pool, dropped ones counted.
     done: `[utterances]`, bool; becomes True where the search is over.
     """
@@ -97,7 +97,7 @@ def sample_step(
     finished: Tensor,
     done: Tensor,
 ) -> None:
-    """Writes a token behind every hypothesis of `SelectionMethod.SAMPLE` that has not ended: a draw, or the likeliest.
+    """Writes a token after every hypothesis of `SelectionMethod.SAMPLE` that has not ended: a draw, or the likeliest.
 
     In this order: guidance, penalties and bans, temperature, `top_k`, `top_p`, the draw; temperature 0 takes the
     likeliest. Ties go to the lower id. A draw takes 53 bits of Philox-4x32-10 with the utterance's seed as its key at
@@ -113,7 +113,7 @@ def sample_step(
     scores: `[utterances, beams]`, float32, or float64 like the logits; sums of log-probabilities by the mixed logits,
         before all else, the prefix left out.
     lengths: `[rows, beams]`, int64; tokens so far; the hypotheses of an utterance may have different ones.
-    ancestors: `[rows, beams, capacity]`, uint8; behind the lengths it becomes each hypothesis' own slot.
+    ancestors: `[rows, beams, capacity]`, uint8; after the lengths it becomes each hypothesis' own beam index.
     tokens, parents, logprobs: `[utterances, capacity, beams]`, int32, uint8, like the scores; what each step appended,
         the hypothesis itself, and the log-probability by the mixed logits, of the prefix too.
     finished: `[utterances, beams]`, bool; becomes True where a hypothesis has ended.

@@ -1,4 +1,4 @@
-"""The columns of the two tensors in which each utterance has its own settings of selection.
+"""The columns of the two tensors in which each utterance has its own parameters of selection.
 
 csrc/select/params.h has the same columns in the same order.
 """
@@ -40,8 +40,8 @@ class IntParam(_Columns):
     """Columns of `int_params`, `[utterances, len(IntParam)]`, int32.
 
     METHOD: a `SelectionMethod`; an op leaves utterances of another method as they are.
-    BEAM_SIZE: hypotheses in use, the first of the slots; the others are neither read nor written.
-    MAX_LENGTH, MIN_LENGTH: most tokens, the end of sequence included; fewest in front of it.
+    BEAM_SIZE: hypotheses in use, the first of the beams; the others are neither read nor written.
+    MAX_LENGTH, MIN_LENGTH: most tokens, the end of sequence included; fewest before it.
     EOS_ID: -1 where nothing ends a sequence.
     NO_REPEAT_NGRAM_SIZE: no n-gram of this size comes twice; 0 is no ban.
     EARLY_STOPPING: an `EarlyStopping`.

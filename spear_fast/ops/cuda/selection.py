@@ -20,9 +20,9 @@ def logits_fields(name: str, logits: Tensor | None) -> dict[str, int]:
 
 
 def state_fields(logits: Tensor, state: dict[str, Tensor]) -> dict[str, int]:
-    """Returns the fields for settings and buffers: addresses and sizes.
+    """Returns the fields for parameters and buffers: addresses and sizes.
 
-    logits: `[utterances, beams, vocabulary]`. state: the op's arguments behind the logits, by their names.
+    logits: `[utterances, beams, vocabulary]`. state: the op's arguments after the logits, by their names.
     """
     utterances, beams, vocab = logits.shape
     values = {name: tensor.data_ptr() for name, tensor in state.items()}

@@ -34,7 +34,7 @@ class Packing:
         return cls(rows, token - offsets[rows], offsets.numel() - 1, longest)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """Returns `[sequences, longest, ...]`, zeros behind each sequence, for `[total, ...]`."""
+        """Returns `[sequences, longest, ...]`, zeros after each sequence, for `[total, ...]`."""
         padded = packed.new_zeros(self.sequences, self.longest, *packed.shape[1:])
         return padded.index_put((self.rows, self.positions), packed)
 
@@ -59,7 +59,7 @@ def _packings(op: str, args: AttentionArgs | AttentionBackwardArgs) -> tuple[Pac
 
 
 def _padded(args: Any, by_query: Packing, by_key: Packing) -> Any:
-    """Returns the arguments for padded rows, whose keys behind the end of each are masked."""
+    """Returns the arguments for padded rows, whose keys past the end of each are masked."""
     return args._replace(
         query=by_query.pad(args.query),
         key=by_key.pad(args.key),
@@ -81,8 +81,8 @@ def _rotate(x: Tensor, freqs: Tensor | None, sign: int = 1) -> Tensor:
     return rotate(x, freqs, sign * torch.arange(x.shape[1], device=x.device))
 
 
-def _in_front(null: Tensor | None, x: Tensor) -> Tensor:
-    """Returns `[batch, length, heads, head_dim]` with `[heads, head_dim]` in front of each row, where there is one."""
+def _with_null(null: Tensor | None, x: Tensor) -> Tensor:
+    """Returns `[batch, length, heads, head_dim]` with `[heads, head_dim]` before each row, where there is one."""
     return x if null is None else torch.cat((null.expand(x.shape[0], 1, -1, -1), x), 1)
 
 
@@ -110,8 +110,8 @@ def _by_head(args: AttentionArgs | AttentionBackwardArgs) -> tuple[Tensor, Tenso
     """Returns scaled queries, keys and values, `[batch, heads, positions, head_dim]`, and the key head of each head."""
     read = _heads_read(args.query.shape[2], args.key.shape[2], args.modulo_heads, args.query.device)
     queries = (_rotate(args.query, args.freqs) * args.query.shape[-1] ** -0.5).transpose(1, 2)
-    keys = _in_front(args.null_key, _rotate(args.key, args.freqs))[:, :, read].transpose(1, 2)
-    values = _in_front(args.null_value, args.value)[:, :, read].transpose(1, 2)
+    keys = _with_null(args.null_key, _rotate(args.key, args.freqs))[:, :, read].transpose(1, 2)
+    values = _with_null(args.null_value, args.value)[:, :, read].transpose(1, 2)
     return queries, keys, values, read
 
 

@@ -33,9 +33,9 @@ def append_kv(
     last = cache_key.shape[2] - tokens
     check_range("append_kv", "positions", positions, last, "make the caches longer or end the row")
     row = torch.arange(rows, device=key.device)[:, None]
-    places = positions[:, None] + torch.arange(tokens, device=key.device)
-    cache_key[row, :, places] = rotate(key, freqs, places)
-    cache_value[row, :, places] = value
+    written = positions[:, None] + torch.arange(tokens, device=key.device)
+    cache_key[row, :, written] = rotate(key, freqs, written)
+    cache_value[row, :, written] = value
 
 
 def decode_self_attention(
@@ -45,7 +45,7 @@ def decode_self_attention(
     check_range("decode_self_attention", "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
     if query.numel() == 0:
         return query.clone(memory_format=torch.contiguous_format)
-    # each as if the tokens behind it were not there yet
+    # each as if the tokens after it were not there yet
     counts = [(lengths - (tokens - 1 - token)).clamp(min=0) for token in range(tokens)]
     caches = cache_key, cache_value
     outs = [_attend_one(query[:, :, t], freqs, *caches, ancestors, count) for t, count in enumerate(counts)]
@@ -61,14 +61,16 @@ def _attend_one(
     longest = int(lengths.max()) if lengths.device.type == "cpu" else buffer
     position = torch.arange(longest, device=query.device)
     valid = position < lengths[..., None]
-    slots = torch.where(valid, ancestors[..., :longest], 0).long()
-    check_range("decode_self_attention", "ancestors", slots, beams - 1, "write each position's slot before it is read")
+    beam = torch.where(valid, ancestors[..., :longest], 0).long()
+    check_range(
+        "decode_self_attention", "ancestors", beam, beams - 1, "write each position's beam index before it is read"
+    )
 
     def follow(cache: Tensor) -> Tensor:
         by_position = cache.view(utterances, beams, groups, buffer, size).transpose(2, 3)
         utterance = torch.arange(utterances, device=cache.device)[:, None, None]
         # unwritten memory may hold NaN, which a weight of zero does not remove
-        return by_position[utterance, slots, position].masked_fill_(~valid[..., None, None], 0).transpose(2, 3)
+        return by_position[utterance, beam, position].masked_fill_(~valid[..., None, None], 0).transpose(2, 3)
 
     rotated = rotate(query, freqs, (lengths - 1).clamp(min=0)) * size**-0.5
     scores = rotated.unflatten(2, (groups, -1)) @ follow(cache_key).mT

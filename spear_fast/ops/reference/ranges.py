@@ -31,7 +31,7 @@ def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name:
     steps = offsets.long().diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != total or (steps.numel() and int(steps.min()) < 0):
         got = f"{offsets[:8].tolist()}{' ...' if offsets.numel() > 8 else ''}"
-        raise ValueError(f"{op}: {name} must rise from 0 to {total}, got {got}; pass cumulative lengths, 0 in front")
+        raise ValueError(f"{op}: {name} must rise from 0 to {total}, got {got}; pass cumulative lengths, from 0")
     if steps.numel() and int(steps.max()) > longest:
         raise ValueError(
             f"{op}: {longest_name} must be at least the longest length {int(steps.max())}, got {longest}; "
@@ -42,7 +42,7 @@ def check_offsets(op: str, name: str, offsets: Tensor, total: int, longest_name:
 def check_selection(
     op: str, logits: Tensor, live: Tensor, int_params: Tensor, prefix: Tensor, steps: Tensor, tokens: Tensor
 ) -> None:
-    """Raises unless the settings of the utterances that are `live` and their `steps` so far fit the buffers."""
+    """Raises unless the parameters of the utterances that are `live` and their `steps` so far fit the buffers."""
     _, beams, vocab = logits.shape
     for name, which, least, limit in (
         ("beam_size", IntParam.BEAM_SIZE, 1, beams),

@@ -12,37 +12,37 @@ from spear_fast.ops.selection_params import FloatParam, IntParam
 COMPARED = 1 << 22
 
 
-def column(settings: Tensor, which: FloatParam | IntParam, dimensions: int = 3) -> Tensor:
-    """Returns one column of the settings, `[utterances, 1, …]` with that many dimensions."""
-    return settings[:, which].view(-1, *[1] * (dimensions - 1))
+def column(params: Tensor, which: FloatParam | IntParam, dimensions: int = 3) -> Tensor:
+    """Returns one column of the parameters, `[utterances, 1, …]` with that many dimensions."""
+    return params[:, which].view(-1, *[1] * (dimensions - 1))
 
 
 def mixed(logits: Tensor, null_logits: Tensor | None, float_params: Tensor) -> Tensor:
-    """Returns `null + (logits - null) * guidance`, or the logits themselves at guidance 1, in the settings' dtype."""
+    """Returns `null + (logits - null) * guidance`, or the logits themselves at guidance 1, in the parameters' dtype."""
     logits = logits.to(float_params.dtype)
     if null_logits is None:
         return logits
-    guidance, blind = column(float_params, FloatParam.GUIDANCE), null_logits.to(float_params.dtype)
-    return torch.where(guidance == 1, logits, blind + (logits - blind) * guidance)
+    guidance, unconditional = column(float_params, FloatParam.GUIDANCE), null_logits.to(float_params.dtype)
+    return torch.where(guidance == 1, logits, unconditional + (logits - unconditional) * guidance)
 
 
 def own_history(tokens: Tensor, ancestors: Tensor, steps: Tensor) -> Tensor:
-    """Returns the tokens of each hypothesis `[utterances, beams, steps]` int64, -1 behind its last one.
+    """Returns the tokens of each hypothesis `[utterances, beams, steps]` int64, -1 after its last one.
 
     tokens: `[utterances, capacity, beams]`. ancestors: `[utterances, beams, capacity]`. steps: `[utterances, beams]`
-    int64, tokens so far: the one of step i was the input of position i + 1, in whose slot it stands.
+    int64, tokens so far: the one of step i was the input of position i + 1, under whose beam index it stands.
     """
     utterances, capacity, beams = tokens.shape
     # what lies past the longest was never written; on a GPU asking for it would wait for the device
     longest = min(int(steps.max()), capacity) if steps.device.type == "cpu" else capacity
     step = torch.arange(longest, device=steps.device)
     own = torch.arange(beams, device=steps.device)[:, None].expand(utterances, beams, longest)
-    slots = own.clone()
+    sources = own.clone()
     if longest > 1:
-        slots[:, :, :-1] = ancestors[:, :, 1:longest]
-    # the last one was the input of this very step, whose slot is the hypothesis' own
-    slots = torch.where(step + 1 < steps[..., None], slots, own).clamp(max=beams - 1)
-    history = tokens[:, :longest].transpose(1, 2).gather(1, slots).long()
+        sources[:, :, :-1] = ancestors[:, :, 1:longest]
+    # the last one was the input of this very step, whose beam index is the hypothesis' own
+    sources = torch.where(step + 1 < steps[..., None], sources, own).clamp(max=beams - 1)
+    history = tokens[:, :longest].transpose(1, 2).gather(1, sources).long()
     return history.masked_fill(step >= steps[..., None], -1)
 
 
@@ -91,7 +91,7 @@ def _ends_repetition(history: Tensor, steps: Tensor, int_params: Tensor) -> Tens
         end = min(first + width, longest, most)
         back = torch.arange(end - 1, first - 1, -1, device=history.device)
         last = history.gather(2, (steps[..., None] - back).clamp(0, longest - 1))
-        # [utterances, beams, steps, backs]: the token so far in front of each step
+        # [utterances, beams, steps, backs]: the token so far before each step
         before = F.pad(history, (end - 1, 0), value=-1).unfold(2, end - first, 1)[:, :, :longest]
         same = (before == last[:, :, None]) | (back >= size[..., None])
         holds = holds & same.all(dim=-1)

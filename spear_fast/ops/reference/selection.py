@@ -56,8 +56,8 @@ def beam_step(logits: Tensor, null_logits: Tensor | None, state: BeamState) -> N
     eos = column(int_params, IntParam.EOS_ID, 2)
     ends = (chosen == eos) & (eos >= 0)
     # a stable sort keeps the order by score within those that go on; then come those that end, then the superfluous
-    place = torch.where(rank < 2 * size, ends.to(torch.uint8), 2)
-    goes_on = place.sort(dim=-1, stable=True).indices[:, :beams]
+    order = torch.where(rank < 2 * size, ends.to(torch.uint8), 2)
+    goes_on = order.sort(dim=-1, stable=True).indices[:, :beams]
     running = values.masked_fill(ends, -torch.inf).gather(1, goes_on)
 
     length = steps + 1
@@ -152,9 +152,9 @@ def uniform_numbers(seeds: Tensor, steps: Tensor) -> Tensor:
 
     seeds: `[utterances]`, int64, Philox' key. steps: `[utterances, beams]`, int64; the counter is (step, beam, 0, 0).
     """
-    slot = torch.arange(steps.shape[1], device=steps.device).expand_as(steps)
+    beam = torch.arange(steps.shape[1], device=steps.device).expand_as(steps)
     zero = torch.zeros_like(steps)
-    return uniform((steps, slot, zero, zero), seeds[:, None].expand_as(steps))
+    return uniform((steps, beam, zero, zero), seeds[:, None].expand_as(steps))
 
 
 def _counted(length: Tensor, float_params: Tensor, int_params: Tensor) -> Tensor:
@@ -197,21 +197,21 @@ def _enter(pool: _Pool, scores: Tensor, written: Tensor, **entries: Tensor) -> N
 
 
 def record_step(history: Tensor, steps: Tensor, new: Tensor, written: Tensor) -> None:
-    """Writes what a step chose, `[utterances, beams]`, at the next place in `[utterances, capacity, beams]`."""
-    place = steps[:, None]
-    old = history.gather(1, place)
-    history.scatter_(1, place, torch.where(written[:, None], new[:, None].to(history.dtype), old))
+    """Writes what a step chose, `[utterances, beams]`, as the next step of `[utterances, capacity, beams]`."""
+    step = steps[:, None]
+    old = history.gather(1, step)
+    history.scatter_(1, step, torch.where(written[:, None], new[:, None].to(history.dtype), old))
 
 
 def follow_parents(ancestors: Tensor, origins: Tensor, steps: Tensor, written: Tensor) -> None:
-    """Lets each hypothesis read the positions of its origin, and the next position from its own slot."""
+    """Lets each hypothesis read the positions of its origin, and the next position from its own beam index."""
     utterances, beams = origins.shape
     table = ancestors.view(-1, utterances, beams, ancestors.shape[2])
     position = torch.arange(ancestors.shape[2], device=ancestors.device)
     inherited = table.gather(2, origins[None, :, :, None].expand_as(table))
     own = torch.arange(beams, device=ancestors.device)[:, None].to(torch.uint8)
     new = torch.where(position < steps[..., None], inherited, table)
-    # the newest input of each origin stands in its own slot
+    # the newest input of each origin stands under its own beam index
     new = torch.where(position == steps[..., None], origins[..., None].to(torch.uint8), new)
     new = torch.where(position == steps[..., None] + 1, own, new)
     table.copy_(torch.where(written[..., None], new, table))
