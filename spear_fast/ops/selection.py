@@ -48,10 +48,10 @@ def beam_step(
 
     The others stay as they are. Of the best `2 * beam_size` candidates, those among the first `beam_size` that end
     enter the pool, and the best `beam_size` that do not end go on. A hypothesis that reaches `max_length` competes for
-    the pool as well, unfinished. Ties go to the lower beam and id; NaN counts as the best, and what goes on with it
-    ends the utterance. Candidates are ranked by the sum of their log-probabilities, each with the penalty of a token
-    that came before, -inf where a ban forbids it; a forced prefix costs nothing. The pool ranks by that sum divided by
-    `length ** length_penalty`, where length counts the end of sequence but not the prefix.
+    the pool as well, unfinished. Ties go to the lower beam and id; NaN counts as the best, and ends the utterance that
+    chooses it. Candidates are ranked by the sum of their log-probabilities, each with the penalty of a token that came
+    before, -inf where a ban forbids it; a forced prefix costs nothing. The pool ranks by that sum divided by `length **
+    length_penalty`, where length counts the end of sequence but not the prefix.
 
     logits, null_logits: `[utterances, beams, vocabulary]`, floating point; the latter, of the decoder without source,
         may be None.
