@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 _WHOLE = ("dim", "source_depth", "target_depth", "dim_head", "heads", "num_text_token_ids", "num_semantic_token_ids")
+_LARGEST = 2**31 - 1
 _FRACTIONS = ("attn_dropout", "ff_dropout", "cond_drop_prob")
 _SWITCHES = (
     "autoset_semantic_eos_id", "autoset_text_eos_id", "detach_early_exit_embed", "align_reg_use_logsumexp_pool",
@@ -110,27 +112,34 @@ def mult_for(dim: int, inner: int) -> float:
 def check_arguments(config: dict[str, Any]) -> None:
     """Raises ValueError, one sentence, for the first of the constructor's arguments that is of no use."""
     for name in _WHOLE:
-        if not _is_whole(config[name]) or config[name] < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {config[name]!r}.")
+        if not _is_whole(config[name]) or not 1 <= config[name] <= _LARGEST:
+            raise ValueError(f"{name} must be a whole number from 1 to {_LARGEST}, got {_shown(config[name])}.")
     if config["dim_head"] % 2:
         raise ValueError(f"dim_head must be even, since rotary positions rotate pairs, got {config['dim_head']}.")
     for name in ("semantic_pad_id", "text_pad_id"):
-        if not _is_whole(config[name]):
-            raise ValueError(f"{name} must be a whole number, got {config[name]!r}; -1 is no token's id.")
+        if not _is_whole(config[name]) or abs(config[name]) > _LARGEST:
+            raise ValueError(
+                f"{name} must be a whole number that 32 bits hold, got {_shown(config[name])}; -1 is no token's id."
+            )
     for name in _FRACTIONS:
         if not _is_number(config[name]) or not 0 <= config[name] < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {config[name]!r}.")
+            raise ValueError(f"{name} must be in [0, 1), got {_shown(config[name])}.")
     for name in ("ff_mult", "align_reg_logsumexp_pool_temp"):
-        if not _is_number(config[name]) or not config[name] > 0:
-            raise ValueError(f"{name} must be a number above 0, got {config[name]!r}.")
+        if not _is_number(config[name]) or not 0 < config[name] <= _LARGEST:
+            raise ValueError(f"{name} must be a number above 0 and to {_LARGEST}, got {_shown(config[name])}.")
     if not _is_number(config["align_reg_loss_weight"]):
-        raise ValueError(f"align_reg_loss_weight must be a number, got {config['align_reg_loss_weight']!r}.")
+        raise ValueError(f"align_reg_loss_weight must be a number, got {_shown(config['align_reg_loss_weight'])}.")
     for name in _SWITCHES:
         if config[name] not in (True, False):
-            raise ValueError(f"{name} must be True or False, got {config[name]!r}.")
+            raise ValueError(f"{name} must be True or False, got {_shown(config[name])}.")
     layer, depth = config["target_early_exit_layer"], config["target_depth"]
     if layer is not None and not (_is_whole(layer) and 0 < layer <= depth):
-        raise ValueError(f"target_early_exit_layer must be from 1 to target_depth {depth}, got {layer!r}.")
+        raise ValueError(f"target_early_exit_layer must be from 1 to target_depth {depth}, got {_shown(layer)}.")
+
+
+def _shown(value: object) -> str:
+    # no more of it than a sentence has room for
+    return reprlib.repr(value)
 
 
 def _is_whole(value: object) -> bool:
@@ -138,4 +147,9 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

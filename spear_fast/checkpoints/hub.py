@@ -67,7 +67,8 @@ class HubModel(nn.Module, ModelHubMixin):
         try:
             return cls(**config)
         except TypeError as error:
-            raise ValueError(f"{origin} must hold the model's constructor arguments: {error}.") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{origin} must hold the model's constructor arguments: {reason}.") from error
         except ValueError as error:
             raise ValueError(f"{origin} makes no model: {error}") from error
 
