@@ -167,6 +167,9 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR_OR_CHECKPOINT", help="the model that made the rows, for its sizes; or:")
     parser.add_argument("--num-speech-ids", type=positive, metavar="N", help="its num_semantic_token_ids")
     parser.add_argument("--num-text-ids", type=positive, metavar="N", help="its num_text_token_ids")
+    parser.add_argument(
+        "--relabel-changed", action="store_true", help="write the shards again whose rows have changed since"
+    )
     parser.add_argument("--no-lock", action="store_true", help=NO_LOCK)
     parser.add_argument("--quiet", action="store_true", help="print errors only")
 
@@ -184,7 +187,13 @@ def run_import(arguments: argparse.Namespace) -> int:
         row_format = RowFormat(num_speech_ids=sizes[0], num_text_ids=sizes[1])
     else:
         row_format = RowFormat.of_model(load_model(arguments.model))
-    totals = import_rows(arguments.folder, arguments.out, row_format, lock=not arguments.no_lock)
+    totals = import_rows(
+        arguments.folder,
+        arguments.out,
+        row_format,
+        relabel_changed=arguments.relabel_changed,
+        lock=not arguments.no_lock,
+    )
     if not arguments.quiet:
         failed = f", {totals.failed} failed (see {Path(arguments.out) / 'failed.jsonl'})" if totals.failed else ""
         print(readable(f"{totals.rows} rows imported into {arguments.out}{failed}"))

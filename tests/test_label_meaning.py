@@ -104,7 +104,7 @@ def test_a_folder_takes_all_that_libsndfile_reads_and_names_the_rest(tmp_path):
     summary = label([folder], speech_model(), tmp_path / "out", OPTIONS, report=seen)
     assert [row["id"] for row in read_rows(tmp_path / "out")] == [*"abcdefghijk"]
     assert summary.failed == 0
-    assert seen.messages == ["4 files are no audio and were passed over: .m4a (2), .txt (1), no suffix (1)."]
+    assert seen.messages == ["passed over files that are no audio: .m4a (2), .txt (1), no suffix (1)."]
 
 
 def test_a_folder_of_token_files_is_all_of_them(tmp_path):
@@ -132,9 +132,7 @@ def test_tokens_that_changed_since_are_noticed_on_resume(tmp_path):
     label([path], tiny_model(), out, OPTIONS)
     before = shard_bytes(out)
     write_lines(path, [*rows[:5], {**rows[5], "tokens": [1, 2, 3]}, *rows[6:]])
-    with pytest.raises(
-        LabellingError, match=r"the source of 1 labelled rows has changed .*'u5'\. Put it back, add --rel"
-    ):
+    with pytest.raises(LabellingError, match=r"the source of 1 row has changed .*'u5'\. Put it back, add --rel"):
         label([path], tiny_model(), out, OPTIONS)
     assert shard_bytes(out) == before
     assert label([path], tiny_model(), out, OPTIONS, relabel_changed=True).rows == 12
@@ -157,7 +155,7 @@ def test_audio_that_changed_since_is_noticed_on_resume(tmp_path):
     assert label(source, speech_model(), out, OPTIONS).rows_this_run == 0
     write_audio(tmp_path / "speech" / "b.wav", 0.6)
     os.utime(tmp_path / "speech" / "d.wav", (1, 1))
-    with pytest.raises(LabellingError, match=r"of 2 labelled rows has changed .*'b', 'd'"):
+    with pytest.raises(LabellingError, match=r"of 2 rows has changed .*'b', 'd'"):
         label(source, speech_model(), out, OPTIONS)
 
 

@@ -161,6 +161,30 @@ def test_another_format_on_the_same_folder_is_an_error(tmp_path):
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
 
 
+def test_a_row_that_changed_since_is_noticed(tmp_path):
+    for name in "abc":
+        save(tmp_path / "rows", name, [3, -1, 5])
+    (tmp_path / "rows" / "c.pt").write_bytes(b"")
+    import_rows(tmp_path / "rows", tmp_path / "out", FORMAT)
+    save(tmp_path / "rows", "c", [3, -1, 5])
+    import_rows(tmp_path / "rows", tmp_path / "out", FORMAT)
+    save(tmp_path / "rows", "b", [3, 4, -1, *[5] * 20])
+    with pytest.raises(LabellingError, match=r"the source of 1 row has changed .*'b'"):
+        import_rows(tmp_path / "rows", tmp_path / "out", FORMAT)
+    import_rows(tmp_path / "rows", tmp_path / "out", FORMAT, relabel_changed=True)
+    assert pairs(tmp_path / "out")["b"][0] == [3, 4]
+
+
+def test_an_export_takes_away_nothing_of_the_users(tmp_path):
+    save(tmp_path / "rows", "a", [3, -1, 5])
+    import_rows(tmp_path / "rows", tmp_path / "labels", FORMAT)
+    (tmp_path / ".new.tmp").mkdir()
+    (tmp_path / ".new.tmp" / "mine").write_text("precious")
+    export_rows(tmp_path / "labels", tmp_path / "new")
+    assert (tmp_path / ".new.tmp" / "mine").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.tmp", "labels", "new", "rows"]
+
+
 def test_natural_order():
     names = ["10", "2", "a10", "a2", "1", "b"]
     assert sorted(names, key=natural_order) == ["1", "2", "10", "a2", "a10", "b"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,7 +183,7 @@ def _engine(model: Any, options: LabelOptions, wanted: int) -> Engine:
     """
     while True:
         try:
-            return model.engine(
+            engine = model.engine(
                 source_type="speech",
                 target_type="text",
                 slots=wanted,
@@ -196,6 +198,35 @@ def _engine(model: Any, options: LabelOptions, wanted: int) -> Engine:
             if wanted == 1:
                 raise LabellingError(str(error)) from error
             wanted //= 2
+            continue
+        _check_memory(engine, options)
+        return engine
+
+
+def _check_memory(engine: Engine, options: LabelOptions) -> None:
+    """Refuses sizes of which a single utterance takes more than the machine has: systems promise memory they lack."""
+    needed, there = engine.config.slot_bytes, physical_memory()
+    if not options.device.startswith("cpu") or there is None or needed <= there:
+        return
+    engine.close()
+    raise LabellingError(
+        f"one utterance of {options.max_source_tokens} source tokens, with {options.decoding.max_length} tokens and "
+        f"{options.decoding.beam_size} beams, takes {needed:,} bytes, and this machine has {there:,}; lower "
+        "--max-source-tokens, --max-length or --beam-size, and give another --out folder."
+    )
+
+
+def physical_memory() -> int | None:
+    """Returns the bytes of memory that this process may have, None where the system does not tell."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (ValueError, OSError):
+        # no limit, or no such group
+        return total
 
 
 def _label(target: np.ndarray, text: str | None, result: DecodingResult) -> Label:

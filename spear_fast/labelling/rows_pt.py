@@ -23,9 +23,10 @@ import torch
 from spear_fast.labelling.errors import LabellingError, readable, reason_of
 from spear_fast.labelling.files import FolderLock, make_folder, sync_folder, write_error
 from spear_fast.labelling.identity import FORMAT, versions
+from spear_fast.labelling.items import Item, content_of
 from spear_fast.labelling.label_files import LabelRow, label_schema, read_labels
 from spear_fast.labelling.shards import Shard, plan_shards
-from spear_fast.labelling.store import LabelStore, Totals
+from spear_fast.labelling.store import LabelStore, Totals, changed_error
 
 DELIMITER = -1
 INDEX_NAME = "ids.csv"
@@ -99,13 +100,16 @@ def import_rows(
     *,
     rows_per_shard: int = 4096,
     about: dict[str, Any] | None = None,
+    relabel_changed: bool = False,
     lock: bool = True,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Totals:
     """Writes the rows of the reference's folder as a folder of labels, in natural order of their names.
 
     The id of a row is its file's name; text, score and mean_logprob are null. Unreadable rows go to failed.jsonl.
-    lock: False does without one, see `FolderLock`. Raises LabellingError. Run again after a kill, it resumes.
+    relabel_changed: writes shards again whose rows have changed since; otherwise that is an error.
+    lock: False does without one, see `FolderLock`.
+    Raises LabellingError. Run again after a kill, it resumes.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
@@ -119,12 +123,20 @@ def import_rows(
         schema = label_schema(row_format.num_speech_ids, row_format.num_text_ids)
         store = LabelStore(out, _identity(row_format, paths, rows_per_shard), shards, schema)
         store.open({"versions": versions(), **(about or {})})
+        changed = store.changed(lambda start, stop: map(_item, paths[start:stop]))
+        if changed and not relabel_changed:
+            raise changed_error(out, [name for _, name in changed])
+        again = {index for index, _ in changed}
         for shard in shards:
-            if shard.index not in store.committed:
+            if shard.index not in store.committed or shard.index in again:
                 _import_shard(store, shard, paths[shard.start : shard.stop], row_format)
             progress(len(shard))
         store.finish()
         return store.totals()
+
+
+def _item(path: Path) -> Item:
+    return Item(id=readable(path.stem), origin=readable(str(path)), audio=path)
 
 
 def _identity(row_format: RowFormat, paths: Sequence[Path], rows_per_shard: int) -> dict[str, Any]:
@@ -141,23 +153,26 @@ def _identity(row_format: RowFormat, paths: Sequence[Path], rows_per_shard: int)
 
 
 def _import_shard(store: LabelStore, shard: Shard, paths: Sequence[Path], row_format: RowFormat) -> None:
-    rows, failures = [], []
+    rows, failures, contents = [], [], []
     totals = Totals()
     for path in paths:
+        item = _item(path)
         try:
+            content = content_of(item)
             source, target, ended = row_format.split(read_row(path))
         except Exception as error:  # whatever is wrong with a row concerns that row alone
-            failures.append({"id": readable(path.stem), "source": readable(str(path)), "reason": reason_of(error)})
+            failures.append({"id": item.id, "source": item.origin, "reason": reason_of(error)})
             continue
         finished = ended if row_format.text_eos else None
         flags = [name for name, holds in (("truncated", finished is False), ("empty", not len(target))) if holds]
-        rows.append(LabelRow(readable(path.stem), source, target, None, None, None, finished, flags))
+        contents.append(content or b"")
+        rows.append(LabelRow(item.id, source, target, None, None, None, finished, flags))
         totals.rows += 1
         totals.source_tokens += len(source)
         totals.target_tokens += len(target)
         totals.unfinished += finished is False
     totals.failed = len(failures)
-    store.commit(shard, rows, failures, totals)
+    store.commit(shard, rows, failures, totals, b"".join(contents))
 
 
 def read_row(path: Path) -> np.ndarray:

@@ -19,15 +19,14 @@ from spear_fast.labelling.audio_files import counted
 from spear_fast.labelling.errors import Interrupted, LabellingError
 from spear_fast.labelling.files import FolderLock, make_folder
 from spear_fast.labelling.identity import job_identity, versions
-from spear_fast.labelling.items import content_of
 from spear_fast.labelling.label_files import label_schema
 from spear_fast.labelling.labeller import Labeller
 from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.prepare import Preparer, Window, device_of
 from spear_fast.labelling.progress import Meter, Reporter, Silent, Summary
 from spear_fast.labelling.shards import Shard, plan_shards
-from spear_fast.labelling.sources import Listing, open_sources
-from spear_fast.labelling.store import LabelStore
+from spear_fast.labelling.sources import open_sources
+from spear_fast.labelling.store import LabelStore, changed_error
 from spear_fast.labelling.stream import Stream
 
 
@@ -73,9 +72,9 @@ def label(
         schema = label_schema(model.num_semantic_token_ids, model.num_text_token_ids)
         store = LabelStore(out, identity, shards, schema)
         store.open(_run_record(about))
-        changed = changed_rows(store, listing)
+        changed = store.changed(listing.items)
         if changed and not relabel_changed:
-            raise LabellingError(_changes(out, changed))
+            raise changed_error(out, [name for _, name in changed])
         again = {index for index, _ in changed}
         if retry_failed:
             again |= {index for index, committed in store.committed.items() if committed.failures}
@@ -85,34 +84,6 @@ def label(
             preparer = Preparer(placed, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
             windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
             return _Job(store, labeller, report or Silent(), stop).run(windows, again, listing.passed_over)
-
-
-def changed_rows(store: LabelStore, listing: Listing) -> list[tuple[int, str]]:
-    """Returns shard and id of the rows whose source is not what it was when they were labelled.
-
-    Rows that failed may be mended, and files that are gone need not come back.
-    """
-    changed = []
-    for shard in store.shards:
-        committed = store.committed.get(shard.index)
-        if committed is None or committed.contents is None:
-            continue
-        failed = {failure["id"] for failure in committed.failures}
-        labelled = (item for item in listing.items(shard.start, shard.stop) if item.id not in failed)
-        for number, item in enumerate(labelled):
-            content = content_of(item)
-            if content is not None and content != committed.contents[8 * number : 8 * number + 8]:
-                changed.append((shard.index, item.id))
-    return changed
-
-
-def _changes(out: Path, changed: list[tuple[int, str]]) -> str:
-    names = ", ".join(repr(name) for _, name in changed[:5])
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    return (
-        f"the source of {len(changed)} labelled rows has changed since they were written to {out}: {names}{more}. "
-        "Put it back, add --relabel-changed to label their shards again, or give another folder with --out."
-    )
 
 
 @contextmanager
@@ -195,8 +166,7 @@ class _Job:
         for name in self._store.damaged:
             self._say("warning", message=f"{name} is damaged or of another job and is labelled again.")
         if passed_over:
-            total = sum(passed_over.values())
-            self._say("warning", message=f"{total} files are no audio and were passed over: {counted(passed_over)}.")
+            self._say("warning", message=f"passed over files that are no audio: {counted(passed_over)}.")
         bounds = (window for shard in pending for window in shard.windows())
         try:
             with closing(windows(bounds)) as prepared, closing(self._stream):  # type: ignore[type-var]

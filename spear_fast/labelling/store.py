@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ import pyarrow as pa
 from spear_fast.labelling.errors import LabellingError, reason_of
 from spear_fast.labelling.files import open_regular, read_json, write_atomically, write_error
 from spear_fast.labelling.identity import differences, fingerprint
+from spear_fast.labelling.items import Item, content_of
 from spear_fast.labelling.journal import journal_path
 from spear_fast.labelling.label_files import LabelRow, card_text, read_record, shard_bytes
 from spear_fast.labelling.shards import Shard
@@ -124,6 +125,25 @@ class LabelStore:
             self.damaged.append(shard.name)
             return None
 
+    def changed(self, items: Callable[[int, int], Iterable[Item]]) -> list[tuple[int, str]]:
+        """Returns shard and id of the rows whose source is not what it was when they were written.
+
+        Rows that failed may be mended, and files that are gone need not come back.
+        items: returns the rows `start` to `stop - 1`.
+        """
+        changed = []
+        for shard in self.shards:
+            committed = self.committed.get(shard.index)
+            if committed is None or committed.contents is None:
+                continue
+            failed = {failure["id"] for failure in committed.failures}
+            written = (item for item in items(shard.start, shard.stop) if item.id not in failed)
+            for number, item in enumerate(written):
+                content = content_of(item)
+                if content is not None and content != committed.contents[8 * number : 8 * number + 8]:
+                    changed.append((shard.index, item.id))
+        return changed
+
     def commit(
         self,
         shard: Shard,
@@ -219,6 +239,17 @@ class LabelStore:
                 _dump_lines(file, failures)
         except OSError as error:
             raise write_error(path, error) from error
+
+
+def changed_error(out: Path, names: Sequence[str]) -> LabellingError:
+    """Returns the sentence for rows whose source has changed since they were written."""
+    first = ", ".join(map(repr, names[:5]))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return LabellingError(
+        f"the source of {len(names)} row{'s' if len(names) > 1 else ''} has changed since it was labelled into {out}: "
+        f"{first}{more}. Put it back, add --relabel-changed to write the shards again, or give another folder with "
+        "--out."
+    )
 
 
 def _dump_lines(file: IO[bytes], records: Iterable[dict[str, str]]) -> None:
