@@ -100,7 +100,7 @@ def inputs_of(op):
 
 @pytest.mark.parametrize("op", PUBLIC)
 def test_documentation(op):
-    """The public function has the op's name, and a line on every tensor with its shape and dtype."""
+    """The public function has the op's name, a line on every tensor with its shape and dtype, and a word on errors."""
     assert op in ops.__all__
     function = getattr(ops, op)
     text = inspect.getdoc(function) or ""
@@ -109,6 +109,7 @@ def test_documentation(op):
     assert first.endswith(".") or rest, first
     for name in tensors(op):
         assert re.search(rf"\b{name}\b[\w, ]*: .*`\[", text), f"{op}: {name}: `[shape]`, dtype"
+    assert "\nRaises ValueError " in text, "what is refused"
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -2,6 +2,10 @@
 
 `H` heads share `G` key/value heads: query head i reads key/value head `i // (H // G)`. Weights whose heads are grouped
 otherwise are permuted when they are loaded. Scores are scaled by `head_dim ** -0.5`.
+
+Every op raises ValueError, one sentence, where its arguments do not fit each other: shapes, dtypes, devices, layouts.
+Integers that address memory are held against their ranges on the CPU, and on a GPU with SPEAR_FAST_DEBUG=1, where
+looking at them waits for the device. RuntimeError says why nobody can compute what was asked for.
 """
 
 from spear_fast.ops.attention import attention

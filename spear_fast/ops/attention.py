@@ -64,6 +64,8 @@ def attention(
     return_lse: also return the natural logarithm of the sum of the exponentials of the scaled scores, `[batch, heads,
         length]` or `[heads, total]`, float32 (float64 for float64), -inf where no key is read; it has no gradient.
 
+    Raises ValueError where the arguments do not fit each other, or offsets do not rise from 0 to the total.
+    Source: attention of the reference (reference line 221), with its null key (reference line 249).
     Keeps query, key, value, the result and its log-sum-exp for the gradients, and nothing of size length × length.
     Source of dropout's draws: Philox-4x32-10 with the seed as key and (key, query, row * heads + head, 0) as counter;
     a weight is kept where the upper 24 bits of the first word are at least `dropout * 2**24`.

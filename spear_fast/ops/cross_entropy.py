@@ -22,6 +22,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: 
 
     hidden: `[..., dim]`, floating point. weight: `[vocabulary, dim]`, like hidden: the embedding, where it is tied.
     labels: `[...]`, int64, ids of the vocabulary; where one is ignore_index, the loss and all gradients are zero.
+
+    Raises ValueError where the arguments do not fit each other, or a label is neither an id nor ignore_index.
+    Source: the loss of the reference, which keeps the logits (reference line 1095).
     """
     if labels.shape != hidden.shape[:-1]:
         check_shapes("cross_entropy", {"labels": (labels, "hidden's sizes but the last", hidden.shape[:-1])})
@@ -33,7 +36,12 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: 
 
 
 def label_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Returns `log_softmax(hidden @ weight.T)` at each label, `[...]`, zero where ignored; see `cross_entropy`."""
+    """Returns `log_softmax(hidden @ weight.T)` at each label, in nats, `[...]`, float32 (float64 of float64).
+
+    hidden: `[..., dim]`. weight: `[vocabulary, dim]`. labels: `[...]`, int64; zero where one is ignore_index.
+
+    Raises ValueError as `cross_entropy` does, whose negative it is.
+    """
     return -cross_entropy(hidden, weight, labels, ignore_index)
 
 

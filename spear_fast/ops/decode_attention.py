@@ -23,6 +23,9 @@ def append_kv(
     freqs: `[head_dim / 2]`, float32; the pair (2i, 2i + 1) is rotated by `position * freqs[i]`.
     positions: `[rows]`, int64, in 0..length - tokens; token t goes to `positions[row] + t`.
     cache_key, cache_value: `[rows, kv_heads, length, head_dim]`, like key; nothing else of them changes.
+
+    Raises ValueError where the arguments do not fit each other, or a position lies outside of the caches.
+    Source: the cache of the reference's attention (reference line 239), which holds keys before their rotation.
     """
     return _append_kv(key, value, freqs, positions, cache_key, cache_value)
 
@@ -41,6 +44,9 @@ def decode_self_attention(
         of this hypothesis was written. Neither it nor the caches are read at or past `lengths`.
     lengths: `[utterances, beams]`, int64; positions that are written, those of all tokens included. A token that finds
         itself before the first position gives zeros.
+
+    Raises ValueError where the arguments do not fit each other, or lengths or ancestors lie outside of the caches.
+    Source: attention of the reference over its cache (reference line 221).
     """
     return _decode_self_attention(query, freqs, cache_key, cache_value, ancestors, lengths)
 
@@ -89,6 +95,9 @@ def decode_cross_attention(
     lengths: `[utterances]`, int64, in 0..source.
     return_weights: whether to return the weights too, `[utterances, beams, heads, source + 1]`, like query, the null
         position's first, zeros past `lengths`.
+
+    Raises ValueError where the arguments do not fit each other, or a length lies outside of the source.
+    Source: attention of the reference over a context, with its null key (reference line 249).
     """
     out, weights = _decode_cross_attention(query, key, value, null_key, null_value, lengths, return_weights)
     return (out, weights) if return_weights else out

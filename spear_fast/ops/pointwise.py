@@ -19,9 +19,11 @@ def rms_norm(x: Tensor, gamma: Tensor, residual: Tensor | None = None) -> Any:
     """Returns `s / max(||s||, 1e-12) * sqrt(dim) * gamma` over the last dimension of `s = x`, like x, contiguous.
 
     With a residual, `s = x + residual` and the result is the pair (norm, s), both like x.
-    Norms are computed in float32, of float64 in float64 (the reference's RMSNorm, line 147).
+    Norms are computed in float32, of float64 in float64 (reference line 147).
 
     x: `[..., dim]`, floating point. gamma: `[dim]`, like x. residual: `[..., dim]`, like x, or None.
+
+    Raises ValueError where the arguments do not fit each other.
     """
     normed, total, _ = _rms_norm(x, gamma, residual)
     return normed if residual is None else (normed, total)
@@ -32,6 +34,8 @@ def geglu(x: Tensor, bias: Tensor | None = None, width: int | None = None) -> Te
 
     x: `[..., 2 * inner]`, floating point. bias: `[2 * inner]`, like x, or None: that of the linear layer before it.
     width: at least inner, which it is by default; what lies past inner is zero, to align the matmul after it.
+
+    Raises ValueError where the arguments do not fit each other. Source: reference line 151.
     """
     return _geglu(x, bias, x.shape[-1] // 2 if width is None else width)
 
@@ -43,6 +47,9 @@ def rotary(x: Tensor, freqs: Tensor, positions: Tensor | None = None, inverse: b
     freqs: `[head_dim / 2]`, float32; it gets no gradient.
     positions: int64, `[length]` or `[..., length]` like x, any sign; None for 0..length - 1.
     inverse: rotate the other way.
+
+    Raises ValueError where the arguments do not fit each other. Source: arXiv 2104.09864, with the frequencies of
+    rotary-embedding-torch, as the reference has them (reference line 247).
     """
     return _rotary(x, freqs, positions, inverse)
 

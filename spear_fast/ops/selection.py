@@ -72,6 +72,10 @@ def beam_step(
         sequence follows, or `max_length` cut it; the log-probability of that end, 0 without one.
     ended: `[utterances]`, int64; hypotheses that have entered the pool, dropped ones counted.
     done: `[utterances]`, bool; becomes True where the search is over.
+
+    Raises ValueError where the arguments do not fit each other, or parameters or lengths lie outside of the buffers.
+    Source: the standard search of transformers, with patience from arXiv 2204.05424; the reference's own search
+    (reference line 720) is `beam_mode="reference"` of decoding.
     """
     return _beam_step(
         logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens,
@@ -118,6 +122,9 @@ def sample_step(
         the hypothesis itself, and the log-probability by the mixed logits, of the prefix too.
     finished: `[utterances, beams]`, bool; becomes True where a hypothesis has ended.
     done: `[utterances]`, bool; becomes True where each has ended or has `max_length` tokens.
+
+    Raises ValueError where the arguments do not fit each other, or parameters or lengths lie outside of the buffers.
+    Source: the reference's sampling (reference line 706), which draws by Gumbel noise from one generator for all.
     """
     return _sample_step(
         logits, null_logits, filtered, float_params, int_params, prefix, seeds, inputs, scores, lengths,
