@@ -116,7 +116,7 @@ def check_range(ids: Tensor, mask: Tensor, vocab_size: int, name: str) -> None:
     """
     if ids.device.type != "cpu" or not ids.numel():
         return
-    wrong = mask & ((ids < 0) | (ids >= vocab_size))
+    wrong = mask.to(ids.device, torch.bool) & ((ids < 0) | (ids >= vocab_size))
     if not wrong.any():
         return
     row, position = wrong.nonzero()[0].tolist()

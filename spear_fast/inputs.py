@@ -32,11 +32,22 @@ class InputMixin(nn.Module):
         """The device of the parameters, to which sources are moved."""
         return self.start_token["speech"].device
 
-    def to_ids(self, source: Source, modality: Modality, name: str, input_sample_hz: int | None = None) -> Tensor:
+    def to_ids(
+        self,
+        source: Source,
+        modality: Modality,
+        name: str,
+        input_sample_hz: int | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Returns int64 ids `[batch, length]` on the model's device, from ids, strings or (for speech) raw audio.
 
-        input_sample_hz: sample rate of raw audio; passed on to `wav2vec`, which resamples.
-        Raises TypeError on anything else, ValueError on strings or audio without the module that reads them.
+        input_sample_hz: sample rate of raw audio in Hz; passed on to `wav2vec`, which resamples.
+        mask: `[batch, length]`, bool, False where an id may have any value; by default the pads may.
+
+        Raises TypeError on anything else, ValueError on strings or audio without the module that reads them, and for
+        ids outside the vocabulary that are on the CPU.
         """
         token_ids.check_modality(modality, name)
         if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
@@ -47,13 +58,17 @@ class InputMixin(nn.Module):
             source = self.tokenizer_encode(list(source))
         if not isinstance(source, Tensor):
             raise TypeError(f"{name} must be a tensor of ids or a list of strings, got {type(source).__name__}.")
-        source = source.to(self.device)
         if source.is_floating_point() and modality == "speech":
-            source = token_ids.from_audio(self.wav2vec, source, name, input_sample_hz=input_sample_hz)
-        checked = token_ids.as_ids(source, name)
-        if not checked.shape[0]:
+            audio = source.to(self.device)
+            source = token_ids.from_audio(self.wav2vec, audio, name, input_sample_hz=input_sample_hz)
+        ids = token_ids.as_ids(source, name)
+        if not ids.shape[0]:
             raise ValueError(f"{name} must have at least one row, got an empty batch.")
-        return checked
+        if mask is None or mask.shape != ids.shape:
+            mask = ids != self.pad_id[modality]
+        # before the move: an accelerator that embeds a wrong id is lost to its whole process
+        token_ids.check_range(ids, mask, self.token_emb[modality].num_embeddings, name)  # type: ignore[arg-type]
+        return ids.to(self.device)
 
     def _with_eos(
         self, ids: Tensor, mask: Tensor | None, modality: Modality, name: str, add_eos: bool
@@ -66,7 +81,6 @@ class InputMixin(nn.Module):
             mask = token_ids.validity_mask(ids, pad_id, vocab_size)  # type: ignore[arg-type]
         else:
             mask = token_ids.checked_mask(mask, ids, f"{name}_mask")
-        token_ids.check_range(ids, mask, vocab_size, name)  # type: ignore[arg-type]
         return token_ids.append_eos(ids, mask, self.eos_id[modality], pad_id) if add_eos else (ids, mask)
 
     def _embeddable(self, ids: Tensor, mask: Tensor, modality: Modality) -> Tensor:
@@ -103,7 +117,7 @@ class InputMixin(nn.Module):
         self, source: Source, source_type: Modality, mask: Tensor | None, input_sample_hz: int | None
     ) -> tuple[Tensor, Tensor]:
         """Returns what the encoder reads: ids and mask `[batch, length]`, the end-of-sequence included."""
-        ids = self.to_ids(source, source_type, "source", input_sample_hz)
+        ids = self.to_ids(source, source_type, "source", input_sample_hz, mask=mask)
         ids, mask = self._with_eos(ids, mask, source_type, "source", self.autoset_eos_id[source_type])
         if not ids.shape[-1]:
             raise ValueError("source must hold at least one id, got an empty one and no automatic end-of-sequence.")

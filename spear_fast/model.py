@@ -205,7 +205,7 @@ class TextToSemantic(HubModel, GenerationMixin, FreezingMixin):
         Raises ValueError where shapes, ids or options do not fit; TypeError for what is neither tensor nor strings.
         """
         memory, source_mask, _ = self.encode(source, source_type=source_type, source_mask=source_mask)
-        target = self.to_ids(target, target_type, "target")
+        target = self.to_ids(target, target_type, "target", mask=target_mask)
         if target.shape[0] != memory.shape[0]:
             raise ValueError(
                 f"source and target must have the same batch size, got {memory.shape[0]} and {target.shape[0]}."

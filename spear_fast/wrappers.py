@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spear_fast.ids import from_audio, validity_mask
+from spear_fast.ids import check_range, from_audio, validity_mask
 from spear_fast.model import TextToSemantic
 
 
@@ -68,6 +68,8 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         pad_id = self.model.semantic_pad_id
         if x.is_floating_point():
             x = from_audio(self.wav2vec, x.to(self.model.device), "x", flatten=False)
+        # before the move, as in `to_ids`; an end of sequence may be among them
+        check_range(x, x != pad_id, self.model.num_semantic_token_ids + 1, "x")
         x = x.to(self.model.device).long()
         mask = validity_mask(x, pad_id, self.model.num_semantic_token_ids)
         deleted = subset_mask(mask, self.deletion_prob)

@@ -289,3 +289,18 @@ def test_bad_arguments_of_the_pretraining_wrapper(pair) -> None:
     refused("deletion_prob", wrapper, ours, deletion_prob=-0.1)
     refused("mask_id", wrapper, ours, mask_id=99, reconstruct_seq=True)
     refused("17", wrapper(ours), torch.tensor([[3, 99, 4, 5, 6]]))
+
+
+def test_ids_are_looked_at_before_they_leave_the_host() -> None:
+    # on the meta device, as on an accelerator, values cannot be looked at any more
+    model = build_pair()[1].to("meta")
+    good, bad = torch.tensor([[1, 2, -1]]), torch.tensor([[1, 99, -1]])
+    assert model.to_ids(good, "speech", "source").device.type == "meta"
+    wrong = "got 99 at row 0, position 1"
+    refused(wrong, model.encode, bad, source_type="speech")
+    refused(wrong, model, good, torch.tensor([[3, 99]]), **TO_TEXT)
+    refused(wrong, spear_fast.SpeechSpeechPretrainWrapper(model), bad)
+    # outside an explicit mask anything may stand
+    mask = torch.tensor([[True, False, True]])
+    ids = model.to_ids(torch.tensor([[1, 99, 2]]), "speech", "source", mask=mask)
+    assert ids.device.type == "meta"
