@@ -77,6 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.inputs and arguments.file is not None:
         raise ValueError("inputs come as arguments or from --file, got both; leave one of them out.")
     kind = cli_outputs.format_of(arguments.out, arguments.format)
+    arguments.result_on_disk = arguments.out is not None
     if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
         raise FileNotFoundError(f"--out {arguments.out} is in a folder that does not exist; make the folder first.")
     if arguments.out is not None and arguments.file is not None and arguments.out.resolve() == arguments.file.resolve():
@@ -92,6 +93,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         with cli_outputs.opened(arguments.out, kind, arguments.n_best) as write:
             generation.run(itertools.chain(first, inputs), write)
+    except cli_outputs.Unheard:
+        return DONE
     finally:
         generation.close()
     if not generation.failed:

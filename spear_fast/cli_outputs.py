@@ -26,6 +26,10 @@ class Hypothesis:
     finished: bool
 
 
+class Unheard(Exception):  # noqa: N818 (a reader that leaves is no error)
+    """Standard output can no longer be written to: nothing that is still to come would be seen."""
+
+
 class Writer(Protocol):
     """Takes the hypotheses of one input after the other, best first; none for an input that failed."""
 
@@ -64,11 +68,19 @@ def opened(out: Path | None, kind: str, n_best: int) -> Iterator[Writer]:
         # a closed standard output is None, and print says nothing then
         print("".join(f"{line}\n" for line in lines), end="", file=file, flush=True)
 
+    def say(identifier: str, hypotheses: Sequence[Hypothesis]) -> None:
+        write(sys.stdout, identifier, hypotheses)
+        if getattr(sys.stdout, "failed", None) is not None:
+            raise Unheard
+
     if out is None:
-        yield lambda *result: write(sys.stdout, *result)
+        yield say
         return
-    with out.open("w", encoding="utf-8") as file:
-        yield lambda *result: write(file, *result)
+    try:
+        with out.open("w", encoding="utf-8") as file:
+            yield lambda *result: write(file, *result)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error
 
 
 def _line(hypothesis: Hypothesis) -> str:

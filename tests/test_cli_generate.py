@@ -262,6 +262,28 @@ def test_a_reader_that_leaves_is_met_with_silence(folder, tmp_path):
     process.wait(timeout=60)
 
 
+def test_a_reader_that_leaves_ends_a_source_without_end(folder):
+    with subprocess.Popen(["yes", "1 2 3"], stdout=subprocess.PIPE) as endless:
+        command = [sys.executable, "-m", "spear_fast", "generate", "--model", str(folder), *MOST]
+        process = subprocess.Popen(command, stdin=endless.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        endless.stdout.close()
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 2
+    process.stderr.close()
+
+
+def test_a_full_disk_is_one_sentence(folder, capsys):
+    run("1 2", "--model", folder, "--out", "/dev/full", "--format", "txt", status=2)
+    assert error_of(capsys) == "spear-fast: error: No space left on device (/dev/full)."
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "spear_fast", "generate", "1 2", "--model", str(folder), *MOST]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "spear-fast: error: cannot write to standard output: No space left on device.\n"
+
+
 def test_an_interrupt_is_one_sentence(folder):
     process = started("--model", folder, *MOST)
     process.stdin.write("1 2\n")
