@@ -19,7 +19,7 @@ MODULES = (
     "checkpoints.weights", "evaluation", "filters", "freezing", "generation", "ids", "inputs", "losses.gather",
     "losses.similarity", "losses.tokens", "model", "training.accelerated", "training.arguments", "training.base",
     "training.batches", "training.checkpoints", "training.data", "training.generator", "training.optimizer",
-    "training.randomness", "training.trainer", "transformer", "wrappers",
+    "training.randomness", "training.resumable", "training.trainer", "transformer", "wrappers",
 )  # fmt: skip
 # what torch's and python's protocols name; their meaning is documented there
 PROTOCOL = {"forward", "__init__"}

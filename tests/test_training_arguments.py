@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from torch.utils.data import TensorDataset
-from training_jobs import Rows, model, pairs, settings, speech
+from training_jobs import Rows, model, pairs, same_weights, settings, speech
 
 from spear_fast import (
     SemanticToTextDatasetGenerator,
@@ -184,7 +184,17 @@ def test_a_checkpoint_without_optimizer_is_taken_alone(tmp_path: Path) -> None:
     trainer = SemanticToTextTrainer(model(), dataset=pairs(), **settings(tmp_path / "run"))
     torch.save({"model": model(4).state_dict()}, tmp_path / "x.pt")
     refused(lambda: trainer.load(tmp_path / "x.pt"), "restore_optimizer=False")
+    assert same_weights(trainer.model, model())
     trainer.load(tmp_path / "x.pt", restore_optimizer=False)
+    assert same_weights(trainer.model, model(4))
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    other = SpeechSpeechPretrainer(model(4), dataset=speech(), **settings(tmp_path / "other"))
+    other.save(tmp_path / "x.pt")
+    trainer = SemanticToTextTrainer(model(), dataset=pairs(), **settings(tmp_path / "run"))
+    refused(lambda: trainer.load(tmp_path / "x.pt"), "freeze the same layers")
+    assert same_weights(trainer.model, model())
 
 
 def test_validation_leaves_every_part_in_its_mode(tmp_path: Path) -> None:

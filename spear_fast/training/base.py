@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from spear_fast.evaluation import evaluation_mode
 from spear_fast.model import TextToSemantic
-from spear_fast.training import checkpoints
-from spear_fast.training.accelerated import Accelerated, make_accelerator
+from spear_fast.training.accelerated import make_accelerator
 from spear_fast.training.arguments import check_trainer_arguments
 from spear_fast.training.batches import EndlessBatches, batch_sampler
 from spear_fast.training.data import Collate, speech_ids
-from spear_fast.training.optimizer import load_optimizer, make_optimizer, warmup_then_cosine
-from spear_fast.training.randomness import random_state, restore_random_state, same_randomness
+from spear_fast.training.optimizer import make_optimizer, warmup_then_cosine
+from spear_fast.training.randomness import same_randomness
+from spear_fast.training.resumable import Resumable
 
 
-class Trainer(Accelerated):
+class Trainer(Resumable):
     """What the three trainers share: data, schedule, steps, validation, checkpoints.
 
     The learning rate warms up from `initial_lr` to `lr` in `num_warmup_steps` and then falls along a cosine to zero at
@@ -51,9 +51,7 @@ class Trainer(Accelerated):
     """
 
     name: str
-    prefix: str
     wav2vec: nn.Module | None
-    steps: Tensor
 
     def __init__(
         self,
@@ -175,62 +173,6 @@ class Trainer(Accelerated):
         self._order.start = number + self.accelerator.process_index
         return iter(self.dl)
 
-    def _open_results(self, clear: bool | None, resume: bool) -> None:
-        checkpoints.check_results_folder(self.results_folder, clear, resume)
-        # all have looked before one deletes
-        self.accelerator.wait_for_everyone()
-        if self.is_main and clear:
-            checkpoints.clear_folder(self.results_folder)
-        self.accelerator.wait_for_everyone()
-        self.results_folder.mkdir(parents=True, exist_ok=True)
-        if self.is_main:
-            checkpoints.remove_unfinished(self.results_folder, f"{self.prefix}.*.pt")
-        found = checkpoints.checkpoints_in(self.results_folder, self.prefix) if resume else []
-        if found:
-            self.load(found[-1])
-
-    def save(self, path: str | Path, random_states: list[dict[str, Any]] | None = None) -> None:
-        """Writes a checkpoint: model, optimizer, scheduler, steps, position in the data, random states.
-
-        random_states: those of all processes; by default that of this one alone.
-        """
-        scaler = self.accelerator.scaler
-        package = {
-            "model": self.accelerator.get_state_dict(self.model),
-            "optim": self.optim.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "steps": int(self.steps),
-            "next_batch": self._next_batch,
-            "random": random_states or [random_state(self.device)],
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        checkpoints.write_whole(Path(path), lambda file: torch.save(package, file))
-
-    def load(self, path: str | Path, restore_optimizer: bool = True) -> None:
-        """Continues from a checkpoint, ours or the reference's; the next step is one more than the file's number.
-
-        restore_optimizer: False takes the model alone. Raises FileNotFoundError, or ValueError when it does not fit.
-        """
-        package = self.accelerator.unwrap_model(self.model).load(path)
-        if not restore_optimizer:
-            return
-        if "optim" not in package:
-            raise ValueError(f"{path} has no optimizer state; pass restore_optimizer=False to take the model alone.")
-        load_optimizer(self.optim, package["optim"], path)
-        steps = package.get("steps", checkpoints.number_of(path) + 1)
-        self.steps.fill_(steps)
-        # the rate follows from the step alone; the reference's scheduler is of another kind
-        self.scheduler.last_epoch = steps
-        for group, base in zip(self.optim.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = base * self._rate(steps)
-        processes = self.accelerator.num_processes
-        self.dl_iter = self._batches_from(package.get("next_batch", steps * self.grad_accum_every * processes))
-        if package.get("scaler") is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(package["scaler"])
-        states = package.get("random", [])
-        if len(states) == processes:
-            restore_random_state(states[self.accelerator.process_index], self.device)
-
     def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         """Returns the loss of one batch of the dataset."""
         raise NotImplementedError
@@ -269,15 +211,6 @@ class Trainer(Accelerated):
         if step % self.save_model_every == 0 or step + 1 == self.num_train_steps:
             self._save_step(step)
         return logs
-
-    def _save_step(self, step: int) -> None:
-        from accelerate.utils import gather_object
-
-        states = gather_object([random_state(self.device)])
-        if self.is_main:
-            self.save(self.results_folder / f"{self.prefix}.{step}.pt", states)
-            self.print(f"{step}: saving model to {self.results_folder}")
-        self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def validate(self) -> float:
