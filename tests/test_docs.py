@@ -104,3 +104,30 @@ def test_the_code_on_a_page_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, name, "exec"), {})
+
+
+def targets():
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+def test_commands_of_make_exist(page):
+    named = set(re.findall(r"(?:^    |`)make ([a-z]+)", page.read_text(), re.MULTILINE))
+    assert named <= targets()
+
+
+def test_every_command_of_make_is_in_its_help():
+    helped = re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(helped) == targets()
+
+
+def test_public_hosts_run_what_a_person_types():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert {"make test", "make docs"} <= set(commands)
+    assert {command.split()[1] for command in commands} <= targets()
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = {hook["id"] for repo in repos for hook in repo["hooks"]}
+    assert {"ruff-check", "ruff-format", "clang-format", "check-added-large-files", "check-yaml"} <= hooks
