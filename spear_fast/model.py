@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spear_fast import ids as token_ids
-from spear_fast.checkpoints.config import check_arguments
 from spear_fast.checkpoints.hub import HubModel
+from spear_fast.checkpoints.model_config import check_arguments
 from spear_fast.checkpoints.weights import load_into, read_package
 from spear_fast.freezing import FreezingMixin, set_requires_grad
 from spear_fast.generation import GenerationMixin

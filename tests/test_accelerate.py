@@ -24,6 +24,7 @@ from reference import (
     random_ids,
 )
 from torch import Tensor, nn
+from training_jobs import Rows
 
 import spear_fast
 
@@ -387,17 +388,6 @@ def test_callers_that_check_types_refuse_our_plain_class() -> None:
     ours = spear_fast.TextToSemantic(16, source_depth=1, target_depth=1, num_text_token_ids=3, num_semantic_token_ids=3)
     with pytest.raises(BeartypeCallHintParamViolation):
         VoiceBoxOf(ours)
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, rows) -> None:
-        self.rows = list(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.rows[index]
 
 
 def test_the_reference_s_own_wrappers_and_generator_take_it(pair, tmp_path) -> None:

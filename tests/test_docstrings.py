@@ -15,11 +15,12 @@ import pytest
 from reference import load_reference
 
 MODULES = (
-    "checkpoints.accelerate", "checkpoints.config", "checkpoints.hub", "checkpoints.load", "checkpoints.names",
-    "checkpoints.weights", "evaluation", "filters", "freezing", "generation", "ids", "inputs", "losses.gather",
-    "losses.similarity", "losses.tokens", "model", "training.accelerated", "training.arguments", "training.base",
+    "checkpoints.accelerate", "checkpoints.model_config", "checkpoints.hub", "checkpoints.load",
+    "checkpoints.names", "checkpoints.weights", "evaluation", "filters", "freezing", "generation", "ids", "inputs",
+    "losses.gather", "losses.similarity", "losses.tokens", "model", "training.accelerated", "training.base",
     "training.batches", "training.checkpoints", "training.data", "training.generator", "training.optimizer",
-    "training.randomness", "training.resumable", "training.trainer", "transformer", "wrappers",
+    "training.randomness", "training.resumable", "training.trainer", "training.trainer_arguments", "transformer",
+    "wrappers",
 )  # fmt: skip
 # what torch's and python's protocols name; their meaning is documented there
 PROTOCOL = {"forward", "__init__"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spear_fast.checkpoints.config import mult_for
+from spear_fast.checkpoints.model_config import mult_for
 from spear_fast.model import TextToSemantic
 
 

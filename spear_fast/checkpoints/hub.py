@@ -11,7 +11,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from spear_fast.checkpoints.config import check_depths, read_config
+from spear_fast.checkpoints.model_config import check_depths, read_config
 from spear_fast.checkpoints.weights import fitted, load_into, read_state, write_state
 
 WEIGHTS_NAME = "model.safetensors"

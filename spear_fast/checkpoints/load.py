@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spear_fast.checkpoints.config import infer_config, read_config
+from spear_fast.checkpoints.model_config import infer_config, read_config
 from spear_fast.checkpoints.weights import read_package, read_state
 from spear_fast.model import TextToSemantic
 

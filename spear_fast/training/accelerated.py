@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spear_fast.model import TextToSemantic
-from spear_fast.training.arguments import check_accelerate_arguments
+from spear_fast.training.trainer_arguments import check_accelerate_arguments
 
 
 def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> Any:

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from spear_fast.evaluation import evaluation_mode
 from spear_fast.model import TextToSemantic
 from spear_fast.training.accelerated import make_accelerator
-from spear_fast.training.arguments import check_trainer_arguments
 from spear_fast.training.batches import EndlessBatches, batch_sampler
 from spear_fast.training.data import Collate, speech_ids
 from spear_fast.training.optimizer import make_optimizer, warmup_then_cosine
 from spear_fast.training.randomness import same_randomness
 from spear_fast.training.resumable import Resumable
+from spear_fast.training.trainer_arguments import check_trainer_arguments
 
 
 class Trainer(Resumable):

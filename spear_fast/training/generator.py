@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from spear_fast.checkpoints.config import read_json
+from spear_fast.checkpoints.model_config import read_json
 from spear_fast.checkpoints.weights import fingerprint
 from spear_fast.losses.gather import is_distributed
 from spear_fast.model import TextToSemantic
-from spear_fast.training.arguments import check_trainer_arguments
 from spear_fast.training.checkpoints import remove_unfinished, write_whole
 from spear_fast.training.data import Collate, speech_ids
+from spear_fast.training.trainer_arguments import check_trainer_arguments
 
 JOB_NAME = "generator.json"
 # arguments of `generate` whose results a row would not show, with their defaults
