@@ -191,7 +191,7 @@ def test_a_journal_is_taken_up_to_where_it_is_whole(tmp_path, tokens):
             stop.set()
 
     stopping.close = lambda: None
-    with pytest.raises(Interrupted, match="utterances of the next ones are kept"):
+    with pytest.raises(Interrupted, match="labels of unfinished shards are kept"):
         label([tokens], tiny_model(), out, OPTIONS, report=stopping, stop=stop)
     (journal, *_) = sorted(path for path in out.glob(".*.journal") if path.stat().st_size)
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -402,7 +402,7 @@ def test_labels_are_the_same_to_the_bit_whatever_else_is_labelled(tmp_path, monk
         assert read_rows(out) == [one[row["id"]] for row in rows[begin : begin + 4]]
 
 
-def test_a_model_is_packed_once_a_job_and_places_are_filled_across_shards(tmp_path, tokens, monkeypatch):
+def test_a_model_is_packed_once_a_job_and_slots_are_filled_across_shards(tmp_path, tokens, monkeypatch):
     from spear_fast.decoding import Decoder, Encoder, runner
 
     packed, widths = [], []
@@ -415,7 +415,7 @@ def test_a_model_is_packed_once_a_job_and_places_are_filled_across_shards(tmp_pa
     )
     label([tokens], tiny_model(), tmp_path / "out", OPTIONS)
     assert len(packed) == 2
-    # but for the very last ones a place is taken as soon as it is free, at the edges of the five shards too
+    # but for the very last ones a slot is taken as soon as it is free, at the edges of the five shards too
     assert all(used == count == 4 for used, count in widths)
 
 

@@ -192,7 +192,7 @@ class _Job:
         done = self._store.totals()
         committed = f"{len(self._store.committed)} of {len(self._store.shards)} shards are written"
         count = self._stream.kept
-        kept = f", {count} utterances of the next ones are kept" if count else ""
+        kept = f", and {count} labels of unfinished shards are kept" if count else ""
         return f"{done.rows + done.failed + count} of {rows} utterances are done: {committed}{kept}"
 
     def _summary(self, seconds: float) -> Summary:

@@ -130,7 +130,7 @@ def _opened(path: Path) -> Any:
 
 
 def _finished(path: Path, size_at: int) -> IO[bytes]:
-    """Returns a RIFF file in memory whose header says that it goes on to its end."""
+    """Returns a RIFF file in memory whose header says that it lasts to its end."""
     content = bytearray(path.read_bytes())
     content[size_at : size_at + 4] = b"\xff" * 4
     return io.BytesIO(content)
