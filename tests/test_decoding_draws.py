@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spear_fast.decoding import DecodingOptions, DecodingResult, decode
 from spear_fast.filters import top_k
-from spear_fast.ops.reference.candidates import draw, keep_top_k, keep_top_p
+from spear_fast.ops.reference.candidates import draw, restrict_to_top_k, restrict_to_top_p
 
 VOCAB, EOS, LENGTH, DRAWS = 4, 3, 3, 3000
 
@@ -63,8 +63,8 @@ def assert_distributed(result: DecodingResult, chances: dict[tuple[int, ...], fl
 WARPS = {
     "plain": (dict(), lambda logits: logits),
     "warm": (dict(temperature=2.0), lambda logits: logits / 2),
-    "top_k": (dict(top_k=2), lambda logits: keep_top_k(logits, 2)),
-    "top_p": (dict(top_p=0.8, temperature=1.5), lambda logits: keep_top_p(logits / 1.5, 0.8, logits / 1.5)),
+    "top_k": (dict(top_k=2), lambda logits: restrict_to_top_k(logits, 2)),
+    "top_p": (dict(top_p=0.8, temperature=1.5), lambda logits: restrict_to_top_p(logits / 1.5, 0.8, logits / 1.5)),
     "filter": (dict(filter_logits=lambda logits: top_k(logits, k=3)), lambda logits: top_k(logits, k=3)),
 }
 
@@ -201,10 +201,10 @@ def test_draw_never_takes_what_has_no_weight() -> None:
 
 def test_filters() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).log()
-    assert keep_top_k(logits, 2).isfinite().tolist() == [[False, True, True, False]]
-    assert keep_top_k(logits, 9).isfinite().tolist() == [[True, True, True, False]]
+    assert restrict_to_top_k(logits, 2).isfinite().tolist() == [[False, True, True, False]]
+    assert restrict_to_top_k(logits, 9).isfinite().tolist() == [[True, True, True, False]]
     for share, kept in ((0.1, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.84, 3), (1.0, 4)):
-        assert int(keep_top_p(logits, share, torch.zeros(1, 4)).isfinite().sum()) in (kept, min(kept, 3))
+        assert int(restrict_to_top_p(logits, share, torch.zeros(1, 4)).isfinite().sum()) in (kept, min(kept, 3))
 
 
 def test_a_verification_is_one_call_of_each_op(monkeypatch) -> None:

@@ -20,7 +20,7 @@ from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.search import call_filter, slot_mask
 from spear_fast.decoding.state import DecodeState
 from spear_fast.decoding.step import claim_positions, early_logits, embed, guided_logits, run_layers
-from spear_fast.ops.reference.candidates import draw, keep_top_k, keep_top_p
+from spear_fast.ops.reference.candidates import draw, restrict_to_top_k, restrict_to_top_p
 from spear_fast.ops.reference.philox import uniform
 
 
@@ -139,9 +139,9 @@ def _allowed(logits: Tensor, generated: Tensor, eos_id: int | None, options: Dec
     if options.filter_logits is not None:
         logits = call_filter(options.filter_logits, logits.flatten(0, -2)).view_as(logits)
     if options.top_k is not None:
-        logits = keep_top_k(logits, options.top_k)
+        logits = restrict_to_top_k(logits, options.top_k)
     if options.top_p is not None:
-        logits = keep_top_p(logits / max(options.temperature, 1e-10), options.top_p, logits)
+        logits = restrict_to_top_p(logits / max(options.temperature, 1e-10), options.top_p, logits)
     return logits
 
 

@@ -30,7 +30,7 @@ def best_candidates(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.gather(-1, index), index
 
 
-def keep_top_k(logits: Tensor, count: int | Tensor) -> Tensor:
+def restrict_to_top_k(logits: Tensor, count: int | Tensor) -> Tensor:
     """Returns logits `[..., vocabulary]` with all but the `count` largest at -inf, the lowest index first among equals.
 
     count: a number, or `[..., 1]` int64 with one for each row.
@@ -40,7 +40,7 @@ def keep_top_k(logits: Tensor, count: int | Tensor) -> Tensor:
     return logits.masked_fill(torch.empty_like(beyond).scatter(-1, order, beyond), -torch.inf)
 
 
-def keep_top_p(scaled: Tensor, share: float | Tensor, logits: Tensor) -> Tensor:
+def restrict_to_top_p(scaled: Tensor, share: float | Tensor, logits: Tensor) -> Tensor:
     """Returns `logits` with -inf outside the smallest set of tokens that holds at least `share` of softmax(scaled).
 
     share: a number, or `[..., 1]` with one for each row.

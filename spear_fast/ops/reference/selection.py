@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops.arguments import takes
-from spear_fast.ops.reference.candidates import best_candidates, draw, keep_top_k, keep_top_p
+from spear_fast.ops.reference.candidates import best_candidates, draw, restrict_to_top_k, restrict_to_top_p
 from spear_fast.ops.reference.philox import uniform
 from spear_fast.ops.reference.ranges import check_selection
 from spear_fast.ops.reference.restrictions import column, mixed, own_history, restricted
@@ -139,9 +139,9 @@ def _chosen(allowed: Tensor, steps: Tensor, seeds: Tensor, float_params: Tensor,
     best = allowed.argmax(dim=-1)
     top_k, top_p = column(int_params, IntParam.TOP_K).long(), column(float_params, FloatParam.TOP_P)
     temperature = column(float_params, FloatParam.TEMPERATURE)
-    kept = keep_top_k(allowed, torch.where(top_k > 0, top_k, allowed.shape[-1]))
+    kept = restrict_to_top_k(allowed, torch.where(top_k > 0, top_k, allowed.shape[-1]))
     scaled = kept / temperature.clamp(min=COLDEST)
-    weights = keep_top_p(scaled, torch.where(top_p < 1, top_p, torch.inf), scaled).softmax(dim=-1)
+    weights = restrict_to_top_p(scaled, torch.where(top_p < 1, top_p, torch.inf), scaled).softmax(dim=-1)
     drawn = draw(weights, uniform_numbers(seeds, steps))
     sensible = weights.sum(dim=-1) > 0
     return torch.where(sensible & (temperature[..., 0] > COLDEST), drawn, best)
