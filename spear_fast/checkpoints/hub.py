@@ -76,7 +76,7 @@ class HubModel(nn.Module, ModelHubMixin):
     def from_state(
         cls, config: dict[str, Any], state: dict[str, Tensor], *, config_path: Path, weights_path: Path
     ) -> Self:
-        """Returns a model with the weights `state`, in evaluation mode, on the CPU, in float32.
+        """Returns a model with the weights `state`, in evaluation mode; see `load_model`.
 
         Nothing of the configuration's sizes is allocated before they have been compared with the tensors'.
         Raises ValueError naming one of the two files when they do not fit together.
@@ -108,7 +108,7 @@ class HubModel(nn.Module, ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Returns the model in a folder or a repository of the Hub, in evaluation mode, on the CPU, in float32.
+        """Returns the model in a folder or a repository of the Hub, in evaluation mode; see `load_model`.
 
         kwargs: constructor arguments that replace those found, and those of `ModelHubMixin.from_pretrained`.
         Raises FileNotFoundError, or ValueError in one sentence when the files do not make a model.

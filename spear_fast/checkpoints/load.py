@@ -11,7 +11,7 @@ from spear_fast.model import TextToSemantic
 
 
 def load_model(path: str | Path, **overrides: Any) -> TextToSemantic:
-    """Returns the model at `path`, in evaluation mode, on the CPU.
+    """Returns the model at `path`, in evaluation mode, on torch's default device and in its default type.
 
     path: a folder with `config.json` and `model.safetensors`, or a `.pt` or `.safetensors` file. Beside a file a
         `config.json` gives the constructor's arguments; without one they are read off the tensors' sizes, which
@@ -20,8 +20,9 @@ def load_model(path: str | Path, **overrides: Any) -> TextToSemantic:
         average of weights. The tensors of a `wav2vec` are left out unless one is passed.
     overrides: constructor arguments that replace those found.
 
-    Weights are float32 whatever the file holds. Raises FileNotFoundError, or ValueError in one sentence when the files
-    do not make a model; sizes are compared before anything of the configuration's size is allocated.
+    Device and type are the CPU and float32 where nothing else was set, whatever the file holds. Raises
+    FileNotFoundError, or ValueError in one sentence when the files do not make a model; sizes are compared before
+    anything of the configuration's size is allocated.
     """
     path = Path(path)
     if not path.exists():
