@@ -275,14 +275,15 @@ class _Generation:
     def _read(self, entry: Input) -> list[int]:
         """Returns the ids of a text. Raises ValueError where there are none; says what the tokenizer leaves out."""
         text = entry.text or ""
-        encoding = self._model.tokenizer.encode(text)
-        if not encoding.ids:
+        # the model's own way: without padding, and not cut
+        ids = self._model.to_ids([text], "text", "source")[0].tolist()
+        if not ids:
             raise ValueError("the model's tokenizer knows nothing of the text; is it another alphabet?")
-        read = {i for start, stop in encoding.offsets for i in range(start, stop)}
+        read = {i for start, stop in self._model.tokenizer.encode(text).offsets for i in range(start, stop)}
         missing = [letter for i, letter in enumerate(text) if i not in read and not letter.isspace()]
         if missing:
             self._say(f"input {entry.id}: the model's tokenizer leaves out {' '.join(dict.fromkeys(missing))}")
-        return encoding.ids
+        return ids
 
     def _outcome(self, request: Any) -> list[Hypothesis] | _Failure:
         error = request.exception()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -184,6 +185,26 @@ def test_letters_that_the_tokenizer_does_not_know_are_named(capsys):
     assert capsys.readouterr().out == captured.out
     run("ÄÖ", "--model", model, *MOST, status=2)
     assert "input 1 failed: the model's tokenizer knows nothing of the text" in capsys.readouterr().err
+
+
+def test_what_a_tokenizer_pads_is_not_read_and_what_it_cuts_fails(folder, tmp_path, capsys):
+    run("a", "--model", folder, "--format", "jsonl", *MOST)
+    plain = capsys.readouterr().out
+
+    def changed(source, **settings):
+        changed = tmp_path / source.name
+        shutil.copytree(source, changed)
+        stored = json.loads((source / "tokenizer.json").read_text())
+        (changed / "tokenizer.json").write_text(json.dumps({**stored, **settings}))
+        return changed
+
+    padding = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    run("a", "--model", changed(folder, padding=padding), "--format", "jsonl", *MOST)
+    assert capsys.readouterr().out == plain
+    cutting = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    run("the dog sat", "--model", changed(ESPEAK / "model", truncation=cutting), *MOST, status=2)
+    assert "input 1 failed: text 0 has more ids than the 3" in capsys.readouterr().err
 
 
 def test_the_committed_model_hears_what_was_said(capsys):
