@@ -50,6 +50,8 @@ ALLOWED = {
     ("tests/test_decoding_options.py", r"\btickets?\b"): "tests the last release's name",
     ("CHANGELOG.md", r"(?-i:\bPlan\b)"): "names what was renamed",
     ("CHANGELOG.md", r"\btickets?\b"): "names what was renamed",
+    ("CHANGELOG.md", r"\bpool_slots\b"): "names what was renamed",
+    ("CHANGELOG.md", r"\b(?:whole|real)_settings\b"): "names what was renamed",
 }
 
 # where the words are not mended yet
