@@ -22,6 +22,7 @@ from labelling_jobs import (
 )
 
 from spear_fast import TextToSemantic
+from spear_fast.decoding import DecodingOptions
 from spear_fast.decoding.packed import linear
 from spear_fast.labelling import Interrupted, LabellingError, LabelOptions, label
 from spear_fast.labelling.labeller import is_repetitive
@@ -452,6 +453,28 @@ def test_one_source_needs_no_list_and_a_path_is_no_model(tmp_path, tokens):
 def test_options_of_the_wrong_kind_are_refused(wrong):
     with pytest.raises(LabellingError, match=next(iter(wrong))):
         LabelOptions(**wrong)
+
+
+def test_options_hold_those_of_decoding_and_keep_their_names_in_a_jobs_identity():
+    plain = LabelOptions(beam_size=2, max_length=9, device="cuda:1")
+    assert plain == LabelOptions(DecodingOptions(beam_size=2, max_length=9), device="cuda:1")
+    # folders of before are resumed: nothing here may be called otherwise
+    assert plain.identity() == dict(
+        *[dict(beam_size=2, length_penalty=1.0, early_stopping=False, repetition_penalty=1.0, no_repeat_ngram_size=0)],
+        **dict(coverage_penalty=0.0, max_length=9, max_source_tokens=4096, batch_tokens=8192, num_shards=None),
+        **dict(rows_per_shard=512, device="cuda", dtype="float32"),
+    )
+    assert LabelOptions(patience=2.0).identity()["patience"] == 2.0
+    for wrong in (
+        dict(method="greedy"),
+        dict(beam_mode="reference"),
+        dict(num_return_sequences=2),
+        dict(cond_scale=3.0),
+    ):
+        with pytest.raises(LabellingError, match=f"{next(iter(wrong))} must be"):
+            LabelOptions(DecodingOptions(**wrong))
+    with pytest.raises(TypeError, match="beams"):
+        LabelOptions(beams=4)
 
 
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
