@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
-.PHONY: help demo test tests interpreted audit asan lint format recipe bench benchtests pages docs gpu wheel clean
+.PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ asan: $(VENV)/.dev ## the tests of the C++ ops, and of device code on the CPU, u
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SPEAR_FAST_TEST_SANITIZED=1 \
 	  $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k "not triton and not compiles" \
 	  $(wildcard tests/test_ops_*.py tests/test_cuda_emulated*.py tests/test_native_step.py) $(ARGS)
+
+fuzz: $(VENV)/.dev ## ops and native classes with hostile arguments, under an electric fence; ARGS="--seed 0 --cases 1000"
+	$(BIN)/python tests/fuzz/fuzz_ops.py $(ARGS)
 
 audit: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and look for spilled registers and the like; AUDIT="--only WORD"
 	TRITON_INTERPRET= $(BIN)/python -m spear_fast.kernels.audit $(AUDIT)
@@ -79,7 +82,7 @@ wheel: $(VENV)/.torch ## a wheel with the extension, for all x86-64 machines or 
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)
-	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit build/docs dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit build/fuzz build/docs dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f spear_fast/_C*.so spear_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -139,6 +139,8 @@ def test_layers_that_do_not_fit_are_refused(name, value):
         ("keys", lambda: [torch.zeros(BEAMS, KV_HEADS, CAPACITY, SIZE).half()]),
         ("keys", lambda: [torch.zeros(BEAMS, KV_HEADS, CAPACITY - 1, SIZE)]),
         ("keys", lambda: [torch._neg_view(torch.zeros(BEAMS, KV_HEADS, CAPACITY, SIZE))]),
+        ("keys", lambda: [torch._efficientzerotensor((BEAMS, KV_HEADS, CAPACITY, SIZE))]),
+        ("lengths", lambda: torch._efficientzerotensor((1, BEAMS), dtype=torch.long)),
         ("values", lambda: [torch.zeros(BEAMS - 1, KV_HEADS, CAPACITY, SIZE)]),
         ("values", lambda: [torch.zeros(BEAMS, KV_HEADS, CAPACITY, 2 * SIZE)[..., ::2]]),
         ("memory_keys", lambda: [torch.zeros(1, HEADS, SOURCE)]),
@@ -187,6 +189,7 @@ def test_packed_linear_refuses_what_it_cannot_read(kind):
         torch.empty(2, DIM, device="meta"),
         torch._neg_view(torch.randn(2, DIM)),
         torch.randn(2, DIM).to_sparse(),
+        torch._efficientzerotensor((2, DIM)),
     ):
         with pytest.raises(ValueError, match=r"^PackedLinear: x must be float32 \[rows, 8\]"):
             linear.forward(x)

@@ -8,7 +8,7 @@ namespace spear_fast {
 // whether a tensor's numbers lie in this process' memory, each as it is
 inline bool is_plain(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.defined() && !tensor.is_nested() && tensor.layout() == at::kStrided && tensor.device().is_cpu() &&
-      tensor.scalar_type() == type && !tensor.is_neg() && !tensor.is_conj();
+      tensor.scalar_type() == type && !tensor.is_neg() && !tensor.is_conj() && !tensor._is_zerotensor();
 }
 
 // a dtype as Python calls it
@@ -21,10 +21,11 @@ inline std::string described(const at::Tensor& tensor) {
   if (!tensor.defined()) {
     return "none";
   }
-  const char* bits = tensor.is_neg() || tensor.is_conj() ? " as a negated or conjugated view" : "";
+  const bool is_view = tensor.is_neg() || tensor.is_conj();
+  const char* kind = is_view ? " as a negated or conjugated view" : tensor._is_zerotensor() ? " of zeros without memory" : "";
   return c10::str(
       dtype_of(tensor.scalar_type()), " ", tensor.is_nested() ? c10::IntArrayRef() : tensor.sizes(), " on ", tensor.device(), ", ",
-      tensor.layout(), bits);
+      tensor.layout(), kind);
 }
 
 inline void check_tensor(
