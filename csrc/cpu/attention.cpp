@@ -19,7 +19,7 @@ struct QueryBlock {
     std::fill(totals, totals + kQueries, acc_t(0));
   }
 
-  // turns a query's first `count` scores of the tile into weights, zeros behind them
+  // turns a query's first `count` scores of the tile into weights, zeros after them
   void weigh(int64_t i, int64_t count) {
     acc_t* scores = weights.data() + i * kColumns;
     std::fill(scores + std::max<int64_t>(count, 0), scores + kColumns, -std::numeric_limits<acc_t>::infinity());

@@ -33,7 +33,7 @@ acc_t dot(const acc_t* a, const acc_t* b, int64_t size) {
   return sum;
 }
 
-// weights = exp(scores - lse) * shares, zeros behind a query's `count` keys; grad_scores = weights * (grad_weights - delta)
+// weights = exp(scores - lse) * shares, zeros after a query's `count` keys; grad_scores = weights * (grad_weights - delta)
 //
 // whole: the tile has all keys of the query, and delta, the mean of grad_weights, is taken from it rather than from the
 // result, whose rounding would be all that is left where two large numbers cancel

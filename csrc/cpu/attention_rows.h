@@ -15,7 +15,7 @@ namespace spear_fast {
 
 // positions whose keys, or values, stay in the nearest cache while all query rows pass over them
 inline constexpr int64_t kTile = 64;
-// keys whose products are summed together
+// keys whose terms are summed together
 inline constexpr int64_t kKeys = 4;
 // positions that are asked for ahead: rows found through an ancestor table look random to the processor's own prefetching
 inline constexpr int64_t kAhead = 8;

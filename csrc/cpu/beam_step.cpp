@@ -61,9 +61,9 @@ void search(const at::Tensor& logits, const std::optional<at::Tensor>& null_logi
       Best<acc_t> best(candidates.data(), 2 * size);
       for (int beam = 0; beam < size; ++beam) {
         acc_t* row = likely.data() + int64_t(beam) * b.vocab;
-        const int64_t blind = p_null == nullptr ? 0 : u * null_logits->stride(0) + beam * null_logits->stride(1);
+        const int64_t unconditional = p_null == nullptr ? 0 : u * null_logits->stride(0) + beam * null_logits->stride(1);
         mix_row(
-            p_logits + u * logits.stride(0) + beam * logits.stride(1), p_null == nullptr ? nullptr : p_null + blind,
+            p_logits + u * logits.stride(0) + beam * logits.stride(1), p_null == nullptr ? nullptr : p_null + unconditional,
             b.vocab, guidance, temperature, row);
         log_softmax_row(row, b.vocab);
         if (restricted) {

@@ -18,11 +18,11 @@ constexpr int64_t kGrain = 1 << 16;
 template <typename scalar_t>
 struct Rows {
   const scalar_t* first;
-  int64_t slot_stride, position_stride;
+  int64_t beam_stride, position_stride;
 
   void find(const uint8_t* ancestors, int64_t begin, int64_t end, const scalar_t** rows) const {
     for (int64_t position = begin; position < end; ++position) {
-      rows[position - begin] = first + ancestors[position] * slot_stride + position * position_stride;
+      rows[position - begin] = first + ancestors[position] * beam_stride + position * position_stride;
     }
   }
 };
@@ -32,7 +32,7 @@ int64_t reach(int64_t length, int64_t tokens, int64_t token) {
   return std::max<int64_t>(length - (tokens - 1 - token), 0);
 }
 
-// returns how many positions all tokens of all hypotheses of an utterance read from the same slots
+// returns how many positions all tokens of all hypotheses of an utterance read from the same beams
 int64_t common_trunk(
     const uint8_t* ancestors, const int64_t* lengths, int64_t beams, int64_t tokens, int64_t buffer) {
   int64_t trunk = reach(*std::min_element(lengths, lengths + beams), tokens, 0);
@@ -94,7 +94,7 @@ void attend(
       }
 
       // what all hypotheses share is read once for all; what each has of its own, once for its tokens and heads; and the
-      // new positions once for each token that comes behind
+      // new positions once for each token that comes after
       const int64_t trunk = common_trunk(ancestor, length, beams, tokens, buffer);
       keys.find(ancestor, 0, trunk, found.data());
       score_rows<acc_t>(queries.data(), rows, padded, found.data(), trunk, size, scores.data(), score_stride);
@@ -179,8 +179,8 @@ at::Tensor decode_self_attention_cpu(
     }
     TORCH_CHECK_VALUE(
         highest < std::max<int64_t>(beams, 1), "decode_self_attention: ancestors must be below ", beams,
-        ", the number of slots of an utterance, and hypothesis ", row, " has ", static_cast<int64_t>(highest),
-        "; write each position's slot before it is read");
+        ", the number of beams of an utterance, and hypothesis ", row, " has ", static_cast<int64_t>(highest),
+        "; write each position's beam index before it is read");
   }
   const auto queries = query.stride(4) == 1 ? query : query.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_self_attention", [&] {

@@ -23,7 +23,7 @@ constexpr int64_t kLinears = 6, kConstants = 5;
 constexpr float kSmallest = 1e-12F;
 
 // returns x / max(||x||, 1e-12) of each row
-at::Tensor unit(const at::Tensor& x) {
+at::Tensor l2_normalize(const at::Tensor& x) {
   const int64_t rows = x.size(0), size = x.size(1);
   at::Tensor out = at::empty({rows, size}, x.options());
   const auto* p_x = x.const_data_ptr<float>();
@@ -50,7 +50,7 @@ at::Tensor unit(const at::Tensor& x) {
 
 // what a profiler is told of a part of the step
 template <typename Part>
-auto recorded(const char* name, const Part& part) {
+auto profiled(const char* name, const Part& part) {
   RECORD_FUNCTION(name, c10::ArrayRef<const c10::IValue>{});
   return part();
 }
@@ -67,7 +67,7 @@ void add_row(at::Tensor x, const at::Tensor& row) {
   }
 }
 
-// weights one behind the other, in the order in which a step reads them, so that they fill large pages
+// weights one after the other, in the order in which a step reads them, so that they fill large pages
 void lay_together(const std::vector<c10::intrusive_ptr<PackedLinear>>& linears) {
   int64_t bytes = 0;
   for (const auto& each : linears) {
@@ -91,8 +91,8 @@ DecoderLayers::DecoderLayers(
   TORCH_CHECK_VALUE(
       count >= 1 && static_cast<int64_t>(linears.size()) == count * kLinears + 1 &&
           static_cast<int64_t>(constants.size()) == count * kConstants,
-      "DecoderLayers: wanted at least one layer, ", kLinears, " products and ", kConstants,
-      " constants for each and one product for the logits, got ", linears.size(), " and ", constants.size());
+      "DecoderLayers: wanted at least one layer, ", kLinears, " matmuls and ", kConstants,
+      " constants for each and one matmul for the logits, got ", linears.size(), " and ", constants.size());
   TORCH_CHECK_VALUE(
       kv_heads >= 1 && heads >= kv_heads && heads % kv_heads == 0,
       "DecoderLayers: heads must be a multiple of kv_heads, got ", heads, " and ", kv_heads);
@@ -118,7 +118,7 @@ DecoderLayers::DecoderLayers(
   for (int64_t i = 0; i < count; ++i) {
     const auto* linear = linears.data() + i * kLinears;
     auto* constant = constants.data() + i * kConstants;
-    TORCH_CHECK_VALUE(linear[5] != nullptr, "DecoderLayers: last of layer ", i, " must be a PackedLinear, got none");
+    TORCH_CHECK_VALUE(linear[5] != nullptr, "DecoderLayers: down of layer ", i, " must be a PackedLinear, got none");
     const at::Tensor& bias = constant[3];
     TORCH_CHECK_VALUE(
         is_plain(bias, at::kFloat) && bias.dim() == 1 && bias.size(0) % 2 == 0 && bias.size(0) >= 2 &&
@@ -129,8 +129,8 @@ DecoderLayers::DecoderLayers(
     check_linear(i, "self_output", linear[1], dim, width);
     check_linear(i, "cross_query", linear[2], width, dim);
     check_linear(i, "cross_output", linear[3], dim, width);
-    check_linear(i, "both", linear[4], bias.size(0), dim);
-    check_linear(i, "last", linear[5], dim, linear[5]->features());
+    check_linear(i, "up_gate", linear[4], bias.size(0), dim);
+    check_linear(i, "down", linear[5], dim, linear[5]->features());
     const auto check_constant = [&](const char* name, const at::Tensor& tensor, at::IntArrayRef sizes) {
       check_tensor("DecoderLayers", c10::str(name, " of layer ", i), tensor, at::kFloat, sizes);
     };
@@ -225,39 +225,39 @@ at::Tensor DecoderLayers::step(
   const int64_t size = head_size_;
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = layers_[i];
-    const at::Tensor projected = layer.query_key_value->forward(unit(x)).view({rows, 1, heads_ + 2 * kv_heads_, size});
+    const at::Tensor projected = layer.query_key_value->forward(l2_normalize(x)).view({rows, 1, heads_ + 2 * kv_heads_, size});
     const at::Tensor query = projected.narrow(2, 0, heads_).view({lengths.size(0), beams, 1, heads_, size});
-    recorded("spear_fast::append_kv", [&] {
+    profiled("spear_fast::append_kv", [&] {
       append_kv_cpu(
           projected.narrow(2, heads_, kv_heads_), projected.narrow(2, heads_ + kv_heads_, kv_heads_), layer.freqs, positions,
           keys[i], values[i]);
     });
-    const at::Tensor attended = recorded("spear_fast::decode_self_attention", [&] {
+    const at::Tensor attended = profiled("spear_fast::decode_self_attention", [&] {
       return decode_self_attention_cpu(query, layer.freqs, keys[i], values[i], ancestors, written);
     });
     x = layer.self_output->added(attended.view({rows, heads_ * size}), x);
 
-    at::Tensor sighted = x.narrow(0, 0, sourced);
-    const at::Tensor asked = layer.cross_query->forward(unit(sighted)).view({utterances, beams, heads_, size});
-    const at::Tensor seen = recorded("spear_fast::decode_cross_attention", [&] {
+    at::Tensor conditional = x.narrow(0, 0, sourced);
+    const at::Tensor asked = layer.cross_query->forward(l2_normalize(conditional)).view({utterances, beams, heads_, size});
+    const at::Tensor seen = profiled("spear_fast::decode_cross_attention", [&] {
       return std::get<0>(decode_cross_attention_cpu(
           asked, memory_keys[i], memory_values[i], layer.null_key, layer.null_value, memory_lengths, false));
     });
-    sighted = layer.cross_output->added(seen.view({sourced, heads_ * size}), sighted);
+    conditional = layer.cross_output->added(seen.view({sourced, heads_ * size}), conditional);
     if (rows > sourced) {
       // without its source the other half sees the null key alone, which needs no query
-      at::Tensor blind = x.narrow(0, sourced, rows - sourced);
-      add_row(blind, layer.null_output);
-      x = sighted.data_ptr() == x.data_ptr() ? x : at::cat({sighted, blind});
+      at::Tensor unconditional = x.narrow(0, sourced, rows - sourced);
+      add_row(unconditional, layer.null_output);
+      x = conditional.data_ptr() == x.data_ptr() ? x : at::cat({conditional, unconditional});
     } else {
-      x = sighted;
+      x = conditional;
     }
-    const at::Tensor both = layer.both->forward(unit(x));
-    const at::Tensor inner = recorded(
-        "spear_fast::geglu", [&] { return geglu_cpu(both, layer.bias, layer.last->features()); });
-    x = layer.last->added(inner, x);
+    const at::Tensor gated = layer.up_gate->forward(l2_normalize(x));
+    const at::Tensor inner = profiled(
+        "spear_fast::geglu", [&] { return geglu_cpu(gated, layer.bias, layer.down->features()); });
+    x = layer.down->added(inner, x);
   }
-  return logits_->forward(unit(x));
+  return logits_->forward(l2_normalize(x));
 }
 
 }  // namespace spear_fast

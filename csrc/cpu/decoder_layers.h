@@ -9,13 +9,13 @@
 
 namespace spear_fast {
 
-// the products after a norm have its gamma folded in; query head i reads key head i / (heads / kv_heads)
+// the matmuls after a norm have its gamma folded in; query head i reads key head i / (heads / kv_heads)
 class DecoderLayers : public torch::CustomClassHolder {
  public:
   using Linears = std::vector<c10::intrusive_ptr<PackedLinear>>;
 
-  // linears: of each layer query_key_value, self_output, cross_query, cross_output, the feed-forward's first (both halves) and
-  // last; behind them the logits'. constants: of each layer null_key, null_value [heads, head_dim], null_output [dim], the
+  // linears: of each layer query_key_value, self_output, cross_query, cross_output, the feed-forward's up_gate (values,
+  // then gates) and down; after them the logits'. constants: of each layer null_key, null_value [heads, head_dim], null_output [dim], the
   // feed-forward's first bias [2 * inner], freqs [head_dim / 2]. embedding: [vocabulary + 1, dim]
   DecoderLayers(Linears linears, std::vector<at::Tensor> constants, at::Tensor embedding, int64_t heads, int64_t kv_heads);
 
@@ -29,7 +29,7 @@ class DecoderLayers : public torch::CustomClassHolder {
 
  private:
   struct Layer {
-    c10::intrusive_ptr<PackedLinear> query_key_value, self_output, cross_query, cross_output, both, last;
+    c10::intrusive_ptr<PackedLinear> query_key_value, self_output, cross_query, cross_output, up_gate, down;
     at::Tensor null_key, null_value, null_output, bias, freqs;
   };
 

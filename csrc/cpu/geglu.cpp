@@ -77,7 +77,7 @@ void differentiate(
   const auto* p_x = x.const_data_ptr<scalar_t>();
   const auto* p_bias = pointer<scalar_t>(bias);
   auto* p_grad_x = grad_x.data_ptr<scalar_t>();
-  // behind the values' columns, so that both halves may be added in whole steps
+  // after the values' columns, so that both halves may be added in whole steps
   const int64_t gate_column = round_up<acc_t>(inner);
 
   const auto rows_of_a_part = [&](int64_t begin, int64_t end, ColumnSums<acc_t>* sums) {

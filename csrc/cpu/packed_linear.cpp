@@ -31,7 +31,7 @@ constexpr int64_t kGrain = 1 << 14;
 // int8 values are stored as unsigned numbers around it
 constexpr int64_t kMiddle = 128;
 constexpr float kLargest = 127.0F;
-// sums of products of 8 bits stay within 32
+// sums of 8 bits times 8 bits stay within 32
 constexpr int64_t kMostFeatures = 1 << 16;
 
 PackedLinear::Kind kind_of(const std::string& name) {
@@ -48,7 +48,7 @@ struct Float {
   }
 };
 
-// whether the processor adds products of 8 bits to sums of 32 in one instruction
+// whether the processor multiplies 8 bits by 8 bits and adds to sums of 32 in one instruction
 bool has_dot_products() {
 #if defined(CPU_CAPABILITY_AVX512)
   return __builtin_cpu_supports("avx512vnni");
@@ -61,7 +61,7 @@ bool has_dot_products() {
 #endif
 }
 
-// four products of an unsigned with a signed number of 8 bits, added to a sum of 32 bits; DOT: as has_dot_products says
+// an unsigned times a signed number of 8 bits, four of them added to a sum of 32 bits; DOT: as has_dot_products says
 //
 // That instruction is written out: compiled for all processors that have such vectors, the code around it must not use it.
 template <bool DOT>
@@ -235,11 +235,11 @@ void PackedLinear::by_int8(const at::Tensor& rows, at::Tensor& out, bool add) co
   }
   const int64_t width = 4 * panels_.depth;
   at::Tensor whole = at::empty({count, width}, rows.options().dtype(at::kByte));
-  at::Tensor units = at::empty({count}, rows.options());
+  at::Tensor scales_of_rows = at::empty({count}, rows.options());
   const auto* p_rows = rows.const_data_ptr<float>();
   auto* p_whole = whole.data_ptr<uint8_t>();
-  auto* p_units = units.data_ptr<float>();
-  // each row has a unit of its own, so that nothing depends on the others
+  auto* p_scales_of_rows = scales_of_rows.data_ptr<float>();
+  // each row has a scale of its own, so that nothing depends on the others
   at::parallel_for(0, count, std::max<int64_t>(1, kGrain / features_), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* source = p_rows + row * stride;
@@ -247,7 +247,7 @@ void PackedLinear::by_int8(const at::Tensor& rows, at::Tensor& out, bool add) co
       const float largest = largest_of(source, features_);
       // not a number in, not a number out
       const bool finite = std::isfinite(largest);
-      p_units[row] = finite ? largest / kLargest : std::numeric_limits<float>::quiet_NaN();
+      p_scales_of_rows[row] = finite ? largest / kLargest : std::numeric_limits<float>::quiet_NaN();
       const float inverse = finite && largest > 0 ? kLargest / largest : 0.0F;
       if (!finite) {
         std::fill(target, target + width, static_cast<uint8_t>(kMiddle));
@@ -268,7 +268,7 @@ void PackedLinear::by_int8(const at::Tensor& rows, at::Tensor& out, bool add) co
   const auto finish = [&](int64_t row, int64_t output, const Lanes<int32_t>& sum, int64_t) {
     const Target target{p_out + row * n + output, std::min(Panels::kLanes, n - output)};
     const auto exact = at::vec::convert<float>(sum - Lanes<int32_t>::loadu(p_middles + output));
-    auto value = exact * Lanes<float>(p_units[row]) * Lanes<float>::loadu(p_scales + output);
+    auto value = exact * Lanes<float>(p_scales_of_rows[row]) * Lanes<float>::loadu(p_scales + output);
     if (p_bias != nullptr) {
       value = value + Lanes<float>::loadu(p_bias + output);
     }

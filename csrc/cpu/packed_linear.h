@@ -1,4 +1,4 @@
-// a matrix of weights, laid out once for many products with few rows
+// a matrix of weights, laid out once for many matmuls with few rows
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -49,7 +49,7 @@ class PackedLinear : public torch::CustomClassHolder {
   Panels panels_;
   at::Tensor weight_;
   std::optional<at::Tensor> bias_;
-  // of int8: what a unit of each output is worth, and what its sum is too large by
+  // of int8: the scale of each output, and what its sum is too large by
   at::Tensor scales_, middles_;
 };
 

@@ -1,7 +1,7 @@
-// products of few rows with a matrix that is read from memory each time: its columns in panels, one asked for ahead
+// matmuls of few rows with a matrix that is read from memory each time: its columns in panels, one asked for ahead
 //
 // A panel holds all of the depth for one to three vectors of outputs, in the order in which they are read. While the rows
-// pass over one panel in the second cache, the next one is fetched into it: so the products run at the speed of whichever
+// pass over one panel in the second cache, the next one is fetched into it: so the matmuls run at the speed of whichever
 // is slower, arithmetic or memory, and not at the sum of both. Every output is one sum in one order, whatever rows there are
 // beside it: a row's bits depend on nothing but the row and the weights.
 #pragma once
@@ -53,7 +53,7 @@ struct Panels {
     return vectors * kLanes * depth;
   }
 
-  // lays units out, zeros behind the last output: unit_of(output, position in the depth)
+  // lays units out, zeros after the last output: unit_of(output, position in the depth)
   template <typename unit_t, typename UnitOf>
   void fill(unit_t* target, const UnitOf& unit_of) const {
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
@@ -93,7 +93,7 @@ struct Ahead {
   }
 };
 
-// sums[row, output] = sum over i of a[row, i] * panel[i, output]; the rows are written out by the compiler, see products.h
+// sums[row, output] = sum over i of a[row, i] * panel[i, output]; the rows are written out by the compiler, see matmul.h
 template <typename Arithmetic, int WIDTH, int... ROW>
 [[gnu::noinline]] void panel_block(
     std::integer_sequence<int, ROW...>, const typename Arithmetic::unit_t* a, int64_t a_row,
@@ -173,7 +173,7 @@ inline void multiply_panels(
               const auto* next = here + depth * WIDTH * lanes;
               const bool goes_on = start + depth < shape.depth || task + 1 < last_task;
               const int64_t blocks = (count + kPanelRows - 1) / kPanelRows;
-              // evenly: as many at once as memory answers would make the products wait
+              // evenly: as many at once as memory answers would make the matmuls wait
               const int64_t size_ahead = goes_on ? depth * WIDTH * lanes : 0, lines = (WIDTH * lanes / 16 + blocks - 1) / blocks;
               for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = count * block / blocks, size = count * (block + 1) / blocks - row;

@@ -17,7 +17,7 @@ constexpr int64_t kGrain = 1 << 14;
 
 // x: [outer, length, heads, size]; positions: null for 0..length - 1, else [length] or, with own, [outer, length]
 template <typename scalar_t>
-void turn(
+void rotate(
     const at::Tensor& x, const at::Tensor& freqs, const int64_t* positions, bool own, bool inverse, at::Tensor& out) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t outer = x.size(0), length = x.size(1), heads = x.size(2), size = x.size(3);
@@ -64,7 +64,7 @@ at::Tensor rotary_cpu(
   const auto* p_where = where.defined() ? where.const_data_ptr<int64_t>() : nullptr;
   const bool own = where.defined() && where.numel() != x.size(-3);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "rotary", [&] {
-    turn<scalar_t>(rows, freqs, p_where, own, inverse, out);
+    rotate<scalar_t>(rows, freqs, p_where, own, inverse, out);
   });
   return out;
 }

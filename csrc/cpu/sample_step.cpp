@@ -45,14 +45,14 @@ double weigh(
   }
   // best first
   const auto order = [](const Candidate<acc_t>& a, const Candidate<acc_t>& b) { return comes_before(a, b); };
-  const int kept = some ? top_k : vocab;
-  std::partial_sort(heap.begin(), heap.begin() + kept, heap.end(), order);
-  for (int rank = 0; rank < kept; ++rank) {
+  const int count = some ? top_k : vocab;
+  std::partial_sort(heap.begin(), heap.begin() + count, heap.end(), order);
+  for (int rank = 0; rank < count; ++rank) {
     heap[rank].value = std::exp(heap[rank].value - most);
     total += heap[rank].value;
   }
   double before = 0, left = 0;
-  for (int rank = 0; rank < kept; ++rank) {
+  for (int rank = 0; rank < count; ++rank) {
     // what comes before a token must not hold the share already; the first always stays
     if (top_p < 1 && rank > 0 && before >= top_p * total) {
       break;

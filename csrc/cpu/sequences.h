@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../philox.h"
-#include "products.h"
+#include "matmul.h"
 
 namespace spear_fast {
 
@@ -140,8 +140,8 @@ class Sequences {
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = 0; j < columns; ++j) {
         const auto key = static_cast<uint32_t>(positions[j] + (has_null() ? 1 : 0));
-        const bool kept = keeps(key, static_cast<uint32_t>(first + i), of_row, seed_, threshold);
-        weights[i * kColumns + j] *= kept ? share : acc_t(0);
+        const bool stays = keeps(key, static_cast<uint32_t>(first + i), of_row, seed_, threshold);
+        weights[i * kColumns + j] *= stays ? share : acc_t(0);
       }
     }
   }
@@ -194,7 +194,7 @@ class Tokens {
         sin_(rotations.second),
         size_(tensor.size(-1)) {}
 
-  // target[i] = the token, times scale; zeros are left as they are behind it
+  // target[i] = the token, times scale; zeros are left as they are after it
   void load(int64_t row, Span span, int64_t position, int64_t head, acc_t scale, acc_t* target) const {
     const scalar_t* source = source_of(row, span, position, head);
     if (!cos_.defined() || position < 0) {
@@ -203,7 +203,7 @@ class Tokens {
       }
       return;
     }
-    turn(position, acc_t(1), [&](int64_t i, acc_t cos, acc_t sin) {
+    rotate(position, acc_t(1), [&](int64_t i, acc_t cos, acc_t sin) {
       const auto even = static_cast<acc_t>(source[2 * i]), odd = static_cast<acc_t>(source[2 * i + 1]);
       target[2 * i] = (even * cos - odd * sin) * scale;
       target[2 * i + 1] = (odd * cos + even * sin) * scale;
@@ -219,7 +219,7 @@ class Tokens {
       }
       return;
     }
-    turn(position, acc_t(-1), [&](int64_t i, acc_t cos, acc_t sin) {
+    rotate(position, acc_t(-1), [&](int64_t i, acc_t cos, acc_t sin) {
       target[2 * i] = static_cast<out_t>((gradient[2 * i] * cos - gradient[2 * i + 1] * sin) * scale);
       target[2 * i + 1] = static_cast<out_t>((gradient[2 * i + 1] * cos + gradient[2 * i] * sin) * scale);
     });
@@ -262,7 +262,7 @@ class Tokens {
   }
 
   template <typename Body>
-  void turn(int64_t position, acc_t sign, const Body& body) const {
+  void rotate(int64_t position, acc_t sign, const Body& body) const {
     const auto* cos = cos_.const_data_ptr<acc_t>() + position * size_ / 2;
     const auto* sin = sin_.const_data_ptr<acc_t>() + position * size_ / 2;
     for (int64_t i = 0; i < size_ / 2; ++i) {

@@ -13,7 +13,7 @@ namespace spear_fast {
 // ancestors that are moved at once
 inline constexpr int kBytes = 8192;
 
-// the first of a lane's share that comes behind `last`, which came from it; any where nothing came from it yet
+// the first of a lane's share that comes after `last`, which came from it; any where nothing came from it yet
 __device__ inline Candidate<float> next_of_lane(
     const float* row, int vocab, float score, int first, bool any, const Candidate<float>& last) {
   Candidate<float> best = no_candidate();

@@ -1,7 +1,7 @@
 // attention of the newest tokens over their own history, on caches that are never moved: the ancestor table is followed in place
 //
 // A block takes kChunk positions of one utterance and one key head for up to ROWS query rows, ordered (beam, token, member of
-// the head's group). A row of the cache is loaded once for neighbouring query rows that read the same slot, so what beams share
+// the head's group). A row of the cache is loaded once for neighbouring query rows that read the same beam, so what beams share
 // is read once. Scores of the chunk stay in shared memory between the passes over keys and over values. The chunks' borders
 // depend on the buffer alone: a hypothesis gets the same bits whatever else is in the batch.
 #include "decode_self_attention.h"
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
   __shared__ float s_sums[kWarps][ROWS][kWidth];
   __shared__ float s_top[ROWS], s_total[ROWS];
   __shared__ int s_limits[ROWS], s_beams[ROWS];
-  __shared__ unsigned char s_slots[ROWS][kChunk];
+  __shared__ unsigned char s_cache_beams[ROWS][kChunk];
 
   const int size = static_cast<int>(a.size), thread = static_cast<int>(threadIdx.x);
   const int members = static_cast<int>(a.heads / a.groups), per_beam = static_cast<int>(a.tokens) * members;
@@ -70,19 +70,19 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
   }
   const int count = longest - begin < kChunk ? longest - begin : kChunk;
 
-  // slots of each beam of the tile: its last row reads furthest
+  // beam indices in the cache of each beam of the tile: its last row reads furthest
   const int tile_beams = s_beams[rows - 1] + 1;
   for (int i = thread; i < tile_beams * kChunk; i += kThreads) {
     const int beam = i / kChunk, position = begin + i % kChunk;
     const int after = (first_beam + beam + 1) * per_beam - first_row;
-    int slot = 0;
+    int cache_beam = 0;
     if (position < s_limits[(after < rows ? after : rows) - 1]) {
-      slot = a.ancestors[utterance * a.ancestors_utterance + (first_beam + beam) * a.ancestors_beam +
+      cache_beam = a.ancestors[utterance * a.ancestors_utterance + (first_beam + beam) * a.ancestors_beam +
                          position * a.ancestors_position];
       // a table that is wrong must not lead outside the caches
-      slot = slot < a.beams ? slot : static_cast<int>(a.beams) - 1;
+      cache_beam = cache_beam < a.beams ? cache_beam : static_cast<int>(a.beams) - 1;
     }
-    s_slots[beam][i % kChunk] = static_cast<unsigned char>(slot);
+    s_cache_beams[beam][i % kChunk] = static_cast<unsigned char>(cache_beam);
   }
   const float scale = 1.0f / sqrtf(static_cast<float>(size));
   for (int i = thread; i < rows * (kWidth / 2); i += kThreads) {
@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
   __syncthreads();
 
   const int lane = thread % LANES, place = thread / LANES;
-  const long long first_slot = utterance * a.beams;
-  const scalar_t* keys = static_cast<const scalar_t*>(a.cache_key) + first_slot * a.key_row + group * a.key_group;
+  const long long first_beam_row = utterance * a.beams;
+  const scalar_t* keys = static_cast<const scalar_t*>(a.cache_key) + first_beam_row * a.key_row + group * a.key_group;
   const scalar_t* values =
-      static_cast<const scalar_t*>(a.cache_value) + first_slot * a.value_row + group * a.value_group;
+      static_cast<const scalar_t*>(a.cache_value) + first_beam_row * a.value_row + group * a.value_group;
   {
     float query[ROWS][kElements];
 #pragma unroll
@@ -131,19 +131,19 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         if (row < rows) {
-          const unsigned char* slots = s_slots[s_beams[row]];
+          const unsigned char* cache_beams = s_cache_beams[s_beams[row]];
           const int limit = s_limits[row] - begin;
           uint4 pack[kSteps];
           bool fresh[kSteps];
 #pragma unroll
           for (int j = 0; j < kSteps; ++j) {
             const int i = step + j * kPlaces + place;
-            const int slot = i < limit ? slots[i] : held[j];
-            fresh[j] = slot != held[j];
+            const int cache_beam = i < limit ? cache_beams[i] : held[j];
+            fresh[j] = cache_beam != held[j];
             if (fresh[j]) {
-              held[j] = slot;
+              held[j] = cache_beam;
               pack[j] = load_pack<ALIGNED>(
-                  keys + slot * a.key_row + (begin + i) * a.key_position, lane * kElements, size);
+                  keys + cache_beam * a.key_row + (begin + i) * a.key_position, lane * kElements, size);
             }
           }
 #pragma unroll
@@ -205,19 +205,19 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
 #pragma unroll
       for (int row = 0; row < ROWS; ++row) {
         if (row < rows) {
-          const unsigned char* slots = s_slots[s_beams[row]];
+          const unsigned char* cache_beams = s_cache_beams[s_beams[row]];
           const int limit = s_limits[row] - begin;
           uint4 pack[kSteps];
           bool fresh[kSteps];
 #pragma unroll
           for (int j = 0; j < kSteps; ++j) {
             const int i = step + j * kPlaces + place;
-            const int slot = i < limit ? slots[i] : held[j];
-            fresh[j] = slot != held[j];
+            const int cache_beam = i < limit ? cache_beams[i] : held[j];
+            fresh[j] = cache_beam != held[j];
             if (fresh[j]) {
-              held[j] = slot;
+              held[j] = cache_beam;
               pack[j] = load_pack<ALIGNED>(
-                  values + slot * a.value_row + (begin + i) * a.value_position, lane * kElements, size);
+                  values + cache_beam * a.value_row + (begin + i) * a.value_position, lane * kElements, size);
             }
           }
 #pragma unroll

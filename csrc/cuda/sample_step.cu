@@ -33,7 +33,7 @@ __device__ inline count_t count_above(const float* values, const float* weights,
   return sum_lanes<kWarp>(count);
 }
 
-// the first of the best tokens keep their weights, the others get zero: those in front of one must count for less than `limit`
+// the first of the best tokens keep their weights, the others get zero: those before one must count for less than `limit`
 //
 // Equals come in the order of their ids. top: the largest value. For a warp, each lane its share.
 template <typename count_t>

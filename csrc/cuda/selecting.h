@@ -71,27 +71,27 @@ template <typename scalar_t>
 struct MixedLogits {
   const scalar_t* logits;
   // none where it would change nothing
-  const scalar_t* blind;
-  long long stride, blind_stride;
+  const scalar_t* unconditional;
+  long long stride, unconditional_stride;
   float guidance;
 
   template <typename Arguments>
   __device__ MixedLogits(const Arguments& a, long long utterance, int beam, float guidance)
       : logits(static_cast<const scalar_t*>(a.logits) + utterance * a.logits_utterance + beam * a.logits_beam),
-        blind(static_cast<const scalar_t*>(a.null_logits)),
+        unconditional(static_cast<const scalar_t*>(a.null_logits)),
         stride(a.logits_token),
-        blind_stride(a.null_token),
+        unconditional_stride(a.null_token),
         guidance(guidance) {
-    const bool mixes = blind != nullptr && guidance != 1;
-    blind = mixes ? blind + utterance * a.null_utterance + beam * a.null_beam : nullptr;
+    const bool mixes = unconditional != nullptr && guidance != 1;
+    unconditional = mixes ? unconditional + utterance * a.null_utterance + beam * a.null_beam : nullptr;
   }
 
   __device__ float operator()(int token) const {
     const float value = widen(logits[token * stride]);
-    if (blind == nullptr) {
+    if (unconditional == nullptr) {
       return value;
     }
-    const float without = widen(blind[token * blind_stride]);
+    const float without = widen(unconditional[token * unconditional_stride]);
     return without + (value - without) * guidance;
   }
 };

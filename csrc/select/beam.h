@@ -1,4 +1,4 @@
-// beam search behind the choice of candidates: the pool, the hypotheses that go on, ancestors, the end
+// beam search after the choice of candidates: the pool, the hypotheses that go on, ancestors, the end
 #pragma once
 
 #include "buffers.h"
@@ -20,10 +20,10 @@ SPEAR_FAST_HOST_DEVICE inline acc_t length_divisor(const Buffers<acc_t>& b, int6
   return power(acc_t(counted < 1 ? 1 : counted), b.float_param(utterance, kLengthPenalty));
 }
 
-// puts a hypothesis behind all that are at least as good; drops the last one
+// puts a hypothesis after all that are at least as good; drops the last one
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline void enter_pool(
-    const BeamBuffers<acc_t>& b, int64_t utterance, acc_t score, int64_t slot, int64_t end, bool finished,
+    const BeamBuffers<acc_t>& b, int64_t utterance, acc_t score, int64_t beam, int64_t end, bool finished,
     acc_t last_logprob) {
   const int64_t first = utterance * b.beams, size = b.size_of(utterance);
   ++b.ended[utterance];
@@ -39,7 +39,7 @@ SPEAR_FAST_HOST_DEVICE inline void enter_pool(
     b.pool_last_logprobs[place] = b.pool_last_logprobs[place - 1];
   }
   b.pool_scores[place] = score;
-  b.pool_beams[place] = slot;
+  b.pool_beams[place] = beam;
   b.pool_ends[place] = end;
   b.pool_finished[place] = finished;
   b.pool_last_logprobs[place] = last_logprob;
@@ -91,7 +91,7 @@ SPEAR_FAST_HOST_DEVICE inline bool sort_out(
       enter_pool<acc_t>(b, utterance, one.value / divisor, origin, steps, true, likely[one.index]);
     }
   }
-  // too few go on: those that ended fill the slots, without a chance
+  // too few go on: those that ended fill the beam, without a chance
   for (int rank = 0; rank < 2 * size && going < size; ++rank) {
     const int index = candidates[rank].index;
     if (eos >= 0 && index % b.vocab == eos) {
@@ -131,7 +131,7 @@ SPEAR_FAST_HOST_DEVICE inline void move_on(
       group.sync();
     }
     for (int beam = group.thread(); beam < size; beam += group.threads()) {
-      // the newest input of each origin stands in its own slot, the next one in the hypothesis' own
+      // the newest input of each origin stands at its own beam index, the next one at the hypothesis' own
       table[beam * b.capacity + steps] = static_cast<uint8_t>(next[beam].origin);
       if (steps + 1 < b.capacity) {
         table[beam * b.capacity + steps + 1] = static_cast<uint8_t>(beam);
@@ -140,12 +140,12 @@ SPEAR_FAST_HOST_DEVICE inline void move_on(
     }
   }
   for (int beam = group.thread(); beam < size; beam += group.threads()) {
-    const int64_t slot = utterance * b.beams + beam, place = b.place(utterance, steps, beam);
+    const int64_t hypothesis = utterance * b.beams + beam, place = b.place(utterance, steps, beam);
     b.tokens[place] = next[beam].token;
     b.parents[place] = static_cast<uint8_t>(next[beam].origin);
     b.logprobs[place] = next[beam].logprob;
-    b.inputs[slot] = next[beam].token;
-    b.scores[slot] = next[beam].score;
+    b.inputs[hypothesis] = next[beam].token;
+    b.scores[hypothesis] = next[beam].score;
   }
   if (group.thread() == 0 && over) {
     b.done[utterance] = true;

@@ -1,4 +1,4 @@
-// the order of candidates: the larger value first, NaN in front of all, the lower index among equals
+// the order of candidates: the larger value first, NaN before all, the lower index among equals
 #pragma once
 
 #include "portable.h"

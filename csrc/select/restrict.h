@@ -7,15 +7,15 @@ namespace spear_fast {
 
 // a hypothesis' own token of step i, -1 where the table leads out of the beam
 //
-// It was the input of position i + 1, in whose slot it stands; the newest one's slot is the hypothesis' own.
+// It was the input of position i + 1, at whose beam index it stands; the newest one's is the hypothesis' own.
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline int own_token(
     const Buffers<acc_t>& b, int64_t utterance, int beam, int64_t step, int64_t steps, bool moves) {
-  int slot = beam;
+  int origin = beam;
   if (moves && step + 1 < steps) {
-    slot = b.ancestors[(utterance * b.beams + beam) * b.capacity + step + 1];
+    origin = b.ancestors[(utterance * b.beams + beam) * b.capacity + step + 1];
   }
-  return slot < b.beams ? b.tokens[b.place(utterance, step, slot)] : -1;
+  return origin < b.beams ? b.tokens[b.place(utterance, step, origin)] : -1;
 }
 
 template <typename acc_t>
@@ -41,7 +41,7 @@ SPEAR_FAST_HOST_DEVICE inline bool is_repeated(
 // target[token] = source[token] with the penalty, or -inf where the token must not come; both `[vocabulary]`
 //
 // All threads of the group call it; `source` must be complete, `target` is when it returns. moves: hypotheses may have
-// changed their slots, so that the ancestor table is followed.
+// changed their beam indices, so that the ancestor table is followed.
 template <typename Group, typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline void restrict_values(
     const Group& group, const Buffers<acc_t>& b, int64_t utterance, int beam, int64_t steps, bool moves,

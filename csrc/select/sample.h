@@ -1,4 +1,4 @@
-// sampling behind the values: which tokens are left, the draw, the end
+// sampling after the values: which tokens are left, the draw, the end
 #pragma once
 
 #include "../philox.h"
@@ -20,7 +20,7 @@ SPEAR_FAST_HOST_DEVICE inline double uniform_number(int64_t seed, int64_t step, 
 // the first of the tokens begin..end - 1 at which the cumulative weight exceeds `target`; where rounding passes over all of
 // them the last with any weight; -1 where none has any
 //
-// before: the weight of the tokens in front of `begin`.
+// before: the weight of the tokens before `begin`.
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline int draw_token(const acc_t* weights, int begin, int end, double before, double target) {
   int last = -1;
@@ -41,13 +41,13 @@ SPEAR_FAST_HOST_DEVICE inline int draw_token(const acc_t* weights, int begin, in
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline void append_token(
     const SampleBuffers<acc_t>& b, int64_t utterance, int beam, int64_t steps, int token, acc_t logprob) {
-  const int64_t slot = utterance * b.beams + beam, place = b.place(utterance, steps, beam);
+  const int64_t hypothesis = utterance * b.beams + beam, place = b.place(utterance, steps, beam);
   b.tokens[place] = token;
   b.parents[place] = static_cast<uint8_t>(beam);
   b.logprobs[place] = logprob;
-  b.inputs[slot] = token;
+  b.inputs[hypothesis] = token;
   if (steps >= b.prefix_of(utterance)) {
-    b.scores[slot] += logprob;
+    b.scores[hypothesis] += logprob;
   }
   for (int half = 0; half < b.halves; ++half) {
     const int64_t row = (half * b.utterances + utterance) * b.beams + beam;
@@ -59,7 +59,7 @@ SPEAR_FAST_HOST_DEVICE inline void append_token(
   const int eos = b.int_param(utterance, kEosId);
   // where logits are NaN, or nothing may come, nothing sensible can follow
   if ((eos >= 0 && token == eos) || !(logprob > minus_infinite<acc_t>())) {
-    b.finished[slot] = true;
+    b.finished[hypothesis] = true;
   }
 }
 
@@ -67,8 +67,8 @@ SPEAR_FAST_HOST_DEVICE inline void append_token(
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline bool all_ended(const SampleBuffers<acc_t>& b, int64_t utterance) {
   for (int beam = 0; beam < b.size_of(utterance); ++beam) {
-    const int64_t slot = utterance * b.beams + beam;
-    if (!b.finished[slot] && b.lengths[slot] < b.int_param(utterance, kMaxLength)) {
+    const int64_t hypothesis = utterance * b.beams + beam;
+    if (!b.finished[hypothesis] && b.lengths[hypothesis] < b.int_param(utterance, kMaxLength)) {
       return false;
     }
   }

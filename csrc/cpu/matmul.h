@@ -1,4 +1,4 @@
-// products of small matrices that lie in the nearest caches: what attention over tiles is made of
+// matmuls of small matrices that lie in the nearest caches: what attention over tiles is made of
 #pragma once
 
 #include <utility>
