@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu wheel clean
 
@@ -49,15 +50,17 @@ fuzz: $(VENV)/.dev ## ops and native classes with hostile arguments, under an el
 audit: $(VENV)/.dev ## compile the GPU kernels, without a GPU, and look for spilled registers and the like; AUDIT="--only WORD"
 	TRITON_INTERPRET= $(BIN)/python -m spear_fast.kernels.audit $(AUDIT)
 
-lint: $(VENV)/.dev ## ruff, mypy and the import-direction rule
+lint: $(VENV)/.dev ## ruff, mypy, the import-direction rule and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
-format: $(VENV)/.dev ## let ruff mend what it can
+format: $(VENV)/.dev ## let ruff and clang-format mend what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 recipe: $(VENV)/.recipe ## speak sentences, train and measure the demo's model from scratch
 	@command -v espeak-ng >/dev/null || { echo "make recipe speaks its sentences with espeak-ng, which is not installed: apt-get install espeak-ng (or brew install espeak-ng)" >&2; exit 1; }
