@@ -26,10 +26,11 @@ SPEAR_FAST_HOST_DEVICE inline Philox philox(
   return {{c0, c1, c2, c3}};
 }
 
-// whether dropout keeps the attention weight (query, key) of a row of the batch times heads; threshold: dropout_threshold
-SPEAR_FAST_HOST_DEVICE inline bool keeps(uint32_t key, uint32_t query, uint32_t row, uint64_t seed, uint32_t threshold) {
-  const Philox drawn =
-      philox(key, query, row, 0, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+// whether dropout keeps the attention weight (query, key) of a row of the batch times heads; threshold:
+// dropout_threshold
+SPEAR_FAST_HOST_DEVICE inline bool keeps(
+    uint32_t key, uint32_t query, uint32_t row, uint64_t seed, uint32_t threshold) {
+  const Philox drawn = philox(key, query, row, 0, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
   return (drawn.words[0] >> 8) >= threshold;
 }
 

@@ -61,8 +61,8 @@ struct QueryBlock {
 
 template <typename scalar_t>
 void attend(
-    const Sequences& sequences, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& out,
-    at::Tensor& lse) {
+    const Sequences& sequences, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    at::Tensor& out, at::Tensor& lse) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t size = sequences.size, heads = sequences.heads, padded = round_up<acc_t>(size);
   const acc_t scale = 1 / std::sqrt(static_cast<acc_t>(size));
@@ -118,7 +118,7 @@ void attend(
           target[j] = static_cast<scalar_t>(block.sums[i * padded + j] * share);
         }
         const int64_t place = sequences.packed ? head * query.size(0) + of_query.first + first + i
-                                            : (row * heads + head) * of_query.length + first + i;
+                                               : (row * heads + head) * of_query.length + first + i;
         p_lse[place] = block.largest[i] + std::log(block.totals[i]);
       }
     }
@@ -137,12 +137,12 @@ void attend(
 
 std::tuple<at::Tensor, at::Tensor> attention_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& key_mask,
-    const std::optional<at::Tensor>& cu_query, const std::optional<at::Tensor>& cu_key, int64_t max_query, int64_t max_key,
-    const std::optional<at::Tensor>& null_key, const std::optional<at::Tensor>& null_value,
+    const std::optional<at::Tensor>& cu_query, const std::optional<at::Tensor>& cu_key, int64_t max_query,
+    int64_t max_key, const std::optional<at::Tensor>& null_key, const std::optional<at::Tensor>& null_value,
     const std::optional<at::Tensor>& freqs, bool causal, bool modulo_heads, double dropout,
     const std::optional<at::Tensor>& seed) {
-  const AttentionOptions options{key_mask, cu_query,  cu_key, null_key,     null_value, freqs,
-                                 seed,     max_query, max_key, causal, modulo_heads, dropout};
+  const AttentionOptions options{key_mask, cu_query,  cu_key,  null_key, null_value,   freqs,
+                                 seed,     max_query, max_key, causal,   modulo_heads, dropout};
   TORCH_CHECK(key.sizes() == value.sizes(), "attention: the shapes of the arguments do not fit each other");
   const Sequences sequences("attention", query, key, options);
   auto out = at::empty(query.sizes(), query.options().memory_format(at::MemoryFormat::Contiguous));

@@ -33,7 +33,8 @@ acc_t dot(const acc_t* a, const acc_t* b, int64_t size) {
   return sum;
 }
 
-// weights = exp(scores - lse) * shares, zeros after a query's `count` keys; grad_scores = weights * (grad_weights - delta)
+// weights = exp(scores - lse) * shares, zeros after a query's `count` keys; grad_scores = weights * (grad_weights -
+// delta)
 //
 // whole: the tile has all keys of the query, and delta, the mean of grad_weights, is taken from it rather than from the
 // result, whose rounding would be all that is left where two large numbers cancel
@@ -115,8 +116,8 @@ void attend_backward(
         for (int64_t tile = 0; tile < block.counts[together - 1]; tile += kColumns) {
           const int64_t columns = std::min(kColumns, count - tile);
           product<false>(
-              block.queries.data(), padded, 1, key_tiles.data() + tile * padded, kColumns, block.weights.data(), kColumns,
-              together, kColumns, size);
+              block.queries.data(), padded, 1, key_tiles.data() + tile * padded, kColumns, block.weights.data(),
+              kColumns, together, kColumns, size);
           product<false>(
               block.grads.data(), padded, 1, value_tiles.data() + tile * padded, kColumns, block.grad_scores.data(),
               kColumns, together, kColumns, size);
@@ -177,12 +178,12 @@ void attend_backward(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_backward_cpu(
     const at::Tensor& grad_out, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& out, const at::Tensor& lse, const std::optional<at::Tensor>& key_mask,
-    const std::optional<at::Tensor>& cu_query, const std::optional<at::Tensor>& cu_key, int64_t max_query, int64_t max_key,
-    const std::optional<at::Tensor>& null_key, const std::optional<at::Tensor>& null_value,
+    const std::optional<at::Tensor>& cu_query, const std::optional<at::Tensor>& cu_key, int64_t max_query,
+    int64_t max_key, const std::optional<at::Tensor>& null_key, const std::optional<at::Tensor>& null_value,
     const std::optional<at::Tensor>& freqs, bool causal, bool modulo_heads, double dropout,
     const std::optional<at::Tensor>& seed) {
-  const AttentionOptions options{key_mask, cu_query,  cu_key, null_key,     null_value, freqs,
-                                 seed,     max_query, max_key, causal, modulo_heads, dropout};
+  const AttentionOptions options{key_mask, cu_query,  cu_key,  null_key, null_value,   freqs,
+                                 seed,     max_query, max_key, causal,   modulo_heads, dropout};
   TORCH_CHECK(
       key.sizes() == value.sizes() && grad_out.sizes() == query.sizes() && out.sizes() == query.sizes() &&
           lse.numel() * query.size(-1) == query.numel(),

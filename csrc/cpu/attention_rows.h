@@ -1,8 +1,8 @@
 // attention of a few query rows over a list of key and value rows: the body of both decoding ops
 //
-// Keys and values are given as lists of pointers, one for each position, so that a null key in front, a strided buffer and an
-// ancestor table are all the same to it. Every position is loaded once for a block of query rows, tile by tile, so that the
-// other blocks find it in the nearest cache.
+// Keys and values are given as lists of pointers, one for each position, so that a null key in front, a strided buffer
+// and an ancestor table are all the same to it. Every position is loaded once for a block of query rows, tile by tile,
+// so that the other blocks find it in the nearest cache.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,8 @@ namespace spear_fast {
 inline constexpr int64_t kTile = 64;
 // keys whose terms are summed together
 inline constexpr int64_t kKeys = 4;
-// positions that are asked for ahead: rows found through an ancestor table look random to the processor's own prefetching
+// positions that are asked for ahead: rows found through an ancestor table look random to the processor's own
+// prefetching
 inline constexpr int64_t kAhead = 8;
 
 template <typename scalar_t>
@@ -28,8 +29,8 @@ inline void prefetch(const scalar_t* row, int64_t size) {
   }
 }
 
-// scores[row, position] = queries[row] · keys[position]; may write up to kKeys - 1 scores past `count`; keys up to `reach` are
-// asked for ahead
+// scores[row, position] = queries[row] · keys[position]; may write up to kKeys - 1 scores past `count`; keys up to
+// `reach` are asked for ahead
 template <typename acc_t, int ROWS, typename scalar_t>
 inline void score_block(
     const acc_t* queries, int64_t query_stride, const scalar_t* const* keys, int64_t count, int64_t reach, int64_t size,
@@ -77,8 +78,8 @@ inline void score_block(
 // out[row] += sum over positions of weights[row, position] * values[position]; values up to `reach` are asked for ahead
 template <typename acc_t, int ROWS, typename scalar_t>
 inline void value_block(
-    const acc_t* weights, int64_t weight_stride, const scalar_t* const* values, int64_t count, int64_t reach, int64_t size,
-    acc_t* out, int64_t out_stride) {
+    const acc_t* weights, int64_t weight_stride, const scalar_t* const* values, int64_t count, int64_t reach,
+    int64_t size, acc_t* out, int64_t out_stride) {
   constexpr int64_t half = kStep<acc_t> / 2;
   const auto add = [&](int64_t offset, auto load) {
     const int64_t ahead = offset == 0 ? reach - kAhead : 0;
@@ -149,8 +150,8 @@ inline void score_rows(
 // out of all rows, each a weighted sum over all positions, added to what is there
 template <typename acc_t, typename scalar_t>
 inline void value_rows(
-    const acc_t* weights, int64_t rows, int64_t weight_stride, const scalar_t* const* values, int64_t count, int64_t size,
-    acc_t* out, int64_t out_stride) {
+    const acc_t* weights, int64_t rows, int64_t weight_stride, const scalar_t* const* values, int64_t count,
+    int64_t size, acc_t* out, int64_t out_stride) {
   for (int64_t start = 0; start < count; start += kTile) {
     const int64_t length = std::min(kTile, count - start);
     for_row_blocks<4>(rows, [&](int64_t row, auto size_of_block) {

@@ -61,10 +61,11 @@ void search(const at::Tensor& logits, const std::optional<at::Tensor>& null_logi
       Best<acc_t> best(candidates.data(), 2 * size);
       for (int beam = 0; beam < size; ++beam) {
         acc_t* row = likely.data() + int64_t(beam) * b.vocab;
-        const int64_t unconditional = p_null == nullptr ? 0 : u * null_logits->stride(0) + beam * null_logits->stride(1);
+        const int64_t unconditional =
+            p_null == nullptr ? 0 : u * null_logits->stride(0) + beam * null_logits->stride(1);
         mix_row(
-            p_logits + u * logits.stride(0) + beam * logits.stride(1), p_null == nullptr ? nullptr : p_null + unconditional,
-            b.vocab, guidance, temperature, row);
+            p_logits + u * logits.stride(0) + beam * logits.stride(1),
+            p_null == nullptr ? nullptr : p_null + unconditional, b.vocab, guidance, temperature, row);
         log_softmax_row(row, b.vocab);
         if (restricted) {
           restrict_values<OneThread, acc_t>(group, b, u, beam, steps, true, row, ranked.data());
@@ -83,13 +84,14 @@ void search(const at::Tensor& logits, const std::optional<at::Tensor>& null_logi
 
 void beam_step_cpu(
     const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const at::Tensor& float_params,
-    const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores,
-    at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs,
-    at::Tensor& pool_scores, at::Tensor& pool_beams, at::Tensor& pool_ends, at::Tensor& pool_finished,
-    at::Tensor& pool_last_logprobs, at::Tensor& ended, at::Tensor& done) {
+    const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths,
+    at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& pool_scores,
+    at::Tensor& pool_beams, at::Tensor& pool_ends, at::Tensor& pool_finished, at::Tensor& pool_last_logprobs,
+    at::Tensor& ended, at::Tensor& done) {
   const char* op = "beam_step";
   check_selection(op, logits, float_params, int_params, prefix, scores, lengths, ancestors, tokens, done);
-  check_same(op, scores, {&inputs, &scores, &pool_scores, &pool_beams, &pool_ends, &pool_finished, &pool_last_logprobs});
+  check_same(
+      op, scores, {&inputs, &scores, &pool_scores, &pool_beams, &pool_ends, &pool_finished, &pool_last_logprobs});
   check_same(op, tokens, {&tokens, &parents, &logprobs});
   check_same(op, done, {&done, &ended});
   check_same(op, lengths, {&lengths});

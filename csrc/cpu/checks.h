@@ -1,4 +1,5 @@
-// what the native classes ask of a tensor before they read its memory; of an op's arguments the dispatcher and Python ask it
+// what the native classes ask of a tensor before they read its memory; of an op's arguments the dispatcher and Python
+// ask it
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,9 +13,7 @@ inline bool is_plain(const at::Tensor& tensor, at::ScalarType type) {
 }
 
 // a dtype as Python calls it
-inline std::string dtype_of(at::ScalarType type) {
-  return std::string(c10::getDtypeNames(type).first);
-}
+inline std::string dtype_of(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
 
 // what an error says of a tensor
 inline std::string described(const at::Tensor& tensor) {
@@ -22,17 +21,19 @@ inline std::string described(const at::Tensor& tensor) {
     return "none";
   }
   const bool is_view = tensor.is_neg() || tensor.is_conj();
-  const char* kind = is_view ? " as a negated or conjugated view" : tensor._is_zerotensor() ? " of zeros without memory" : "";
+  const char* kind = is_view    ? " as a negated or conjugated view"
+      : tensor._is_zerotensor() ? " of zeros without memory"
+                                : "";
   return c10::str(
-      dtype_of(tensor.scalar_type()), " ", tensor.is_nested() ? c10::IntArrayRef() : tensor.sizes(), " on ", tensor.device(), ", ",
-      tensor.layout(), kind);
+      dtype_of(tensor.scalar_type()), " ", tensor.is_nested() ? c10::IntArrayRef() : tensor.sizes(), " on ",
+      tensor.device(), ", ", tensor.layout(), kind);
 }
 
 inline void check_tensor(
     const char* owner, const std::string& name, const at::Tensor& tensor, at::ScalarType type, at::IntArrayRef sizes) {
   TORCH_CHECK_VALUE(
-      is_plain(tensor, type) && tensor.sizes() == sizes, owner, ": ", name, " must be ", dtype_of(type), " ",
-      sizes, " on the CPU, strided, got ", described(tensor), "; convert it with .to(), views with .contiguous()");
+      is_plain(tensor, type) && tensor.sizes() == sizes, owner, ": ", name, " must be ", dtype_of(type), " ", sizes,
+      " on the CPU, strided, got ", described(tensor), "; convert it with .to(), views with .contiguous()");
 }
 
 }  // namespace spear_fast

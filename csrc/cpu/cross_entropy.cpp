@@ -31,9 +31,7 @@ void check_labels(const at::Tensor& labels, int64_t vocabulary, int64_t ignore_i
   }
 }
 
-int64_t rows_at_once(int64_t vocabulary) {
-  return std::max<int64_t>(1, kLogits / vocabulary);
-}
+int64_t rows_at_once(int64_t vocabulary) { return std::max<int64_t>(1, kLogits / vocabulary); }
 
 template <typename acc_t>
 acc_t largest_of(const acc_t* logits, int64_t count) {
@@ -88,8 +86,8 @@ void for_chunks(const at::Tensor& hidden, const at::Tensor& matrix, const Body& 
 
 template <typename acc_t>
 void compute(
-    const at::Tensor& hidden, const at::Tensor& matrix, const int64_t* labels, int64_t ignore_index,
-    at::Tensor& losses, at::Tensor& lse) {
+    const at::Tensor& hidden, const at::Tensor& matrix, const int64_t* labels, int64_t ignore_index, at::Tensor& losses,
+    at::Tensor& lse) {
   const int64_t vocabulary = matrix.size(0);
   auto* p_losses = losses.data_ptr<acc_t>();
   auto* p_lse = lse.data_ptr<acc_t>();

@@ -54,8 +54,7 @@ void attend(
           queries[beam * padded + i] = static_cast<acc_t>(source[i]) * scale;
         }
       }
-      score_rows<acc_t>(
-          queries.data(), beams, padded, keys.data(), count, size, scores.data(), score_stride);
+      score_rows<acc_t>(queries.data(), beams, padded, keys.data(), count, size, scores.data(), score_stride);
       std::fill(sums.begin(), sums.end(), acc_t(0));
       std::vector<acc_t> totals(beams);
       for (int64_t beam = 0; beam < beams; ++beam) {

@@ -33,8 +33,7 @@ int64_t reach(int64_t length, int64_t tokens, int64_t token) {
 }
 
 // returns how many positions all tokens of all hypotheses of an utterance read from the same beams
-int64_t common_trunk(
-    const uint8_t* ancestors, const int64_t* lengths, int64_t beams, int64_t tokens, int64_t buffer) {
+int64_t common_trunk(const uint8_t* ancestors, const int64_t* lengths, int64_t beams, int64_t tokens, int64_t buffer) {
   int64_t trunk = reach(*std::min_element(lengths, lengths + beams), tokens, 0);
   for (int64_t beam = 1; beam < beams; ++beam) {
     const uint8_t* other = ancestors + beam * buffer;
@@ -93,8 +92,8 @@ void attend(
         }
       }
 
-      // what all hypotheses share is read once for all; what each has of its own, once for its tokens and heads; and the
-      // new positions once for each token that comes after
+      // what all hypotheses share is read once for all; what each has of its own, once for its tokens and heads; and
+      // the new positions once for each token that comes after
       const int64_t trunk = common_trunk(ancestor, length, beams, tokens, buffer);
       keys.find(ancestor, 0, trunk, found.data());
       score_rows<acc_t>(queries.data(), rows, padded, found.data(), trunk, size, scores.data(), score_stride);
@@ -128,8 +127,7 @@ void attend(
           value_rows<acc_t>(
               scores.data() + row * score_stride + first, members, score_stride, found.data() + first - trunk,
               count - first, size, sums.data() + row * padded, padded);
-          scalar_t* targets =
-              p_out + (((utterance * beams + beam) * tokens + token) * heads + group * members) * size;
+          scalar_t* targets = p_out + (((utterance * beams + beam) * tokens + token) * heads + group * members) * size;
           for (int64_t member = 0; member < members; ++member) {
             const acc_t* sum = sums.data() + (row + member) * padded;
             const acc_t share = count > 0 ? 1 / totals[row + member] : acc_t(0);

@@ -111,8 +111,8 @@ DecoderLayers::DecoderLayers(
   const int64_t width = heads * head_size_;
   const auto check_linear = [](int64_t layer, const char* name, const auto& linear, int64_t outputs, int64_t features) {
     TORCH_CHECK_VALUE(
-        linear && linear->outputs() == outputs && linear->features() == features, "DecoderLayers: ", name, " of layer ", layer,
-        " must have a weight [", outputs, ", ", features, "], got ",
+        linear && linear->outputs() == outputs && linear->features() == features, "DecoderLayers: ", name, " of layer ",
+        layer, " must have a weight [", outputs, ", ", features, "], got ",
         linear ? c10::str(c10::IntArrayRef{linear->outputs(), linear->features()}) : "none");
   };
   for (int64_t i = 0; i < count; ++i) {
@@ -142,8 +142,8 @@ DecoderLayers::DecoderLayers(
       constant[j] = constant[j].contiguous();
     }
     layers_.push_back(
-        {linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], constant[0], constant[1], constant[2], constant[3],
-         constant[4]});
+        {linear[0], linear[1], linear[2], linear[3], linear[4], linear[5], constant[0], constant[1], constant[2],
+         constant[3], constant[4]});
   }
   logits_ = linears.back();
   TORCH_CHECK_VALUE(
@@ -175,9 +175,8 @@ void DecoderLayers::check(
       "] on the CPU, strided, got ", described(lengths));
   const int64_t halves = lengths.size(0);
   TORCH_CHECK_VALUE(
-      is_plain(ancestors, at::kByte) && ancestors.dim() == 3,
-      "DecoderLayers: ancestors must be uint8 [", halves, ", ", beams, ", capacity] on the CPU, strided, got ",
-      described(ancestors));
+      is_plain(ancestors, at::kByte) && ancestors.dim() == 3, "DecoderLayers: ancestors must be uint8 [", halves, ", ",
+      beams, ", capacity] on the CPU, strided, got ", described(ancestors));
   const int64_t capacity = ancestors.size(2);
   check_tensor(name, "ancestors", ancestors, at::kByte, {halves, beams, capacity});
   check_tensor(name, "memory_lengths", memory_lengths, at::kLong, {utterances});
@@ -185,16 +184,17 @@ void DecoderLayers::check(
     for (const auto* caches : {&keys, &values}) {
       const at::Tensor& cache = (*caches)[i];
       check_tensor(
-          name, caches == &keys ? "keys" : "values", cache, at::kFloat, {halves * beams, kv_heads_, capacity, head_size_});
+          name, caches == &keys ? "keys" : "values", cache, at::kFloat,
+          {halves * beams, kv_heads_, capacity, head_size_});
       TORCH_CHECK_VALUE(
-          cache.stride(3) == 1, "DecoderLayers: keys and values must be contiguous in their last dimension, got strides ",
-          cache.strides(), "; call .contiguous() when they are made");
+          cache.stride(3) == 1,
+          "DecoderLayers: keys and values must be contiguous in their last dimension, got strides ", cache.strides(),
+          "; call .contiguous() when they are made");
     }
     const at::Tensor& memory = memory_keys[i];
     TORCH_CHECK_VALUE(
-        is_plain(memory, at::kFloat) && memory.dim() == 4,
-        "DecoderLayers: memory_keys must be float32 [", utterances, ", ", heads_, ", positions, ", head_size_,
-        "] on the CPU, strided, got ", described(memory));
+        is_plain(memory, at::kFloat) && memory.dim() == 4, "DecoderLayers: memory_keys must be float32 [", utterances,
+        ", ", heads_, ", positions, ", head_size_, "] on the CPU, strided, got ", described(memory));
     const std::array<int64_t, 4> sizes{utterances, heads_, memory.size(2), head_size_};
     check_tensor(name, "memory_keys", memory, at::kFloat, sizes);
     check_tensor(name, "memory_values", memory_values[i], at::kFloat, sizes);
@@ -217,7 +217,8 @@ at::Tensor DecoderLayers::step(
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t id = p_inputs[row % sourced];
     TORCH_CHECK_VALUE(
-        id >= 0 && id < embedding_.size(0), "DecoderLayers: inputs must lie in 0..", embedding_.size(0) - 1, ", got ", id);
+        id >= 0 && id < embedding_.size(0), "DecoderLayers: inputs must lie in 0..", embedding_.size(0) - 1, ", got ",
+        id);
     std::memcpy(x.data_ptr<float>() + row * dim, p_embedding + id * dim, dim * sizeof(float));
   }
   const at::Tensor positions = lengths.reshape({rows});
@@ -225,12 +226,13 @@ at::Tensor DecoderLayers::step(
   const int64_t size = head_size_;
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = layers_[i];
-    const at::Tensor projected = layer.query_key_value->forward(l2_normalize(x)).view({rows, 1, heads_ + 2 * kv_heads_, size});
+    const at::Tensor projected =
+        layer.query_key_value->forward(l2_normalize(x)).view({rows, 1, heads_ + 2 * kv_heads_, size});
     const at::Tensor query = projected.narrow(2, 0, heads_).view({lengths.size(0), beams, 1, heads_, size});
     profiled("spear_fast::append_kv", [&] {
       append_kv_cpu(
-          projected.narrow(2, heads_, kv_heads_), projected.narrow(2, heads_ + kv_heads_, kv_heads_), layer.freqs, positions,
-          keys[i], values[i]);
+          projected.narrow(2, heads_, kv_heads_), projected.narrow(2, heads_ + kv_heads_, kv_heads_), layer.freqs,
+          positions, keys[i], values[i]);
     });
     const at::Tensor attended = profiled("spear_fast::decode_self_attention", [&] {
       return decode_self_attention_cpu(query, layer.freqs, keys[i], values[i], ancestors, written);
@@ -238,7 +240,8 @@ at::Tensor DecoderLayers::step(
     x = layer.self_output->added(attended.view({rows, heads_ * size}), x);
 
     at::Tensor conditional = x.narrow(0, 0, sourced);
-    const at::Tensor asked = layer.cross_query->forward(l2_normalize(conditional)).view({utterances, beams, heads_, size});
+    const at::Tensor asked =
+        layer.cross_query->forward(l2_normalize(conditional)).view({utterances, beams, heads_, size});
     const at::Tensor seen = profiled("spear_fast::decode_cross_attention", [&] {
       return std::get<0>(decode_cross_attention_cpu(
           asked, memory_keys[i], memory_values[i], layer.null_key, layer.null_value, memory_lengths, false));
@@ -253,8 +256,8 @@ at::Tensor DecoderLayers::step(
       x = conditional;
     }
     const at::Tensor gated = layer.up_gate->forward(l2_normalize(x));
-    const at::Tensor inner = profiled(
-        "spear_fast::geglu", [&] { return geglu_cpu(gated, layer.bias, layer.down->features()); });
+    const at::Tensor inner =
+        profiled("spear_fast::geglu", [&] { return geglu_cpu(gated, layer.bias, layer.down->features()); });
     x = layer.down->added(inner, x);
   }
   return logits_->forward(l2_normalize(x));

@@ -16,14 +16,12 @@ inline Lanes<acc_t> polynomial(const Lanes<acc_t>& x, const acc_t (&coefficients
 }
 
 // exp(x) for x up to about 0, as differences from a largest are; zero where the result would be no normal number
-inline Lanes<double> exponential(const Lanes<double>& x) {
-  return x.exp();
-}
+inline Lanes<double> exponential(const Lanes<double>& x) { return x.exp(); }
 
 inline Lanes<float> exponential(const Lanes<float>& x) {
   // fitted to exp within half a power of two: off by 3e-9 of itself, less than a rounding
-  static constexpr float kPowers[] = {1.38145976e-3F, 8.36871658e-3F, 4.16683890e-2F, 1.66665211e-1F,
-                                      4.99999940e-1F, 1.0F,           1.0F};
+  static constexpr float kPowers[] = {
+      1.38145976e-3F, 8.36871658e-3F, 4.16683890e-2F, 1.66665211e-1F, 4.99999940e-1F, 1.0F, 1.0F};
   constexpr float least = -87.0F;
   // not maximum(): this keeps what is not a number as well, and with that the whole took four times as long
   const auto bounded = at::vec::clamp_min(x, Lanes<float>(least));

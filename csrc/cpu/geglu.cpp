@@ -59,8 +59,7 @@ void activate(const at::Tensor& x, const at::Tensor& bias, int64_t rows, at::Ten
         const auto [value_low, value_high] = halves.values(offset, count);
         const auto below_low = normal_distribution<acc_t>(gate_low).first;
         const auto below_high = normal_distribution<acc_t>(gate_high).first;
-        store<acc_t>(
-            target + offset, value_low * (gate_low * below_low), value_high * (gate_high * below_high), count);
+        store<acc_t>(target + offset, value_low * (gate_low * below_low), value_high * (gate_high * below_high), count);
       });
       std::fill(target + inner, target + width, scalar_t(0));
     }
@@ -108,9 +107,8 @@ void differentiate(
   };
   const int64_t grain = kGrain / std::max<int64_t>(inner, 1);
   if (p_bias == nullptr) {
-    at::parallel_for(0, rows, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
-      rows_of_a_part(begin, end, nullptr);
-    });
+    at::parallel_for(
+        0, rows, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) { rows_of_a_part(begin, end, nullptr); });
     return;
   }
   std::vector<acc_t> columns(2 * gate_column);
@@ -124,9 +122,7 @@ void differentiate(
   }
 }
 
-int64_t rows_of(const at::Tensor& x) {
-  return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-}
+int64_t rows_of(const at::Tensor& x) { return c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)); }
 
 }  // namespace
 
@@ -136,8 +132,7 @@ at::Tensor geglu_cpu(const at::Tensor& x, const std::optional<at::Tensor>& bias,
       x.dim() > 0 && x.size(-1) % 2 == 0 && width >= x.size(-1) / 2 &&
           (!bias.has_value() || (bias->dim() == 1 && bias->size(0) == x.size(-1))),
       "geglu: the shapes of the arguments do not fit each other");
-  TORCH_CHECK(
-      !bias.has_value() || bias->scalar_type() == x.scalar_type(), "geglu: the dtypes of the arguments differ");
+  TORCH_CHECK(!bias.has_value() || bias->scalar_type() == x.scalar_type(), "geglu: the dtypes of the arguments differ");
   auto shape = x.sizes().vec();
   shape.back() = width;
   auto out = at::empty(shape, x.options());

@@ -18,8 +18,9 @@ inline std::pair<Lanes<acc_t>, Lanes<acc_t>> normal_distribution(const Lanes<acc
 
 template <>
 inline std::pair<Lanes<float>, Lanes<float>> normal_distribution(const Lanes<float>& gate) {
-  // the share beyond |gate| is the density times Mills' ratio, which a quotient of polynomials with positive coefficients gives to
-  // 6e-9 of itself (fitted up to 14, where the density is nothing): near zero and in the tail alike, no digits are lost
+  // the share beyond |gate| is the density times Mills' ratio, which a quotient of polynomials with positive
+  // coefficients gives to 6e-9 of itself (fitted up to 14, where the density is nothing): near zero and in the tail
+  // alike, no digits are lost
   static constexpr float kAbove[] = {4.077644553e-3F, 4.037278518e-2F, 1.824624985e-1F, 4.372518063e-1F, 0.5F};
   static constexpr float kBelow[] = {1.022101007e-2F, 1.012063697e-1F, 4.674308896e-1F,
                                      1.199293494F,    1.672388554F,    1.0F};

@@ -14,8 +14,8 @@ inline constexpr int kProductRows = 12;
 inline constexpr int kProductRows = 6;
 #endif
 
-// the rows are written out by the compiler: an array whose elements are set or taken in a loop is kept in memory, where every
-// step would store all of it
+// the rows are written out by the compiler: an array whose elements are set or taken in a loop is kept in memory, where
+// every step would store all of it
 template <bool ADD, typename acc_t, int... ROW>
 inline void product_block(
     std::integer_sequence<int, ROW...>, const acc_t* a, int64_t a_row, int64_t a_depth, const acc_t* b, int64_t b_depth,
@@ -35,16 +35,17 @@ inline void product_block(
   (high[ROW].store(c + ROW * c_row + half), ...);
 }
 
-// c[row, column] = sum over i of a[row, i] * b[i, column], added to what is there with ADD; columns are a multiple of kStep
+// c[row, column] = sum over i of a[row, i] * b[i, column], added to what is there with ADD; columns are a multiple of
+// kStep
 template <bool ADD, typename acc_t>
 inline void product(
-    const acc_t* a, int64_t a_row, int64_t a_depth, const acc_t* b, int64_t b_depth, acc_t* c, int64_t c_row, int64_t rows,
-    int64_t columns, int64_t depth) {
+    const acc_t* a, int64_t a_row, int64_t a_depth, const acc_t* b, int64_t b_depth, acc_t* c, int64_t c_row,
+    int64_t rows, int64_t columns, int64_t depth) {
   for (int64_t column = 0; column < columns; column += kStep<acc_t>) {
     for_row_blocks<kProductRows>(rows, [&](int64_t row, auto block) {
       product_block<ADD>(
-          std::make_integer_sequence<int, decltype(block)::value>(), a + row * a_row, a_row, a_depth, b + column, b_depth,
-          c + row * c_row + column, c_row, depth);
+          std::make_integer_sequence<int, decltype(block)::value>(), a + row * a_row, a_row, a_depth, b + column,
+          b_depth, c + row * c_row + column, c_row, depth);
     });
   }
 }

@@ -43,9 +43,7 @@ struct Float {
   using unit_t = float;
   using Vector = Lanes<float>;
 
-  static Vector add(const Vector& a, const Vector& b, const Vector& sum) {
-    return at::vec::fmadd(a, b, sum);
-  }
+  static Vector add(const Vector& a, const Vector& b, const Vector& sum) { return at::vec::fmadd(a, b, sum); }
 };
 
 // whether the processor multiplies 8 bits by 8 bits and adds to sums of 32 in one instruction
@@ -63,7 +61,8 @@ bool has_dot_products() {
 
 // an unsigned times a signed number of 8 bits, four of them added to a sum of 32 bits; DOT: as has_dot_products says
 //
-// That instruction is written out: compiled for all processors that have such vectors, the code around it must not use it.
+// That instruction is written out: compiled for all processors that have such vectors, the code around it must not use
+// it.
 template <bool DOT>
 struct Int8 {
   using unit_t = int32_t;
@@ -76,8 +75,8 @@ struct Int8 {
       __asm__("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(__m512i(a)), "v"(__m512i(b)));
       return total;
     }
-    const __m512i even = _mm512_madd_epi16(
-        _mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+    const __m512i even =
+        _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
     return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -86,8 +85,8 @@ struct Int8 {
       __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(total) : "x"(__m256i(a)), "x"(__m256i(b)));
       return total;
     }
-    const __m256i even = _mm256_madd_epi16(
-        _mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i even =
+        _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
     return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 #else
@@ -113,9 +112,7 @@ struct Target {
     return count == Panels::kLanes ? Lanes<float>::loadu(at) : Lanes<float>::loadu(at, count);
   }
 
-  void store(const Lanes<float>& values) const {
-    count == Panels::kLanes ? values.store(at) : values.store(at, count);
-  }
+  void store(const Lanes<float>& values) const { count == Panels::kLanes ? values.store(at) : values.store(at, count); }
 };
 
 // returns the largest magnitude of a row, not a number where one of them is none
@@ -164,7 +161,8 @@ PackedLinear::PackedLinear(const at::Tensor& weight, const std::optional<at::Ten
   const at::Tensor largest = std::get<0>(dense.abs().max(1)).clamp_min(1e-30);
   scales_ = at::zeros({padded}, weight.options());
   scales_.narrow(0, 0, outputs_).copy_(largest.div(kLargest));
-  const at::Tensor whole = dense.div(largest.div(kLargest).unsqueeze(1)).round().clamp(-kLargest, kLargest).to(at::kChar);
+  const at::Tensor whole =
+      dense.div(largest.div(kLargest).unsqueeze(1)).round().clamp(-kLargest, kLargest).to(at::kChar);
   panels_ = Panels(outputs_, (features_ + 3) / 4);
   weight_ = whole_pages(bytes()).view(at::kInt);
   const auto* p_whole = whole.const_data_ptr<int8_t>();
@@ -284,16 +282,10 @@ void PackedLinear::by_int8(const at::Tensor& rows, at::Tensor& out, bool add) co
   }
 }
 
-std::string PackedLinear::kind() const {
-  return kind_ == Kind::kFloat ? "float32" : "int8";
-}
+std::string PackedLinear::kind() const { return kind_ == Kind::kFloat ? "float32" : "int8"; }
 
-int64_t PackedLinear::bytes() const {
-  return panels_.units() * 4;
-}
+int64_t PackedLinear::bytes() const { return panels_.units() * 4; }
 
-void PackedLinear::move_to(const at::Tensor& memory) {
-  weight_ = memory.view(weight_.scalar_type()).copy_(weight_);
-}
+void PackedLinear::move_to(const at::Tensor& memory) { weight_ = memory.view(weight_.scalar_type()).copy_(weight_); }
 
 }  // namespace spear_fast

@@ -13,8 +13,8 @@ namespace spear_fast {
 
 // y = x @ weight.T + bias for x [rows, features], float32
 //
-// float32: exact. int8: weights rounded to 8 bits with a scale for each output, and x to 8 bits with one for each row; their
-// sums are whole numbers. Either way a row of y depends on that row of x alone, to the last bit.
+// float32: exact. int8: weights rounded to 8 bits with a scale for each output, and x to 8 bits with one for each row;
+// their sums are whole numbers. Either way a row of y depends on that row of x alone, to the last bit.
 class PackedLinear : public torch::CustomClassHolder {
  public:
   enum class Kind { kFloat, kInt8 };

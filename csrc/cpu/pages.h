@@ -14,11 +14,11 @@
 
 namespace spear_fast {
 
-// returns [bytes] of bytes, on large pages where the system has them: the processor then finds their addresses, and reads
-// ahead, without a stop every 4 KB
+// returns [bytes] of bytes, on large pages where the system has them: the processor then finds their addresses, and
+// reads ahead, without a stop every 4 KB
 //
-// Not from malloc, which after large blocks are freed keeps what is smaller, and hands it out in pieces, instead of giving it
-// back to the system: temporary ones of a step then take half again as much.
+// Not from malloc, which after large blocks are freed keeps what is smaller, and hands it out in pieces, instead of
+// giving it back to the system: temporary ones of a step then take half again as much.
 inline at::Tensor whole_pages(int64_t bytes) {
 #if defined(__linux__)
   if (bytes == 0) {

@@ -1,9 +1,9 @@
 // matmuls of few rows with a matrix that is read from memory each time: its columns in panels, one asked for ahead
 //
-// A panel holds all of the depth for one to three vectors of outputs, in the order in which they are read. While the rows
-// pass over one panel in the second cache, the next one is fetched into it: so the matmuls run at the speed of whichever
-// is slower, arithmetic or memory, and not at the sum of both. Every output is one sum in one order, whatever rows there are
-// beside it: a row's bits depend on nothing but the row and the weights.
+// A panel holds all of the depth for one to three vectors of outputs, in the order in which they are read. While the
+// rows pass over one panel in the second cache, the next one is fetched into it: so the matmuls run at the speed of
+// whichever is slower, arithmetic or memory, and not at the sum of both. Every output is one sum in one order, whatever
+// rows there are beside it: a row's bits depend on nothing but the row and the weights.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,7 +17,8 @@
 
 namespace spear_fast {
 
-// vectors of outputs in a panel and rows in a block, at most: their sums, a panel's vectors and a factor fill the registers
+// vectors of outputs in a panel and rows in a block, at most: their sums, a panel's vectors and a factor fill the
+// registers
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 inline constexpr int kPanelVectors = 3, kPanelRows = 8;
 #else
@@ -38,20 +39,15 @@ struct Panels {
 
   Panels() = default;
 
-  Panels(int64_t outputs, int64_t depth)
-      : outputs(outputs), depth(depth), vectors((outputs + kLanes - 1) / kLanes) {
+  Panels(int64_t outputs, int64_t depth) : outputs(outputs), depth(depth), vectors((outputs + kLanes - 1) / kLanes) {
     const int64_t least = (vectors + kPanelVectors - 1) / kPanelVectors;
     count = least > kShares ? std::min(vectors, (least + kShares - 1) / kShares * kShares) : least;
   }
 
   // the vector that a panel begins with; widths differ by one at most
-  int64_t begin(int64_t panel) const {
-    return vectors * panel / count;
-  }
+  int64_t begin(int64_t panel) const { return vectors * panel / count; }
 
-  int64_t units() const {
-    return vectors * kLanes * depth;
-  }
+  int64_t units() const { return vectors * kLanes * depth; }
 
   // lays units out, zeros after the last output: unit_of(output, position in the depth)
   template <typename unit_t, typename UnitOf>
@@ -93,7 +89,8 @@ struct Ahead {
   }
 };
 
-// sums[row, output] = sum over i of a[row, i] * panel[i, output]; the rows are written out by the compiler, see matmul.h
+// sums[row, output] = sum over i of a[row, i] * panel[i, output]; the rows are written out by the compiler, see
+// matmul.h
 template <typename Arithmetic, int WIDTH, int... ROW>
 [[gnu::noinline]] void panel_block(
     std::integer_sequence<int, ROW...>, const typename Arithmetic::unit_t* a, int64_t a_row,
@@ -101,7 +98,8 @@ template <typename Arithmetic, int WIDTH, int... ROW>
     typename Arithmetic::unit_t* sums) {
   using Vector = typename Arithmetic::Vector;
   constexpr int64_t lanes = Panels::kLanes;
-  Vector first[] = {(void(ROW), Vector(0))...}, second[] = {(void(ROW), Vector(0))...}, third[] = {(void(ROW), Vector(0))...};
+  Vector first[] = {(void(ROW), Vector(0))...}, second[] = {(void(ROW), Vector(0))...},
+         third[] = {(void(ROW), Vector(0))...};
   for (int64_t i = 0; i < depth; ++i) {
     const auto* here = panel + i * WIDTH * lanes;
     ahead.fetch();
@@ -141,8 +139,8 @@ inline void with_constant(int64_t count, const Body& body) {
 
 // calls finish(row, output, vector of sums over the depth from `start`, start) for all rows and outputs
 //
-// a: rows of units, `a_row` apart. panels: as Panels lays them out. chunk: units of the depth that are summed at a time, so
-// that a panel's part stays in the second cache.
+// a: rows of units, `a_row` apart. panels: as Panels lays them out. chunk: units of the depth that are summed at a
+// time, so that a panel's part stays in the second cache.
 template <typename Arithmetic, typename Finish>
 inline void multiply_panels(
     const Panels& shape, const typename Arithmetic::unit_t* a, int64_t a_row, int64_t rows,
@@ -158,8 +156,7 @@ inline void multiply_panels(
   const int64_t groups = (rows + group - 1) / group;
   const int64_t work = (std::min(rows, group) + kReading) * shape.depth * kPanelVectors * Panels::kLanes;
   at::parallel_for(
-      0, groups * shape.count, std::max<int64_t>(1, kPanelGrain / work),
-      [&](int64_t first_task, int64_t last_task) {
+      0, groups * shape.count, std::max<int64_t>(1, kPanelGrain / work), [&](int64_t first_task, int64_t last_task) {
         alignas(64) typename Arithmetic::unit_t sums[kPanelRows * kPanelVectors * Panels::kLanes];
         for (int64_t task = first_task; task < last_task; ++task) {
           const int64_t panel = task % shape.count, first_row = task / shape.count * group;
@@ -174,15 +171,16 @@ inline void multiply_panels(
               const bool goes_on = start + depth < shape.depth || task + 1 < last_task;
               const int64_t blocks = (count + kPanelRows - 1) / kPanelRows;
               // evenly: as many at once as memory answers would make the matmuls wait
-              const int64_t size_ahead = goes_on ? depth * WIDTH * lanes : 0, lines = (WIDTH * lanes / 16 + blocks - 1) / blocks;
+              const int64_t size_ahead = goes_on ? depth * WIDTH * lanes : 0,
+                            lines = (WIDTH * lanes / 16 + blocks - 1) / blocks;
               for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = count * block / blocks, size = count * (block + 1) / blocks - row;
                 const Ahead<typename Arithmetic::unit_t> ahead{
                     next + size_ahead * block / blocks, next + size_ahead * (block + 1) / blocks, lines};
                 with_constant<kPanelRows>(size, [&](auto each) {
                   panel_block<Arithmetic, WIDTH>(
-                      std::make_integer_sequence<int, decltype(each)::value>(), a + (first_row + row) * a_row + start, a_row,
-                      here, depth, ahead, sums);
+                      std::make_integer_sequence<int, decltype(each)::value>(), a + (first_row + row) * a_row + start,
+                      a_row, here, depth, ahead, sums);
                 });
                 for (int64_t i = 0; i < size; ++i) {
                   for (int64_t j = 0; j < WIDTH; ++j) {

@@ -146,7 +146,8 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward_cpu(
       "rms_norm_backward: the shapes of the arguments do not fit each other");
   TORCH_CHECK(
       gamma.scalar_type() == type && grad_normed.scalar_type() == type &&
-          (!grad_sum.has_value() || grad_sum->scalar_type() == type) && inverse.scalar_type() == accumulation_type(type),
+          (!grad_sum.has_value() || grad_sum->scalar_type() == type) &&
+          inverse.scalar_type() == accumulation_type(type),
       "rms_norm_backward: the dtypes of the arguments differ");
   auto grad_x = at::empty(x.sizes(), x.options());
   auto grad_gamma = at::empty(gamma.sizes(), gamma.options());

@@ -48,9 +48,7 @@ class Rotary {
   }
 
  private:
-  int64_t pairs() const {
-    return static_cast<int64_t>(cos_.size());
-  }
+  int64_t pairs() const { return static_cast<int64_t>(cos_.size()); }
 
   const acc_t* freqs_;
   std::vector<acc_t> cos_, sin_;

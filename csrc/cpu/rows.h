@@ -90,9 +90,7 @@ class ColumnSums {
     rows_ = 0;
   }
 
-  double operator[](int64_t column) const {
-    return all_[column];
-  }
+  double operator[](int64_t column) const { return all_[column]; }
 
  private:
   static constexpr int64_t kRows = 32;
@@ -121,14 +119,10 @@ inline void sum_rows(int64_t rows, int64_t size, int64_t grain, scalar_t* target
   }
 }
 
-inline at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // a tensor's numbers in the order of its shape
-inline at::Tensor packed(const at::Tensor& tensor) {
-  return tensor.contiguous();
-}
+inline at::Tensor packed(const at::Tensor& tensor) { return tensor.contiguous(); }
 
 inline at::Tensor packed(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->contiguous() : at::Tensor();

@@ -103,7 +103,8 @@ void sample(
         if (temperature > acc_t(kColdest) && !nothing_left) {
           mix_row<acc_t, acc_t>(allowed.data(), nullptr, b.vocab, 1, temperature, source.data());
           const double total = weigh(
-              source.data(), b.vocab, source[token], b.int_param(u, kTopK), b.float_param(u, kTopP), weights.data(), heap);
+              source.data(), b.vocab, source[token], b.int_param(u, kTopK), b.float_param(u, kTopP), weights.data(),
+              heap);
           // not of NaN
           if (total > 0) {
             token = draw_token(weights.data(), 0, b.vocab, 0.0, uniform_number(b.seeds[u], steps, beam) * total);
@@ -122,9 +123,9 @@ void sample(
 
 void sample_step_cpu(
     const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const std::optional<at::Tensor>& filtered,
-    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix,
-    const at::Tensor& seeds, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors,
-    at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& finished, at::Tensor& done) {
+    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix, const at::Tensor& seeds,
+    at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens,
+    at::Tensor& parents, at::Tensor& logprobs, at::Tensor& finished, at::Tensor& done) {
   const char* op = "sample_step";
   check_selection(op, logits, float_params, int_params, prefix, scores, lengths, ancestors, tokens, done);
   check_same(op, scores, {&inputs, &scores, &finished});

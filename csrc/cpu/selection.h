@@ -21,8 +21,9 @@ inline void check_selection(
   TORCH_CHECK(
       logits.dim() == 3 && logits.size(1) >= 1 && logits.size(1) <= 256 && logits.size(2) >= 1 &&
           float_params.dim() == 2 && float_params.size(0) == logits.size(0) && float_params.size(1) == kFloatParams &&
-          int_params.dim() == 2 && int_params.size(0) == logits.size(0) && int_params.size(1) == kIntParams && prefix.dim() == 2 &&
-          prefix.size(0) == logits.size(0) && lengths.dim() == 2 && lengths.size(1) == logits.size(1) &&
+          int_params.dim() == 2 && int_params.size(0) == logits.size(0) && int_params.size(1) == kIntParams &&
+          prefix.dim() == 2 && prefix.size(0) == logits.size(0) && lengths.dim() == 2 &&
+          lengths.size(1) == logits.size(1) &&
           (lengths.size(0) == logits.size(0) || lengths.size(0) == 2 * logits.size(0)) && tokens.dim() == 3 &&
           tokens.size(0) == logits.size(0) && tokens.size(2) == logits.size(1) && ancestors.dim() == 3 &&
           ancestors.size(0) == lengths.size(0) && ancestors.size(1) == logits.size(1) &&
@@ -118,8 +119,8 @@ inline acc_t largest(const acc_t* row, int64_t size) {
     for (i = step; i + step <= size; i += step) {
       lanes = at::vec::maximum(lanes, Lanes<acc_t>::loadu(row + i));
     }
-    most = at::vec::vec_reduce_all<acc_t>(
-        [](Lanes<acc_t>& x, Lanes<acc_t>& y) { return at::vec::maximum(x, y); }, lanes);
+    most =
+        at::vec::vec_reduce_all<acc_t>([](Lanes<acc_t>& x, Lanes<acc_t>& y) { return at::vec::maximum(x, y); }, lanes);
   }
   for (; i < size; ++i) {
     most = row[i] > most || is_nan(row[i]) ? row[i] : most;

@@ -109,9 +109,8 @@ class Sequences {
   // how many of a row's `positions` each query of a block reads: they come first
   void count_keys(const std::vector<int64_t>& positions, int64_t first, int64_t count, int64_t* counts) const {
     for (int64_t i = 0; i < count; ++i) {
-      counts[i] = options.causal
-                      ? std::upper_bound(positions.begin(), positions.end(), first + i) - positions.begin()
-                      : static_cast<int64_t>(positions.size());
+      counts[i] = options.causal ? std::upper_bound(positions.begin(), positions.end(), first + i) - positions.begin()
+                                 : static_cast<int64_t>(positions.size());
     }
   }
 
@@ -170,8 +169,8 @@ class Sequences {
         "; pass cumulative lengths, 0 in front");
     for (const Span& span : found) {
       TORCH_CHECK_VALUE(
-          span.length <= longest, op, ": ", longest_name, " must be at least the longest length ", span.length, ", got ",
-          longest, "; take it from ", name);
+          span.length <= longest, op, ": ", longest_name, " must be at least the longest length ", span.length,
+          ", got ", longest, "; take it from ", name);
     }
     return found;
   }
@@ -187,7 +186,9 @@ template <typename acc_t, typename scalar_t>
 class Tokens {
  public:
   // tensor: [batch, length, heads, size] or [total, heads, size], dense in its last dimension; null: [heads, size]
-  Tokens(const at::Tensor& tensor, const std::optional<at::Tensor>& null, const std::pair<at::Tensor, at::Tensor>& rotations)
+  Tokens(
+      const at::Tensor& tensor, const std::optional<at::Tensor>& null,
+      const std::pair<at::Tensor, at::Tensor>& rotations)
       : tensor_(dense(tensor)),
         null_(null ? null->contiguous() : at::Tensor()),
         cos_(rotations.first),

@@ -1,8 +1,8 @@
 // a step of beam search: a block an utterance, one launch a step
 //
-// A warp takes a hypothesis: its logits become log-probabilities, and of those each lane offers the best of its share in turn,
-// until the warp has the hypothesis' best. The candidates of all hypotheses are ranked by counting, and one thread sorts them
-// into pool and hypotheses by the logic that the CPU has too (csrc/select).
+// A warp takes a hypothesis: its logits become log-probabilities, and of those each lane offers the best of its share
+// in turn, until the warp has the hypothesis' best. The candidates of all hypotheses are ranked by counting, and one
+// thread sorts them into pool and hypotheses by the logic that the CPU has too (csrc/select).
 #include "../select/beam.h"
 #include "../select/restrict.h"
 #include "beam_step.h"
@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) beam_step(BeamStep a) {
   const bool restricted = is_restricted<float>(b, utterance, steps);
   float* likely = a.values + utterance * 2 * a.beams * a.vocab;
   // the final candidates first, then those of each hypothesis
-  Candidate<float>* candidates =
-      static_cast<Candidate<float>*>(a.candidates) + utterance * (a.beams + 1) * 2 * a.beams;
+  Candidate<float>* candidates = static_cast<Candidate<float>*>(a.candidates) + utterance * (a.beams + 1) * 2 * a.beams;
   Candidate<float>* found = candidates + wanted;
   Next<float>* next = static_cast<Next<float>*>(a.next) + utterance * a.beams;
 
@@ -62,7 +61,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2) beam_step(BeamStep a) {
   }
   for (int beam = thread / kWarp; beam < size; beam += kSelectThreads / kWarp) {
     float* row = likely + static_cast<long long>(beam) * vocab;
-    const Normaliser normaliser = fill_row(MixedLogits<scalar_t>(a, utterance, beam, guidance), temperature, vocab, row);
+    const Normaliser normaliser =
+        fill_row(MixedLogits<scalar_t>(a, utterance, beam, guidance), temperature, vocab, row);
     for (int token = thread % kWarp; token < vocab; token += kWarp) {
       row[token] = (row[token] - normaliser.top) - normaliser.log_total;
     }

@@ -24,7 +24,8 @@ struct BeamStep {
   float* pool_last_logprobs;
   long long* ended;
   bool* done;
-  // memory for an utterance each: values, 2 * beams * vocabulary; candidates, (beams + 1) * 2 * beams; hypotheses, beams
+  // memory for an utterance each: values, 2 * beams * vocabulary; candidates, (beams + 1) * 2 * beams; hypotheses,
+  // beams
   float* values;
   void* candidates;
   void* next;

@@ -1,9 +1,11 @@
-// attention of the newest tokens over their own history, on caches that are never moved: the ancestor table is followed in place
+// attention of the newest tokens over their own history, on caches that are never moved: the ancestor table is followed
+// in place
 //
-// A block takes kChunk positions of one utterance and one key head for up to ROWS query rows, ordered (beam, token, member of
-// the head's group). A row of the cache is loaded once for neighbouring query rows that read the same beam, so what beams share
-// is read once. Scores of the chunk stay in shared memory between the passes over keys and over values. The chunks' borders
-// depend on the buffer alone: a hypothesis gets the same bits whatever else is in the batch.
+// A block takes kChunk positions of one utterance and one key head for up to ROWS query rows, ordered (beam, token,
+// member of the head's group). A row of the cache is loaded once for neighbouring query rows that read the same beam,
+// so what beams share is read once. Scores of the chunk stay in shared memory between the passes over keys and over
+// values. The chunks' borders depend on the buffer alone: a hypothesis gets the same bits whatever else is in the
+// batch.
 #include "decode_self_attention.h"
 #include "device.h"
 
@@ -77,8 +79,9 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
     const int after = (first_beam + beam + 1) * per_beam - first_row;
     int cache_beam = 0;
     if (position < s_limits[(after < rows ? after : rows) - 1]) {
-      cache_beam = a.ancestors[utterance * a.ancestors_utterance + (first_beam + beam) * a.ancestors_beam +
-                         position * a.ancestors_position];
+      cache_beam = a.ancestors
+                       [utterance * a.ancestors_utterance + (first_beam + beam) * a.ancestors_beam +
+                        position * a.ancestors_position];
       // a table that is wrong must not lead outside the caches
       cache_beam = cache_beam < a.beams ? cache_beam : static_cast<int>(a.beams) - 1;
     }
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, ROWS > 5 ? 3 : 4) decode_self_attent
       const int beam = (first_row + row) / per_beam, token = (first_row + row) % per_beam / members;
       const long long head = group * members + (first_row + row) % members;
       const scalar_t* query = static_cast<const scalar_t*>(a.query) + utterance * a.query_utterance +
-                              beam * a.query_beam + token * a.query_token + head * a.query_head;
+          beam * a.query_beam + token * a.query_token + head * a.query_head;
       even = widen(query[2 * pair * a.query_element]);
       odd = widen(query[(2 * pair + 1) * a.query_element]);
       const float position = static_cast<float>(s_limits[row] > 0 ? s_limits[row] - 1 : 0);

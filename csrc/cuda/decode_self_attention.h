@@ -3,7 +3,8 @@
 
 namespace spear_fast {
 
-// all fields take eight bytes: who launches without this header's compiler fills them in this order; strides count elements
+// all fields take eight bytes: who launches without this header's compiler fills them in this order; strides count
+// elements
 struct SelfAttention {
   const void* query;
   const float* freqs;

@@ -1,4 +1,5 @@
-// what device code may use, whoever compiles it: nvcc, NVRTC at run time, or a C++ compiler that plays the device in tests
+// what device code may use, whoever compiles it: nvcc, NVRTC at run time, or a C++ compiler that plays the device in
+// tests
 //
 // No header of the host's or of CUDA's is included: NVRTC has none at hand.
 #pragma once
@@ -64,7 +65,8 @@ __device__ inline unsigned word_of(scalar_t x) {
 template <typename scalar_t>
 inline constexpr int kPack = 16 / sizeof(scalar_t);
 
-// returns numbers first..first + kPack of a row of `size`, zeros past its end; ALIGNED: whole packs on 16-byte addresses
+// returns numbers first..first + kPack of a row of `size`, zeros past its end; ALIGNED: whole packs on 16-byte
+// addresses
 template <bool ALIGNED, typename scalar_t>
 __device__ inline uint4 load_pack(const scalar_t* row, int first, int size) {
   uint4 pack = {0, 0, 0, 0};

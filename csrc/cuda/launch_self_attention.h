@@ -1,4 +1,5 @@
-// the launch of the kernels of decode_self_attention.cu for one type; a file for each type, so that they compile side by side
+// the launch of the kernels of decode_self_attention.cu for one type; a file for each type, so that they compile side
+// by side
 #pragma once
 
 #include <cuda_runtime.h>

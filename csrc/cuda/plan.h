@@ -1,4 +1,5 @@
-// how the calls of the CUDA kernels are cut up; spear_fast/ops/cuda computes the same in Python, and a test compares the two
+// how the calls of the CUDA kernels are cut up; spear_fast/ops/cuda computes the same in Python, and a test compares
+// the two
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,8 @@
 namespace spear_fast {
 
 struct SelfAttentionPlan {
-  // lanes of a warp that share a row of the cache; query rows of a block; chunks; blocks for the query rows of a key head
+  // lanes of a warp that share a row of the cache; query rows of a block; chunks; blocks for the query rows of a key
+  // head
   int64_t lanes, rows, splits, tiles;
   // blocks of the grid; floats of memory that the chunks need
   int64_t blocks, partial;

@@ -87,8 +87,9 @@ at::Tensor decode_self_attention_cuda(
   a.lengths_utterance = lengths.stride(0);
   a.lengths_beam = lengths.stride(1);
   check_launch(op, for_scalar(op, query, [&](auto* scalar) {
-    return launch_self_attention<std::remove_pointer_t<decltype(scalar)>>(a, aligned, plan, current_stream(query));
-  }));
+                 return launch_self_attention<std::remove_pointer_t<decltype(scalar)>>(
+                     a, aligned, plan, current_stream(query));
+               }));
   return out;
 }
 

@@ -1,8 +1,9 @@
 // a step of sampling: a block an utterance, one launch a step
 //
-// A warp takes a hypothesis. What top-k and top-p leave is found without sorting: the bits of the least value that stays are
-// guessed from the top, each guess a sum over the vocabulary. For the draw each lane takes neighbouring tokens, and the lane in
-// whose share the draw falls looks for the token. The CPU takes the same uniform number and the same order (csrc/select).
+// A warp takes a hypothesis. What top-k and top-p leave is found without sorting: the bits of the least value that
+// stays are guessed from the top, each guess a sum over the vocabulary. For the draw each lane takes neighbouring
+// tokens, and the lane in whose share the draw falls looks for the token. The CPU takes the same uniform number and the
+// same order (csrc/select).
 #include "../select/restrict.h"
 #include "../select/sample.h"
 #include "sample_step.h"
@@ -33,7 +34,8 @@ __device__ inline count_t count_above(const float* values, const float* weights,
   return sum_lanes<kWarp>(count);
 }
 
-// the first of the best tokens keep their weights, the others get zero: those before one must count for less than `limit`
+// the first of the best tokens keep their weights, the others get zero: those before one must count for less than
+// `limit`
 //
 // Equals come in the order of their ids. top: the largest value. For a warp, each lane its share.
 template <typename count_t>

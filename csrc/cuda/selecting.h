@@ -103,8 +103,7 @@ struct Normaliser {
 
 // row = mixed logits / temperature; for a warp, each lane its share
 template <typename scalar_t>
-__device__ inline Normaliser fill_row(
-    const MixedLogits<scalar_t>& mixed, float temperature, int vocab, float* row) {
+__device__ inline Normaliser fill_row(const MixedLogits<scalar_t>& mixed, float temperature, int vocab, float* row) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   float top = minus_infinity();
   for (int token = lane; token < vocab; token += kWarp) {

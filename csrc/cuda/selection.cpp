@@ -33,8 +33,9 @@ void fill_logits(
     const char* op, const std::optional<at::Tensor>& rows, const at::Tensor& like, const void*& memory,
     long long& utterance, long long& beam, long long& token) {
   TORCH_CHECK(
-      !rows || (rows->sizes() == like.sizes() && rows->device() == like.device() &&
-                rows->scalar_type() == like.scalar_type()),
+      !rows ||
+          (rows->sizes() == like.sizes() && rows->device() == like.device() &&
+           rows->scalar_type() == like.scalar_type()),
       op, ": the shapes of the arguments do not fit each other");
   memory = rows ? rows->const_data_ptr() : nullptr;
   utterance = rows ? rows->stride(0) : 0;
@@ -42,7 +43,8 @@ void fill_logits(
   token = rows ? rows->stride(2) : 0;
 }
 
-// what the two ops have in common; the caller's mistakes are explained in Python: this keeps a direct caller inside the buffers
+// what the two ops have in common; the caller's mistakes are explained in Python: this keeps a direct caller inside the
+// buffers
 template <typename Arguments>
 void fill_common(
     const char* op, Arguments& a, const at::Tensor& logits, const std::optional<at::Tensor>& null_logits,
@@ -80,16 +82,16 @@ void fill_common(
 
 void beam_step_cuda(
     const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const at::Tensor& float_params,
-    const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores,
-    at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs,
-    at::Tensor& pool_scores, at::Tensor& pool_beams, at::Tensor& pool_ends, at::Tensor& pool_finished,
-    at::Tensor& pool_last_logprobs, at::Tensor& ended, at::Tensor& done) {
+    const at::Tensor& int_params, const at::Tensor& prefix, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths,
+    at::Tensor& ancestors, at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& pool_scores,
+    at::Tensor& pool_beams, at::Tensor& pool_ends, at::Tensor& pool_finished, at::Tensor& pool_last_logprobs,
+    at::Tensor& ended, at::Tensor& done) {
   constexpr const char* op = "beam_step";
   const c10::DeviceGuard guard(logits.device());
   BeamStep a{};
   fill_common(
-      op, a, logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens,
-      parents, logprobs, done);
+      op, a, logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens, parents,
+      logprobs, done);
   const Shape pair = {a.utterances, a.beams};
   a.pool_scores = memory_of<float>(op, pool_scores, "pool_scores", pair, at::kFloat, logits);
   a.pool_beams = memory_of<long long>(op, pool_beams, "pool_beams", pair, at::kLong, logits);
@@ -105,29 +107,29 @@ void beam_step_cuda(
   a.candidates = candidates.mutable_data_ptr();
   a.next = next.mutable_data_ptr();
   check_launch(op, for_scalar(op, logits, [&](auto* scalar) {
-    return launch_beam_step<std::remove_pointer_t<decltype(scalar)>>(a, current_stream(logits));
-  }));
+                 return launch_beam_step<std::remove_pointer_t<decltype(scalar)>>(a, current_stream(logits));
+               }));
 }
 
 void sample_step_cuda(
     const at::Tensor& logits, const std::optional<at::Tensor>& null_logits, const std::optional<at::Tensor>& filtered,
-    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix,
-    const at::Tensor& seeds, at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors,
-    at::Tensor& tokens, at::Tensor& parents, at::Tensor& logprobs, at::Tensor& finished, at::Tensor& done) {
+    const at::Tensor& float_params, const at::Tensor& int_params, const at::Tensor& prefix, const at::Tensor& seeds,
+    at::Tensor& inputs, at::Tensor& scores, at::Tensor& lengths, at::Tensor& ancestors, at::Tensor& tokens,
+    at::Tensor& parents, at::Tensor& logprobs, at::Tensor& finished, at::Tensor& done) {
   constexpr const char* op = "sample_step";
   const c10::DeviceGuard guard(logits.device());
   SampleStep a{};
   fill_common(
-      op, a, logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens,
-      parents, logprobs, done);
+      op, a, logits, null_logits, float_params, int_params, prefix, inputs, scores, lengths, ancestors, tokens, parents,
+      logprobs, done);
   fill_logits(op, filtered, logits, a.filtered, a.filtered_utterance, a.filtered_beam, a.filtered_token);
   a.seeds = memory_of<long long>(op, seeds, "seeds", {a.utterances}, at::kLong, logits);
   a.finished = memory_of<bool>(op, finished, "finished", {a.utterances, a.beams}, at::kBool, logits);
   const auto values = at::empty({a.utterances * 2 * a.beams * a.vocab}, logits.options().dtype(at::kFloat));
   a.values = values.mutable_data_ptr<float>();
   check_launch(op, for_scalar(op, logits, [&](auto* scalar) {
-    return launch_sample_step<std::remove_pointer_t<decltype(scalar)>>(a, current_stream(logits));
-  }));
+                 return launch_sample_step<std::remove_pointer_t<decltype(scalar)>>(a, current_stream(logits));
+               }));
 }
 
 }  // namespace

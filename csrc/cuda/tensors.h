@@ -16,8 +16,8 @@ namespace spear_fast {
 inline void* current_stream(const at::Tensor& tensor) {
   void* stream = nullptr;
   TORCH_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream) == 0,
-      "the current CUDA stream of device ", tensor.get_device(), " cannot be had; restart the process");
+      aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream) == 0, "the current CUDA stream of device ",
+      tensor.get_device(), " cannot be had; restart the process");
   return stream;
 }
 
@@ -49,7 +49,8 @@ inline bool is_aligned(const at::Tensor& tensor, int64_t size) {
 }
 
 inline void check_launch(const char* op, int error) {
-  TORCH_CHECK(error == 0, op, ": the launch failed with CUDA error ", error, "; set CUDA_LAUNCH_BLOCKING=1 to see where");
+  TORCH_CHECK(
+      error == 0, op, ": the launch failed with CUDA error ", error, "; set CUDA_LAUNCH_BLOCKING=1 to see where");
 }
 
 }  // namespace spear_fast

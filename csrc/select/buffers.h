@@ -3,8 +3,8 @@
 // All buffers are contiguous. `halves` is 2 where `lengths` and `ancestors` have a second half for guidance.
 #pragma once
 
-#include "portable.h"
 #include "params.h"
+#include "portable.h"
 
 namespace spear_fast {
 

@@ -1,4 +1,5 @@
-// what the logic of selection needs from whoever compiles it: a C++ compiler, nvcc, or NVRTC, which has no headers at hand
+// what the logic of selection needs from whoever compiles it: a C++ compiler, nvcc, or NVRTC, which has no headers at
+// hand
 #pragma once
 
 #if defined(__CUDACC_RTC__)

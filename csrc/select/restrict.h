@@ -1,4 +1,5 @@
-// penalties and bans: what a hypothesis' own history, the prefix and the shortest length make of its next token's values
+// penalties and bans: what a hypothesis' own history, the prefix and the shortest length make of its next token's
+// values
 #pragma once
 
 #include "buffers.h"

@@ -17,8 +17,8 @@ SPEAR_FAST_HOST_DEVICE inline double uniform_number(int64_t seed, int64_t step, 
   return static_cast<double>(bits) * (1.0 / 9007199254740992.0);
 }
 
-// the first of the tokens begin..end - 1 at which the cumulative weight exceeds `target`; where rounding passes over all of
-// them the last with any weight; -1 where none has any
+// the first of the tokens begin..end - 1 at which the cumulative weight exceeds `target`; where rounding passes over
+// all of them the last with any weight; -1 where none has any
 //
 // before: the weight of the tokens before `begin`.
 template <typename acc_t>
