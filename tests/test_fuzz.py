@@ -54,7 +54,7 @@ print("within")
 
 
 def test_the_fence_holds():
-    """One byte behind an allocation ends the process; the last one of it does not."""
+    """One byte after an allocation ends the process; the last one of it does not."""
     run(str(FUZZ), "--cases", "0")
     guard = str(ROOT / "build" / "fuzz" / "guard.so")
     assert ctypes.CDLL(guard).guard_arm

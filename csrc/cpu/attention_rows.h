@@ -1,8 +1,8 @@
 // attention of a few query rows over a list of key and value rows: the body of both decoding ops
 //
-// Keys and values are given as lists of pointers, one for each position, so that a null key in front, a strided buffer
-// and an ancestor table are all the same to it. Every position is loaded once for a block of query rows, tile by tile,
-// so that the other blocks find it in the nearest cache.
+// Keys and values are given as lists of pointers, one for each position, so that a null key before them, a strided
+// buffer and an ancestor table are all the same to it. Every position is loaded once for a block of query rows, tile by
+// tile, so that the other blocks find it in the nearest cache.
 #pragma once
 
 #include <cmath>

@@ -93,8 +93,8 @@ inline void mix_row(
     const scalar_t* logits, const scalar_t* null, int64_t size, acc_t guidance, acc_t temperature, acc_t* target) {
   if (null != nullptr && guidance != 1) {
     for (int64_t i = 0; i < size; ++i) {
-      const acc_t blind = static_cast<acc_t>(null[i]);
-      target[i] = blind + (static_cast<acc_t>(logits[i]) - blind) * guidance;
+      const acc_t unconditional = static_cast<acc_t>(null[i]);
+      target[i] = unconditional + (static_cast<acc_t>(logits[i]) - unconditional) * guidance;
     }
   } else {
     for (int64_t i = 0; i < size; ++i) {

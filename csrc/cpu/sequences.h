@@ -166,7 +166,7 @@ class Sequences {
     TORCH_CHECK_VALUE(
         rising, op, ": ", name, " must rise from 0 to ", total, ", got ",
         c10::IntArrayRef(std::vector<int64_t>(p_offsets, p_offsets + std::min<int64_t>(rows + 1, 8))),
-        "; pass cumulative lengths, 0 in front");
+        "; pass cumulative lengths, from 0");
     for (const Span& span : found) {
       TORCH_CHECK_VALUE(
           span.length <= longest, op, ": ", longest_name, " must be at least the longest length ", span.length,

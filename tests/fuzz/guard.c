@@ -35,13 +35,13 @@ static int is_guarded(void* p) {
   return base != NULL && (char*)p >= base && (char*)p < base + kSpan;
 }
 
-// the size stands in front of what is handed out
+// the size stands before what is handed out
 static size_t size_of(void* p) {
   return ((size_t*)p)[-1];
 }
 
 static void* guarded(size_t size, size_t align) {
-  // 64 is what torch asks for; its loads of vectors need none, and 16 leaves less behind the end
+  // 64 is what torch asks for; its loads of vectors need none, and 16 leaves less after the end
   if (align < 16 || align == 64) {
     align = 16;
   }
