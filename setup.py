@@ -190,6 +190,8 @@ def compiled(jobs: list[Job], folder: Path) -> list[Path]:
         # the largest first, so that none is left for a single core
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].source.stat().st_size)
         made = dict(zip(order, pool.map(build, [jobs[i] for i in order]), strict=True))
+    for outdated in set(folder.glob("*.o")) - set(made.values()):
+        outdated.unlink()
     return [made[i] for i in range(len(jobs))]
 
 
