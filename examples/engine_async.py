@@ -32,7 +32,7 @@ async def main() -> None:
     ).eval()
     # four slots for eight callers: whoever is finished leaves its slot to the next one
     with model.engine(slots=4, beams=4, max_length=16, max_source=128) as engine:
-        # a thread of the engine's own makes the steps, so that no coroutine has to
+        # a thread of the engine's own runs the steps, so that no coroutine has to
         engine.start()
         for line in await asyncio.gather(*(caller(engine, number) for number in range(8))):
             print(line)

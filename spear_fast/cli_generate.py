@@ -39,10 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, metavar="FILE", help="txt, jsonl (id; text or tokens), npy or parquet")
     parser.add_argument("--input-format", choices=cli_inputs.FORMATS, help="of --file, or of standard input (txt)")
     parser.add_argument("--model", required=True, metavar="DIR_OR_CHECKPOINT", help="model folder or checkpoint file")
-    parser.add_argument("--from", dest="source", choices=MODALITIES, help="what the inputs are (told by the first one)")
+    parser.add_argument(
+        "--from", dest="source", choices=MODALITIES, help="what the inputs are (what the first looks like)"
+    )
     parser.add_argument("--to", dest="target", choices=MODALITIES, help="what to generate (the other one)")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".txt, .jsonl or .npy (standard output, as txt)")
-    parser.add_argument("--format", choices=cli_outputs.FORMATS, help="of the output (told by the name of --out)")
+    parser.add_argument("--format", choices=cli_outputs.FORMATS, help="of the output (what --out ends in, or txt)")
     parser.add_argument("--unordered", action="store_true", help="write each result once it is finished; use jsonl")
     search = parser.add_argument_group("decoding")
     method = search.add_mutually_exclusive_group()
@@ -59,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=positive, metavar="N", help="inputs decoded at once (32; on a GPU 128)")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
+    machine.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        default="float32",
+        help="of weights and activations (float32); int8: weights of 8 bits, on x86 CPUs",
+    )
     machine.add_argument("--threads", type=positive, metavar="N", help="threads of torch on the CPU")
 
 
