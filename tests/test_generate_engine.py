@@ -294,3 +294,21 @@ def test_engines_are_kept_on_cuda_if_they_are_small(model, monkeypatch):
     assert padded_batches.keeps_engine(OnCuda, sizes)
     assert not padded_batches.keeps_engine(OnCuda, EngineConfig(2, 1, 1, 1, 100))
     assert not padded_batches.keeps_engine(model.decoder("text"), sizes)
+
+
+@pytest.mark.parametrize("how", [*HOW, "aligned"])
+def test_torchs_default_device_does_not_matter(how):
+    """As after `torch.set_default_device("cuda")` with a model on the CPU: everything says where it belongs."""
+    changes = (
+        {"how": "standard", "return_alignment": True, "coverage_penalty": 0.5} if how == "aligned" else {"how": how}
+    )
+    ids = padded(sources(4, seed=10))
+    wanted = generated(tiny_model(), ids, **changes)
+    model, generator = tiny_model(), torch.Generator().manual_seed(1)
+    assert generator.device.type == "cpu"
+    with torch.device("meta"):
+        how_asked = {**HOW[changes.pop("how")], **changes, "generator": generator}
+        found = model.generate(
+            ids, source_type="speech", target_type="text", max_length=10, return_result=True, **how_asked
+        )
+    same(found, wanted)

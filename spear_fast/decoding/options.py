@@ -201,9 +201,9 @@ class PackedOptions:
         longest = max(len(each.prefix) for each in options)
         prefixes = [[*each.prefix, *(0 for _ in range(longest - len(each.prefix)))] for each in options]
         return cls(
-            float_params=torch.tensor([_float_params(each) for each in options], dtype=torch.float64),
-            int_params=torch.tensor([_int_params(each, eos_id) for each in options], dtype=torch.int32),
-            prefix=torch.tensor(prefixes, dtype=torch.int32).view(len(options), longest),
+            float_params=torch.tensor([_float_params(each) for each in options], dtype=torch.float64, device="cpu"),
+            int_params=torch.tensor([_int_params(each, eos_id) for each in options], dtype=torch.int32, device="cpu"),
+            prefix=torch.tensor(prefixes, dtype=torch.int32, device="cpu").view(len(options), longest),
         )
 
 

@@ -240,7 +240,7 @@ class Runner:
         slots = [slot for slot in (self.occupied[slot_id] for slot_id in slot_ids) if slot is not None]
         if not slots:
             return []
-        index, state = to_device(torch.tensor(slot_ids), self.decoder.device), self.state
+        index, state = to_device(torch.tensor(slot_ids, device="cpu"), self.decoder.device), self.state
         steps = min(max(slot.steps for slot in slots), state.capacity)
         taken = {name: getattr(state, name)[index] for name in (*ROW_FIELDS, "lengths")}
         taken |= {name: getattr(state, name)[index, :steps] for name in HISTORY_FIELDS}
@@ -266,7 +266,7 @@ class Runner:
             return
         for slot_id in slot_ids:
             self.occupied[slot_id] = None
-        index, state = to_device(torch.tensor(slot_ids), self.decoder.device), self.state
+        index, state = to_device(torch.tensor(slot_ids, device="cpu"), self.decoder.device), self.state
         state.done[index] = True
         # what is free reads next to nothing
         state.memory.lengths[index] = 0

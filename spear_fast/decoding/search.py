@@ -27,7 +27,7 @@ def reference_step(
     options: DecodingOptions,
     slots: list[int],
 ) -> None:
-    """Makes a step of the reference's search (its lines 722 to 794) in some slots, all of these options.
+    """Makes a step of the reference's search (reference line 720) in some slots, all of these options.
 
     K candidates of each beam, the best K of those; hypotheses go on past their end. `ended` becomes the step at which
     all of an utterance's hypotheses hold an end, or are NaN; they do from then on.
@@ -73,7 +73,7 @@ def reference_step(
 
 def slot_mask(state: DecodeState, slots: list[int]) -> Tensor:
     """Returns `[U]` bool, on the state's device: which slots these are."""
-    mask = torch.zeros(state.batch, dtype=torch.bool)
+    mask = torch.zeros(state.batch, dtype=torch.bool, device="cpu")
     mask[slots] = True
     return to_device(mask, state.done.device)
 
@@ -122,13 +122,13 @@ def apply_filters(
         logits = torch.where(guidance == 1, logits, unconditional + (logits - unconditional) * guidance)
     filtered, failures = logits.clone(), []
     for function, slots in filters:
-        index = to_device(torch.tensor(slots), logits.device)
+        index = to_device(torch.tensor(slots, device="cpu"), logits.device)
         rows = logits[index]
         try:
             filtered[index] = call_filter(function, rows.flatten(0, 1)).view_as(rows)
         except FilterError as error:
             failures.append((slots, error.__cause__ or error))
-    index = to_device(torch.tensor(sorted(slot for _, slots in filters for slot in slots)), logits.device)
+    index = to_device(torch.tensor(sorted(slot for _, slots in filters for slot in slots), device="cpu"), logits.device)
     return Filtered(filtered.to(conditional.dtype), index), failures
 
 

@@ -64,9 +64,9 @@ def attended(
     out = torch.zeros(len(widths), max(widths), length, dtype=torch.float32, device=device)
     if not count:
         return out
-    start = torch.tensor([decoder.start_id])
+    start = torch.tensor([decoder.start_id], device="cpu")
     inputs = torch.cat([torch.cat((start, tokens[:-1].cpu())) for tokens in hypotheses if len(tokens)])
-    bounds, longest = packed_bounds(torch.tensor(widths))
+    bounds, longest = packed_bounds(torch.tensor(widths, device="cpu"))
     bounds, inputs = bounds.to(device), inputs.to(device)
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     lengths = torch.tensor([length], device=device)

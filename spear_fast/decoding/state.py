@@ -175,12 +175,12 @@ class DecodeState:
             for projected, buffers in zip(decoder.project(memory), (self.memory.keys, self.memory.values), strict=True):
                 for part, buffer in zip(projected, buffers, strict=True):
                     buffer[slot, :, : len(memory)] = part
-        rows, packed = to_device(torch.tensor(slots), device), PackedOptions.of(options, decoder.eos_id)
-        self.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories]), device)
+        rows, packed = to_device(torch.tensor(slots, device="cpu"), device), PackedOptions.of(options, decoder.eos_id)
+        self.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories], device="cpu"), device)
         self.float_params[rows] = to_device(packed.float_params.to(self.float_params.dtype), device)
         self.int_params[rows] = to_device(packed.int_params, device)
         self.prefix[rows, : packed.prefix.shape[1]] = to_device(packed.prefix, device)
-        self.seeds[rows] = to_device(torch.tensor(list(seeds)), device)
+        self.seeds[rows] = to_device(torch.tensor(list(seeds), device="cpu"), device)
         self.inputs[rows] = decoder.start_id
         self.scores[rows] = to_device(first_scores(packed.int_params, self.beams).to(self.scores.dtype), device)
         for name in ("finished", "pool_beams", "pool_ends", "pool_finished", "pool_last_logprobs", "ended", "done"):
@@ -220,7 +220,7 @@ def first_scores(int_params: Tensor, beams: int) -> Tensor:
 
     The hypotheses of a beam start out the same, so that only one may have descendants.
     """
-    scores = torch.zeros(len(int_params), beams, dtype=torch.float64)
+    scores = torch.zeros(len(int_params), beams, dtype=torch.float64, device="cpu")
     method = int_params[:, IntParam.METHOD]
     searching = (method == SelectionMethod.BEAM) | (method == SelectionMethod.REFERENCE)
     scores[:, 1:].masked_fill_(searching[:, None], -torch.inf)

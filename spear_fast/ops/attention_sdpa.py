@@ -54,9 +54,12 @@ def _mask(query: Tensor, key_mask: Maybe, causal: bool, null: bool) -> tuple[May
     if key_mask is None and not (causal and null):
         return None, None
     length = query.shape[1]
-    readable = torch.ones(1, 1, 1, 1, dtype=torch.bool) if key_mask is None else key_mask[:, None, None]
+    if key_mask is None:
+        readable = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+    else:
+        readable = key_mask[:, None, None]
     if causal:
-        readable = readable & torch.ones(length, length, dtype=torch.bool).tril()
+        readable = readable & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     empty = ~readable.any(-1)
     if null:
         readable = F.pad(readable, (1, 0), value=True)

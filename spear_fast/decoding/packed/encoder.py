@@ -88,7 +88,7 @@ class Encoder:
 
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
-        lengths = torch.tensor([len(source) for source in sources])
+        lengths = torch.tensor([len(source) for source in sources], device="cpu")
         ids = to_device(torch.cat(list(sources)), self.embedding.device)
         return self(ids, lengths).split(lengths.tolist())
 
@@ -103,6 +103,6 @@ def packed_bounds(lengths: Tensor) -> tuple[Tensor, int]:
 
     lengths: `[sequences]` int64, on the host.
     """
-    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32, device="cpu")
     bounds[1:] = lengths.cumsum(0)
     return bounds, int(lengths.max())

@@ -142,7 +142,7 @@ def head_order(heads: int, kv_heads: int) -> Tensor:
 
     Head i of the reference reads key head `i % kv_heads`.
     """
-    return torch.arange(heads).view(-1, kv_heads).t().flatten()
+    return torch.arange(heads, device="cpu").view(-1, kv_heads).t().flatten()
 
 
 def _normed_feed_forward(feed_forward: Any, weights: Weights) -> tuple[Tensor | None, PackedFeedForward]:
