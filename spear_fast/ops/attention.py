@@ -178,4 +178,4 @@ for _op in ("attention", "attention_backward"):
     register(Provider(_op, "sdpa", getattr(sdpa, _op), ("cpu", "cuda"), why_not=sdpa.why_not, fastest=sdpa.fastest))
     register(peers.flash_attn(_op))
     register(peers.xformers(_op))
-    register(Provider(_op, "reference", getattr(reference, _op)))
+    register(backends.reference(_op, reference))

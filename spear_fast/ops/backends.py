@@ -1,19 +1,21 @@
-"""The kinds of providers: C++ on the CPU, CUDA, and Triton; each says for itself why it cannot run."""
+"""The kinds of providers: plain torch, C++ on the CPU, CUDA, and Triton; each says for itself why it cannot run."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spear_fast.ops import extension
-from spear_fast.ops.checks import refuse_views
+from spear_fast.ops.checks import refuse_layouts, refuse_views
 from spear_fast.ops.cuda import runtime
 from spear_fast.ops.providers import Provider, ProviderQuery
 
@@ -30,6 +32,20 @@ def of_dtypes(*dtypes: torch.dtype) -> WhyNot:
         return None if query.dtype in dtypes else f"takes {', '.join(map(str, dtypes))}, not {query.dtype}"
 
     return why_not
+
+
+def reference(op: str, module: ModuleType) -> Provider:
+    """Returns the provider `reference`: the function named like the op in a module of `spear_fast.ops.reference`."""
+    function = getattr(module, op)
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def of_dense(*arguments: Any) -> Any:
+        # plain torch takes sparse tensors in places, and computes something else
+        refuse_layouts(op, dict(zip(names, arguments, strict=True)))
+        return function(*arguments)
+
+    return Provider(op, "reference", of_dense)
 
 
 def cpu(op: str, why_not: WhyNot | None = None) -> Provider:

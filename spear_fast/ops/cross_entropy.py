@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Provider, register
+from spear_fast.ops.providers import register
 from spear_fast.ops.reference import cross_entropy as reference
 from spear_fast.ops.registry import autocasts, define, differentiate
 
@@ -119,4 +119,4 @@ differentiate("cross_entropy", _differentiate, _save)
 for _op in ("cross_entropy", "cross_entropy_backward"):
     register(backends.cpu(_op))
     register(backends.triton(_op, "cross_entropy"))
-    register(Provider(_op, "reference", getattr(reference, _op)))
+    register(backends.reference(_op, reference))

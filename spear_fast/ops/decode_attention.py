@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Provider, ProviderQuery, register
+from spear_fast.ops.providers import ProviderQuery, register
 from spear_fast.ops.reference import decode_attention as reference
 from spear_fast.ops.registry import define
 
@@ -291,4 +291,4 @@ for _op in ("append_kv", "decode_self_attention", "decode_cross_attention"):
     if _op == "decode_self_attention":
         register(backends.cuda(_op, _cuda_cannot))
     register(backends.triton(_op, _op))
-    register(Provider(_op, "reference", getattr(reference, _op)))
+    register(backends.reference(_op, reference))

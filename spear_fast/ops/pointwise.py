@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spear_fast.ops import backends
 from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import Provider, ProviderQuery, register
+from spear_fast.ops.providers import ProviderQuery, register
 from spear_fast.ops.reference import pointwise as reference
 from spear_fast.ops.registry import define, differentiate
 
@@ -262,4 +262,4 @@ for _op in ("rms_norm", "rms_norm_backward", "geglu", "geglu_backward", "rotary"
     register(backends.cpu(_op))
     _fits = _rows_too_long if "norm" in _op else None
     register(backends.triton(_op, _op.removesuffix("_backward"), _fits))
-    register(Provider(_op, "reference", getattr(reference, _op)))
+    register(backends.reference(_op, reference))

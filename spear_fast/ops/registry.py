@@ -76,7 +76,7 @@ def define(
             # the op's arguments say what it computes in, whatever its provider is made of
             with torch.autocast(first.device.type, enabled=False):
                 return function(first, *others)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             # asked only now: every call would pay for it
             refuse_layouts(op, dict(zip(names, (first, *others), strict=True)))
             raise

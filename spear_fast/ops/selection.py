@@ -16,7 +16,7 @@ from torch import Tensor
 from spear_fast.ops import backends
 from spear_fast.ops.arguments import takes
 from spear_fast.ops.checks import check_float, refuse, remembering, shape_of
-from spear_fast.ops.providers import Provider, register
+from spear_fast.ops.providers import register
 from spear_fast.ops.reference import selection as reference
 from spear_fast.ops.registry import define
 from spear_fast.ops.selection_params import FloatParam, IntParam
@@ -252,4 +252,4 @@ _sample_step = define(
 for _op in ("beam_step", "sample_step"):
     register(backends.cpu(_op))
     register(backends.cuda(_op))
-    register(Provider(_op, "reference", getattr(reference, _op)))
+    register(backends.reference(_op, reference))
