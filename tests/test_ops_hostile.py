@@ -59,7 +59,7 @@ def test_dtypes(op, dtype):
 @pytest.mark.parametrize("provider", ["", "reference"])
 @pytest.mark.parametrize("op", OPS)
 def test_sparse_tensors(op, provider):
-    """Also by plain torch, which takes them in places and computes something else."""
+    """Also by plain torch, which takes some of them and computes something else."""
     for i in tensors(op):
         arguments = list(EXAMPLES[op]())
         if arguments[i].dim():

@@ -41,7 +41,7 @@ def reference(op: str, module: ModuleType) -> Provider:
 
     @functools.wraps(function)
     def of_dense(*arguments: Any) -> Any:
-        # plain torch takes sparse tensors in places, and computes something else
+        # plain torch takes some sparse tensors, and computes something else
         refuse_layouts(op, dict(zip(names, arguments, strict=True)))
         return function(*arguments)
 
