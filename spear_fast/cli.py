@@ -135,7 +135,7 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Any) -> None:
-    text = "Measure ops, generation, labelling or training on this machine, by their distance from its limits."
+    text = "Measure ops, generation, labelling or training on this machine, by their share of the roofline."
     parser = _command(commands, "bench", run_bench, text, "spear-fast bench WHAT --help lists the options of each")
     parser.add_argument("what", choices=BENCHMARKS, metavar="|".join(BENCHMARKS))
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the benchmark")

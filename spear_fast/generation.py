@@ -26,6 +26,7 @@ from spear_fast.decoding import (
 from spear_fast.evaluation import evaluation_mode
 from spear_fast.filters import top_k as keep_top_k
 from spear_fast.inputs import InputMixin, Modality, Source
+from spear_fast.ops.registry import without_autocast
 from spear_fast.transformer import Transformer, unpackable
 
 # decoders packed from a model's weights, outside the model so that copies, pickles and state dicts do not carry them
@@ -53,7 +54,7 @@ class GenerationMixin(InputMixin):
         if kind not in packed or packed[kind].is_stale():
             embedding: Tensor = self.token_emb[source_type].weight  # type: ignore[assignment]
             # weights keep their type, whatever the caller computes in
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device.type):
                 packed[kind] = Encoder.from_modules(self.source_transformer, embedding, weights=weights)
         return packed[kind]
 
@@ -65,7 +66,7 @@ class GenerationMixin(InputMixin):
             early_exit = None
             if self.early_exit_layer is not None and target_type == "speech":
                 early_exit = (self.early_exit_layer, self.to_early_exit_semantic_logits)
-            with torch.autocast(self.device.type, enabled=False):
+            with without_autocast(self.device.type):
                 packed[kind] = Decoder.from_modules(
                     self.target_transformer,
                     self.token_emb[target_type].weight,  # type: ignore[arg-type]

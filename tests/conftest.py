@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,6 +19,9 @@ torch.set_num_threads(1)
 
 def pytest_configure() -> None:
     """Stops where `make asan` would test an extension that no sanitizer watches; mends the interpreter."""
+    # a shell starts what runs in its background with Ctrl-C ignored, and tests interrupt what they start
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("SPEAR_FAST_TEST_SANITIZED") and (extension.missing() or not extension.facts().get("sanitize")):
         raise pytest.UsageError(f"the C++ extension in {extension.__file__} is not built with sanitizers")
     if backends.interpreted():

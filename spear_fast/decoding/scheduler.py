@@ -20,6 +20,7 @@ from spear_fast.decoding.packed.encoder import Encoder, tokens_together
 from spear_fast.decoding.request import Request
 from spear_fast.decoding.runner import Outcome, Runner
 from spear_fast.decoding.workers import WorkerPool
+from spear_fast.ops.registry import without_autocast
 
 
 class Scheduler:
@@ -86,7 +87,7 @@ class Scheduler:
         An interrupt is raised; which requests it took along, their owner knows.
         """
         try:
-            with torch.inference_mode(), torch.autocast(self.decoder.device.type, enabled=False):
+            with torch.inference_mode(), without_autocast(self.decoder.device.type):
                 return self._step()
         except Exception as error:
             if is_out_of_memory(error):

@@ -7,6 +7,7 @@ check.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -42,6 +43,11 @@ def _refusing_views(op: str) -> Callable[..., NoReturn]:
         refuse_views(op)
 
     return refusal
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which autocast is off for a type of device, whether or not that knows autocast."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
 def define(
