@@ -72,11 +72,6 @@ def _decode_sources(
 
     mask: `[batch, length]` bool, the positions of a row that its source has; alignments are spread over them.
     """
-    if options.method == "speculative" and decoder.early_exit is None:
-        raise ValueError(
-            "speculative decoding drafts with an early-exit head, and this model has none; build and train it with "
-            "target_early_exit_layer, or use another method."
-        )
     with torch.inference_mode():
         result = _served(encoder, decoder, sources, options) if sources else _nothing(decoder, options)
         result = _spread(result, mask)

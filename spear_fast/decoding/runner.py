@@ -257,9 +257,16 @@ class Runner:
 
     def _released(self) -> list[Outcome]:
         """Returns the results of those that were held and no longer need be."""
-        released = [held for held in self._held if held.slot.request.group.stop is not None]  # type: ignore[union-attr]
-        self._held = [held for held in self._held if held not in released]
-        return [(held.slot.request, self._result(held, None)) for held in released]
+        outcomes: list[Outcome] = []
+        still_held = []
+        for held in self._held:
+            group = held.slot.request.group
+            if group is None or group.stop is None:
+                still_held.append(held)
+            else:
+                outcomes.append((held.slot.request, self._result(held, None)))
+        self._held = still_held
+        return outcomes
 
     def _vacate(self, slot_ids: Sequence[int]) -> None:
         if not slot_ids:
