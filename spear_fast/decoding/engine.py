@@ -127,6 +127,7 @@ class Engine:
         callback: Callable[[Request], Any] | None = None,
         tag: Any = None,
         stop_group: StopGroup | None = None,
+        stream: bool = False,
     ) -> Request:
         """Takes a request and returns its future at once. One that cannot be served fails alone, in its future.
 
@@ -134,6 +135,10 @@ class Engine:
         floating point, a memory as the encoder gives it, which is not encoded again. It is copied. options: by default
         beam search with the engine's beams. callback: called with the request when it is done. stop_group: what a
         request of the reference's search stops with, by default itself alone; as large as it says from the start.
+        stream: whether `for token in request` and `async for token in request` give the tokens of the best hypothesis,
+        int each, without the end of sequence, as soon as no later step can change them: of greedy decoding, one draw
+        and speculative decoding at once, of beam search those on which all hypotheses agree that can still win; of
+        several draws and of the reference's search all at the end. Whether it is done is then looked at every step.
 
         Raises RuntimeError when the engine is closed.
         """
@@ -162,7 +167,7 @@ class Engine:
                 stop_group = StopGroup(1)
             request = Request(
                 next(self._numbers), source, options, seed, driver=self, tag=tag,
-                group=stop_group if wrong is None else None,
+                group=stop_group if wrong is None else None, stream=stream,
             )  # fmt: skip
             if stop_group is not None:
                 stop_group.add(request)
@@ -227,15 +232,15 @@ class Engine:
             while self._steps == before and not self._closed and (self.waiting or self.in_flight):
                 self._changed.wait()
 
-    def run_until(self, request: Request, timeout: float | None = None) -> float | None:
-        """Makes steps until a request is done or `timeout` seconds are over, unless the engine's thread makes them.
+    def run_until(self, reached: Callable[[], bool], timeout: float | None = None) -> float | None:
+        """Makes steps until `reached` returns true or `timeout` seconds are over; none where the engine's thread does.
 
         Returns what is left of the seconds. Raises RuntimeError within a step, which would wait for itself.
         """
         if self._stepper == threading.get_ident():
             raise RuntimeError("a function that a step calls asks for a result, and would wait for itself for ever.")
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not request.done() and self._drives() and not self._closed:
+        while not reached() and self._drives() and not self._closed:
             if deadline is not None and time.monotonic() >= deadline:
                 return 0
             self._step()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +18,14 @@ from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.encoder import Encoder
 from spear_fast.decoding.result import DecodingResult
+from spear_fast.decoding.streaming import TokenStream
 
 
 class Driver(Protocol):
     """What makes a request's steps."""
 
-    def run_until(self, request: Request, timeout: float | None) -> float | None:
-        """Makes steps until the request is done or the seconds are over; returns what is left of them to wait for."""
+    def run_until(self, reached: Callable[[], bool], timeout: float | None) -> float | None:
+        """Makes steps until `reached` returns true or the seconds are over; returns what is left of them to wait."""
 
     def cancel(self, request: Request) -> bool:
         """Takes the request back; returns whether there was something to take back."""
@@ -75,10 +80,13 @@ class Request(Future[DecodingResult]):
 
     `await asyncio.wrap_future(request)`, `concurrent.futures.wait` and `add_done_callback` work too; they start the
     engine's thread where nobody makes its steps. An exception in a callback is logged and stops nothing.
+    Submitted with `stream=True`, `for token in request` and `async for token in request` give its tokens as they are
+    final, see `Engine.submit`; they raise what the request fails of.
     number: counts the requests of an engine. tag: what was passed to `submit`. options: how it is decoded.
 
     For decoding. source: ids `[n]` int64 on the host, or what an encoder made of them, `[n, dim]`. seed: of its draws.
-    memory: `[n, dim]`, encoded, until it has a slot. group: what it stops with, in the reference's search.
+    memory: `[n, dim]`, encoded, until it has a slot. group: what it stops with, in the reference's search. stream:
+    where its tokens go, or None.
     """
 
     def __init__(
@@ -91,11 +99,13 @@ class Request(Future[DecodingResult]):
         driver: Driver | None = None,
         tag: Any = None,
         group: StopGroup | None = None,
+        stream: bool = False,
     ) -> None:
         super().__init__()
         self.number, self.tag, self.options = number, tag, options
         self.source, self.seed, self.group = source, seed, group
         self.memory: Tensor | None = source if is_memory(source) else None
+        self.stream = TokenStream() if stream else None
         self._driver = driver
         self._completed = False
         self._completing = threading.Lock()
@@ -129,7 +139,52 @@ class Request(Future[DecodingResult]):
         return super().exception(self._remaining(timeout))
 
     def _remaining(self, timeout: float | None) -> float | None:
-        return timeout if self._driver is None or self.done() else self._driver.run_until(self, timeout)
+        return timeout if self._driver is None or self.done() else self._driver.run_until(self.done, timeout)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields the tokens as they are final, making the engine's steps where no thread does; see `Engine.submit`."""
+        stream, position = self._own_stream(), 0
+        while True:
+            tokens, ended = stream.after(position)
+            yield from tokens
+            position += len(tokens)
+            if ended:
+                break
+            if self._driver is not None and not tokens:
+                self._driver.run_until(partial(stream.has, position), None)
+                stream.wait(position)
+        self.result()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """Yields the tokens as they are final; starts the engine's thread where nobody makes its steps."""
+        stream, position = self._own_stream(), 0
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            # a loop that has ended waits for nothing
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
+
+        stream.subscribe(wake)
+        try:
+            self.start_driver()
+            while True:
+                changed.clear()
+                tokens, ended = stream.after(position)
+                for token in tokens:
+                    yield token
+                position += len(tokens)
+                if ended:
+                    break
+                await changed.wait()
+        finally:
+            stream.unsubscribe(wake)
+        self.result()
+
+    def _own_stream(self) -> TokenStream:
+        if self.stream is None:
+            raise TypeError("the tokens of a request come one by one only where it is submitted with stream=True.")
+        return self.stream
 
     def add_done_callback(self, callback: Any) -> None:
         """Calls `callback(request)` when it is done, from the thread that makes the steps; starts one at need."""
@@ -151,6 +206,11 @@ class Request(Future[DecodingResult]):
             if self._completed:
                 return
             self._completed = True
+        if self.stream is not None and isinstance(outcome, DecodingResult):
+            try:
+                self.stream.put(0, outcome.tokens[0, 0, : int(outcome.lengths[0, 0])].tolist())
+            except RuntimeError as error:
+                outcome = error
         # callbacks run in here and may complete other requests
         if isinstance(outcome, CancelledError):
             super().cancel()
@@ -159,6 +219,8 @@ class Request(Future[DecodingResult]):
             self.set_exception(outcome)
         else:
             self.set_result(outcome)
+        if self.stream is not None:
+            self.stream.end()
 
 
 def is_memory(source: Any) -> bool:

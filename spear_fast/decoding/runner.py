@@ -24,6 +24,7 @@ from spear_fast.decoding.request import Request
 from spear_fast.decoding.result import DecodingResult, backtrace
 from spear_fast.decoding.source_alignment import aligned
 from spear_fast.decoding.state import DecodeState
+from spear_fast.decoding.streaming import Streaming, send_final_tokens
 from spear_fast.decoding.transfer import to_device, to_host
 from spear_fast.ops.selection_params import SelectionMethod
 
@@ -43,10 +44,14 @@ def interval(device: torch.device, steps: int) -> int:
 
 @dataclass
 class Slot:
-    """A slot in use. steps: tokens made, or a few more: those after an end not yet looked at, and drafts."""
+    """A slot in use.
+
+    steps: tokens made, or a few more: those after an end not yet looked at, and drafts. streaming: None of most.
+    """
 
     request: Request
     memory: Tensor | None
+    streaming: Streaming | None = None
     steps: int = 0
 
     @property
@@ -134,7 +139,8 @@ class Runner:
         for slot_id, request in zip(slot_ids, requests, strict=True):
             # one that may leave its slot before it is done looks at its source again
             remembered = request.memory if request.options.aligns and request.group is not None else None
-            self.occupied[slot_id] = Slot(request, remembered)
+            streaming = None if request.stream is None else Streaming(request.stream, request.options)
+            self.occupied[slot_id] = Slot(request, remembered, streaming)
         self._mix = None
 
     def step(self) -> None:
@@ -143,7 +149,8 @@ class Runner:
         slots = self.taken
         if self._mix is None:
             self._mix = Mix.of((slot_id, slot.options) for slot_id, slot in enumerate(slots))
-        for _ in range(interval(self.decoder.device, min(slot.steps for slot in slots))):
+        streams = any(slot.streaming for slot in slots)
+        for _ in range(1 if streams else interval(self.decoder.device, min(slot.steps for slot in slots))):
             self._reserve(slots, self._mix)
             self._step(self.view(), self._mix)
             for slot in slots:
@@ -201,6 +208,8 @@ class Runner:
         for slot_id, finished_slot in zip(finished, self._take(finished), strict=True):
             outcomes.append((finished_slot.slot.request, self._result(finished_slot, slot_id)))
         self._held += self._take(held)
+        streaming = {i: slot.streaming for i, slot in enumerate(self.occupied) if slot is not None and slot.streaming}
+        self._failures += send_final_tokens(self.state, streaming, self.decoder.eos_id)
         return outcomes + self._released()
 
     def drop(self, unwanted: Callable[[Request], bool]) -> None:
