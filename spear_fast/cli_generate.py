@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", dest="target", choices=MODALITIES, help="what to generate (the other one)")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".txt, .jsonl or .npy (standard output, as txt)")
     parser.add_argument("--format", choices=cli_outputs.FORMATS, help="of the output (what --out ends in, or txt)")
+    parser.add_argument(
+        "--stream", action="store_true", help="write each result while it is decoded, as far as it is final"
+    )
     parser.add_argument("--unordered", action="store_true", help="write each result once it is finished; use jsonl")
     search = parser.add_argument_group("decoding")
     method = search.add_mutually_exclusive_group()
@@ -79,6 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None and arguments.file is not None and arguments.out.resolve() == arguments.file.resolve():
         raise ValueError(f"--out must be another file than --file, got {arguments.out} for both.")
     options = _options(arguments)
+    _check_stream(arguments, kind)
     inputs, total = _inputs(arguments)
     # the first input tells the direction, and whether the source can be read, before a model is loaded
     first = list(itertools.islice(inputs, 1))
@@ -87,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     source, target = direction(first[0], arguments.source, arguments.target)
     generation = Generation(arguments, source, target, options, total)
     try:
-        with cli_outputs.opened(arguments.out, kind, arguments.n_best) as write:
+        with cli_outputs.opened(arguments.out, kind, arguments.n_best, stream=arguments.stream) as write:
             generation.run(itertools.chain(first, inputs), write)
     except cli_outputs.Unheard:
         return DONE
@@ -96,6 +100,19 @@ def _run(arguments: argparse.Namespace) -> int:
     if not generation.failed:
         return DONE
     return SOME_FAILED if generation.failed < generation.written else ERROR
+
+
+def _check_stream(arguments: argparse.Namespace, kind: str) -> None:
+    """Raises ValueError where results cannot be written while they are decoded."""
+    if not arguments.stream:
+        return
+    for given, why in (
+        (arguments.unordered, "--unordered: lines of several results would mix"),
+        (arguments.n_best > 1, "--n-best: which result is the best is known at the end"),
+        (kind != "txt", f"--format {kind}: it is written line by line as txt"),
+    ):
+        if given:
+            raise ValueError(f"--stream does not go with {why}; leave one of them out.")
 
 
 def _inputs(arguments: argparse.Namespace) -> tuple[Iterator[Input], int | None]:

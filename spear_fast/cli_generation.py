@@ -55,6 +55,9 @@ class Generation:
         if source == "text":
             _check_tokenizer(self._model)
         self._options, self._ordered = options, not arguments.unordered
+        self._stream = arguments.stream
+        # those whose results are not written yet, where results are written while they are decoded
+        self._requests: dict[int, Any] = {}
         # torch's own generator starts with the same seed in every process
         self._seed = torch.Generator().seed() if arguments.seed is None else arguments.seed
         batch = arguments.batch_size or BATCH_SIZE.get(device.type, 32)
@@ -96,6 +99,7 @@ class Generation:
                 taken += 1
             if self.written + len(outcomes) < taken:
                 self._engine.step()
+            self._grow(write)
             while self._finished:
                 request = self._finished.popleft()
                 index, entry = request.tag
@@ -128,7 +132,11 @@ class Generation:
         if options.method == "sample":
             # of its own: an input that fails, or is left out, changes no other result
             options = replace(options, generator=torch.Generator().manual_seed((self._seed + index) % 2**63))
-        self._engine.submit(ids, options, tag=(index, entry), callback=self._finished.append)
+        request = self._engine.submit(
+            ids, options, tag=(index, entry), callback=self._finished.append, stream=self._stream
+        )
+        if self._stream:
+            self._requests[index] = request
         return None
 
     def _ids(self, entry: Input) -> Any:
@@ -168,7 +176,6 @@ class Generation:
         if error is not None:
             return _Failure(" ".join(str(error).split()) or type(error).__name__)
         result = request.result()
-        tokenizer = self._model.tokenizer if self._target == "text" else None
         found = []
         for rank in range(result.tokens.shape[1]):
             length, finished = int(result.lengths[0, rank]), bool(result.finished[0, rank])
@@ -176,7 +183,7 @@ class Generation:
             found.append(
                 Hypothesis(
                     tokens=tokens,
-                    text=None if tokenizer is None else tokenizer.decode(tokens),
+                    text=self._text(tokens),
                     score=float(result.scores[0, rank]),
                     mean_logprob=float(result.sum_logprobs[0, rank]) / max(1, length + finished),
                     finished=finished,
@@ -184,7 +191,20 @@ class Generation:
             )
         return found
 
+    def _grow(self, write: cli_outputs.Writer) -> None:
+        """Writes what is final of the next result."""
+        request = self._requests.get(self.written)
+        if request is not None and isinstance(write, cli_outputs.StreamedLines):
+            tokens = request.stream.after(0)[0]
+            write.grow(tokens, self._text(tokens))
+
+    def _text(self, tokens: list[int]) -> str | None:
+        """Returns the text of generated tokens; None of speech tokens, and where the model has no tokenizer."""
+        tokenizer = self._model.tokenizer if self._target == "text" else None
+        return None if tokenizer is None else tokenizer.decode(tokens)
+
     def _write(self, write: cli_outputs.Writer, entry: Input, outcome: list[Hypothesis] | _Failure) -> None:
+        self._requests.pop(self.written, None)
         self.written += 1
         self._bar.update()
         if isinstance(outcome, _Failure):

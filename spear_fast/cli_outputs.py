@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 FORMATS = ("txt", "jsonl", "npy")
 # fills rows of an array after their last id
@@ -36,6 +36,31 @@ class Writer(Protocol):
     def __call__(self, identifier: str, hypotheses: Sequence[Hypothesis]) -> None: ...
 
 
+class StreamedLines:
+    """Writes results as lines, one after the other, each while it is decoded.
+
+    put: writes text.
+    """
+
+    def __init__(self, put: Callable[[str], None]) -> None:
+        self._put, self._shown = put, ""
+
+    def grow(self, tokens: list[int], text: str | None) -> None:
+        """Writes what is new of the next result: its tokens so far, or their text."""
+        # letters of several tokens are no letters yet, and spaces may still be closed up
+        line = line_of(tokens, text).rstrip("\ufffd ")
+        if line.startswith(self._shown) and line != self._shown:
+            self._put(line[len(self._shown) :])
+            self._shown = line
+
+    def __call__(self, identifier: str, hypotheses: Sequence[Hypothesis]) -> None:
+        """Ends the line of the next result. Where its text does not begin as that of its first tokens, begins anew."""
+        line = line_of(hypotheses[0].tokens, hypotheses[0].text) if hypotheses else self._shown
+        rest = line[len(self._shown) :] if line.startswith(self._shown) else f"\n{line}"
+        self._put(f"{rest}\n")
+        self._shown = ""
+
+
 def format_of(out: Path | None, wanted: str | None) -> str:
     """Returns the format of the output. Raises ValueError where neither name nor option says which."""
     if wanted is None and out is not None:
@@ -48,8 +73,8 @@ def format_of(out: Path | None, wanted: str | None) -> str:
 
 
 @contextmanager
-def opened(out: Path | None, kind: str, n_best: int) -> Iterator[Writer]:
-    """Gives what writes a format to a file, by default to standard output.
+def opened(out: Path | None, kind: str, n_best: int, *, stream: bool = False) -> Iterator[Writer]:
+    """Gives what writes a format to a file, by default to standard output; `StreamedLines` with `stream`.
 
     An input that failed leaves its lines or rows empty, so that lines of input and output belong together; `n_best`
     says how many those are.
@@ -60,33 +85,35 @@ def opened(out: Path | None, kind: str, n_best: int) -> Iterator[Writer]:
         _save(out, rows)
         return
 
-    def write(file: IO[str] | None, identifier: str, hypotheses: Sequence[Hypothesis]) -> None:
+    def lines(identifier: str, hypotheses: Sequence[Hypothesis]) -> str:
         if kind == "jsonl":
-            lines = [_json_line(identifier, rank, each) for rank, each in enumerate(hypotheses, 1)]
+            found = [_json_line(identifier, rank, each) for rank, each in enumerate(hypotheses, 1)]
         else:
-            lines = [_line(each) for each in hypotheses] or [""] * n_best
-        # a closed standard output is None, and print says nothing then
-        print("".join(f"{line}\n" for line in lines), end="", file=file, flush=True)
+            found = [line_of(each.tokens, each.text) for each in hypotheses] or [""] * n_best
+        return "".join(f"{line}\n" for line in found)
 
-    def say(identifier: str, hypotheses: Sequence[Hypothesis]) -> None:
-        write(sys.stdout, identifier, hypotheses)
+    def writer(put: Callable[[str], None]) -> Writer:
+        return StreamedLines(put) if stream else lambda *result: put(lines(*result))
+
+    def say(text: str) -> None:
+        # a closed standard output is None, and print says nothing then
+        print(text, end="", file=sys.stdout, flush=True)
         if getattr(sys.stdout, "failed", None) is not None:
             raise Unheard
 
     if out is None:
-        yield say
+        yield writer(say)
         return
     try:
         with out.open("w", encoding="utf-8") as file:
-            yield lambda *result: write(file, *result)
+            yield writer(lambda text: print(text, end="", file=file, flush=True))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(out)) from error
 
 
-def _line(hypothesis: Hypothesis) -> str:
-    if hypothesis.text is None:
-        return " ".join(map(str, hypothesis.tokens))
-    return " ".join(hypothesis.text.splitlines())
+def line_of(tokens: list[int], text: str | None) -> str:
+    """Returns the line of a result: its ids, or its text."""
+    return " ".join(map(str, tokens)) if text is None else " ".join(text.splitlines())
 
 
 def _json_line(identifier: str, rank: int, hypothesis: Hypothesis) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from labelling_jobs import NUM_SPEECH_IDS, random_rows, tiny_model, write_lines
 
-from spear_fast import cli, load_model
+from spear_fast import cli, cli_outputs, load_model
 from spear_fast.cli_inputs import as_ids
 from spear_fast.speech import read_audio
 
@@ -68,6 +68,49 @@ def test_tokens_become_text(model, folder, capsys):
     wanted = [model.tokenizer.decode(expected(model, tokens)[0]) for tokens in sources]
     assert capsys.readouterr().out.splitlines() == wanted
     assert len(set(wanted)) > 1
+
+
+def test_results_are_written_while_they_are_decoded(folder, capsys, monkeypatch):
+    """The same lines with `--stream` and without, and of what is decoded greedily a piece after every step."""
+    sources = [" ".join(map(str, row["tokens"])) for row in random_rows(5)]
+    for options in (["--greedy"], ["--beam", "3"], ["--sample", "--seed", "4"]):
+        for way in ([], ["--from", "text", "--to", "tokens"]):
+            inputs = ["abc", "d", "cab"] if way else sources
+            command = [*inputs, "--model", folder, *MOST, *options, *way]
+            run(*command)
+            wanted = capsys.readouterr().out
+            pieces = []
+            with monkeypatch.context() as patch:
+                patch.setattr(sys.stdout, "write", lambda text, pieces=pieces: pieces.append(text))
+                run(*command, "--stream", "--batch-size", "2")
+            assert "".join(pieces) == wanted
+            if options == ["--greedy"] and way:
+                # a blank before every id but the first, which stands beside the one before
+                assert sum(piece not in ("", "\n") for piece in pieces) > len(inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--unordered"], "--unordered"), (["--n-best", "2"], "--n-best"), (["--format", "jsonl"], "jsonl")],
+)
+def test_what_cannot_be_streamed_is_refused(folder, capsys, options, says):
+    run("1 2", "--model", folder, "--stream", *options, status=2)
+    assert says in error_of(capsys)
+
+
+def test_lines_grow_by_whole_letters_and_begin_anew_where_they_must():
+    written: list[str] = []
+    lines = cli_outputs.StreamedLines(written.append)
+    for tokens, text in (([1], "\ufffd"), ([1, 2], "ä"), ([1, 2, 3], "ä "), ([1, 2, 3, 4], "ä b")):
+        lines.grow(tokens, text)
+    lines("", [cli_outputs.Hypothesis([1, 2, 3, 4], "ä b", 0.0, 0.0, True)])
+    assert written == ["ä", " b", "\n"]
+    lines.grow([5], "x")
+    lines("", [cli_outputs.Hypothesis([5, 6], "yz", 0.0, 0.0, True)])
+    assert written[3:] == ["x", "\nyz\n"]
+    lines.grow([7], None)
+    lines("", [])
+    assert written[5:] == ["7", "\n"]
 
 
 def test_text_becomes_tokens(model, folder, capsys):

@@ -102,8 +102,10 @@ def test_the_code_on_a_page_runs(name, tmp_path, monkeypatch):
     assert blocks
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    # a page is read from its beginning
+    names: dict = {}
     for block in blocks:
-        exec(compile(block, name, "exec"), {})
+        exec(compile(block, name, "exec"), names)
 
 
 def targets():
