@@ -1,11 +1,11 @@
-"""`python -m benchmarks op | generate | step | label | train | compare | plots | pages | gpu`; each has --help."""
+"""`python -m benchmarks COMMAND`, one of op, generate, step, latency, label, train, compare, plots, pages and gpu."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("op", "generate", "step", "label", "train", "compare", "plots", "pages", "gpu")
+COMMANDS = ("op", "generate", "step", "latency", "label", "train", "compare", "plots", "pages", "gpu")
 
 
 def main(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import picture
+from benchmarks import latency, picture
 from benchmarks import rows as rowfile
 from benchmarks.label import table as label_table
 from benchmarks.machine import REPOSITORY, RESULTS
@@ -36,7 +36,9 @@ def tables(folder: Path = RESULTS, only: str | None = None) -> str:
         if only not in (None, device):
             continue
         sections = [
-            section for make in (_generation, _steps, _labelling, _memory, _ops, _training) for section in make(rows)
+            section
+            for make in (_generation, _steps, _latency, _labelling, _memory, _ops, _training)
+            for section in make(rows)
         ]
         if sections:
             newest = max(rows, key=lambda row: row["time"])
@@ -117,6 +119,11 @@ def _steps(rows: Sequence[rowfile.Row]) -> list[str]:
 def _labelling(rows: Sequence[rowfile.Row]) -> list[str]:
     found = _of(rows, "label")
     return [label_table(found)] if found else []
+
+
+def _latency(rows: Sequence[rowfile.Row]) -> list[str]:
+    found = _of(rows, "latency")
+    return [rowfile.table(latency.HEADER, map(latency.line, found))] if found else []
 
 
 def _memory(rows: Sequence[rowfile.Row]) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import generate, label, op, rows, step, train
+from benchmarks import generate, label, latency, op, rows, step, train
 from benchmarks.options import Where
 from spear_fast import cli
 
-MODULES = {"op": op, "generate": generate, "step": step, "train": train, "label": label}
+MODULES = {"op": op, "generate": generate, "step": step, "train": train, "label": label, "latency": latency}
 
 
 @pytest.mark.slow
