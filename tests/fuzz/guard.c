@@ -1,5 +1,5 @@
-// an electric fence around allocations: while it is armed, each one ends at a page that nobody may touch, and a freed one
-// stays untouchable, so that a read or write out of bounds ends the process there and then
+// an electric fence around allocations: while it is armed, each one ends at a page that nobody may touch, and a freed
+// one stays untouchable, so that a read or write out of bounds ends the process there and then
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -31,14 +31,10 @@ void guard_arm(int on) {
   atomic_store(&armed, on);
 }
 
-static int is_guarded(void* p) {
-  return base != NULL && (char*)p >= base && (char*)p < base + kSpan;
-}
+static int is_guarded(void* p) { return base != NULL && (char*)p >= base && (char*)p < base + kSpan; }
 
 // the size stands before what is handed out
-static size_t size_of(void* p) {
-  return ((size_t*)p)[-1];
-}
+static size_t size_of(void* p) { return ((size_t*)p)[-1]; }
 
 static void* guarded(size_t size, size_t align) {
   // 64 is what torch asks for; its loads of vectors need none, and 16 leaves less after the end
@@ -52,9 +48,10 @@ static void* guarded(size_t size, size_t align) {
   const size_t bytes = (size + align + sizeof(size_t) + kPage - 1) / kPage * kPage;
   const size_t offset = atomic_fetch_add(&next_offset, bytes + kPage);
   char* first = base + offset;
+  // the kernel bounds the pieces of a process' memory, and modules of Python that a case is the first to load make
+  // many: what comes after that is not fenced
   if (offset + bytes > kSpan || mprotect(first, bytes, PROT_READ | PROT_WRITE) != 0) {
-    errno = ENOMEM;
-    return NULL;
+    return __libc_memalign(align, size);
   }
   void* start = (void*)((uintptr_t)(first + bytes - size) & ~(uintptr_t)(align - 1));
   memset(start, 0xA5, size < kFilled ? size : kFilled);
@@ -69,9 +66,7 @@ static void release(void* p) {
   mprotect((void*)begin, end - begin, PROT_NONE);
 }
 
-void* malloc(size_t size) {
-  return atomic_load(&armed) ? guarded(size, 16) : __libc_malloc(size);
-}
+void* malloc(size_t size) { return atomic_load(&armed) ? guarded(size, 16) : __libc_malloc(size); }
 
 void free(void* p) {
   if (is_guarded(p)) {
@@ -113,9 +108,7 @@ void* memalign(size_t align, size_t size) {
   return atomic_load(&armed) ? guarded(size, align) : __libc_memalign(align, size);
 }
 
-void* aligned_alloc(size_t align, size_t size) {
-  return memalign(align, size);
-}
+void* aligned_alloc(size_t align, size_t size) { return memalign(align, size); }
 
 int posix_memalign(void** out, size_t align, size_t size) {
   void* p = memalign(align, size);
@@ -135,7 +128,7 @@ size_t malloc_usable_size(void* p) {
     return size_of(p);
   }
   if (next == NULL) {
-    next = (size_t(*)(void*))dlsym(RTLD_NEXT, "malloc_usable_size");
+    next = (size_t (*)(void*))dlsym(RTLD_NEXT, "malloc_usable_size");
   }
   return next(p);
 }
