@@ -148,12 +148,12 @@ def test_results_of_generate_can_be_written_to(model, how):
 
 def test_out_of_memory_generate_goes_on_with_fewer_rows_at_a_time(model, monkeypatch):
     ids = padded(sources(9, seed=5))
-    whole, advance = generated(model, ids, "standard"), runner.step
+    whole, real_step = generated(model, ids, "standard"), runner.step
 
     def failing(decoder, view, mix):
         if view.batch > 2:
             raise torch.OutOfMemoryError("no memory")
-        return advance(decoder, view, mix)
+        return real_step(decoder, view, mix)
 
     monkeypatch.setattr(runner, "step", failing)
     same(generated(model, ids, "standard"), whole)
@@ -175,7 +175,7 @@ def test_ids_and_memories_share_an_engine(model):
 
 
 def test_a_memory_is_kept_when_memory_runs_out(model, monkeypatch):
-    advance, (source,) = runner.step, sources(1, seed=7)
+    real_step, (source,) = runner.step, sources(1, seed=7)
     with torch.no_grad():
         memory = model.source_transformer(model.token_emb["speech"](source)[None])[0]
     calls = []
@@ -184,7 +184,7 @@ def test_a_memory_is_kept_when_memory_runs_out(model, monkeypatch):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no memory")
-        return advance(decoder, view, mix)
+        return real_step(decoder, view, mix)
 
     options = DecodingOptions(beam_size=2, max_length=8)
     expected = alone(model, source, options)

@@ -24,7 +24,7 @@ OLD = {
     r"\byardsticks?\b": "same-dtype baseline",
     r"\bharvest": "collect_finished",
     r"\bwithdraw": "cancel",
-    r"\bproceed": "step, run_until",
+    r"\bproceed|(?<!in )\b_?advance|\b_drives\b": "step, run_until",
     r"\b_?(?:un)?settle[sd]?\b": "complete, completed",
     r"\btickets?\b": "request",
     r"(?-i:\bPlan\b)": "EngineConfig",

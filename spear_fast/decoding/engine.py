@@ -211,7 +211,7 @@ class Engine:
                 yield done.popleft()
             if exhausted and not pending:
                 return
-            if self._drives():
+            if self._makes_steps():
                 self._step()
                 continue
             with self._changed:
@@ -224,7 +224,7 @@ class Engine:
 
         Where the engine's own thread makes the steps, waits for one.
         """
-        if self._drives():
+        if self._makes_steps():
             self._step()
             return
         with self._changed:
@@ -240,7 +240,7 @@ class Engine:
         if self._stepper == threading.get_ident():
             raise RuntimeError("a function that a step calls asks for a result, and would wait for itself for ever.")
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not reached() and self._drives() and not self._closed:
+        while not reached() and self._makes_steps() and not self._closed:
             if deadline is not None and time.monotonic() >= deadline:
                 return 0
             self._step()
@@ -280,7 +280,7 @@ class Engine:
                 self._scheduler.remove(request)
         self._complete([(request, CancelledError()) for request in requests])
 
-    def _drives(self) -> bool:
+    def _makes_steps(self) -> bool:
         """Returns whether the calling thread makes the steps: no other does, or it is the engine's own."""
         return self._thread is None or self._thread is threading.current_thread()
 
