@@ -10,6 +10,7 @@ from plain_decoding import all_logits, build_memory, build_model
 from torch import Tensor
 
 from spear_fast.decoding import DecodingOptions, DecodingResult, decode
+from spear_fast.decoding.speculative import LONGEST_NGRAM, repeated
 from spear_fast.filters import top_k
 from spear_fast.ops.reference.candidates import draw, restrict_to_top_k, restrict_to_top_p
 
@@ -71,7 +72,14 @@ WARPS = {
 
 @pytest.mark.parametrize(("warp", "cond_scale"), [("plain", 1.7), *((warp, 1.0) for warp in WARPS)])
 @pytest.mark.parametrize(
-    "method", [dict(method="sample"), dict(method="speculative", gamma=1), dict(method="speculative", gamma=3)], ids=str
+    "method",
+    [
+        dict(method="sample"),
+        dict(method="speculative", gamma=1),
+        dict(method="speculative", gamma=3),
+        dict(method="speculative", gamma=2, drafter="ngram"),
+    ],
+    ids=str,
 )
 def test_draws_follow_the_exact_distribution(method: dict, warp: str, cond_scale: float) -> None:
     model = build_model(3, num_semantic_token_ids=VOCAB - 1, target_early_exit_layer=1)
@@ -110,10 +118,11 @@ def test_the_distribution_test_notices_a_wrong_rule() -> None:
         assert_distributed(result, chances)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3, None], ids=lambda depth: f"exit{depth}" if depth else "ngram")
 @pytest.mark.parametrize("gamma", [1, 3, 8])
 @pytest.mark.parametrize("cond_scale", [1.0, 2.0])
-def test_drafts_at_temperature_zero_are_greedy_decoding(depth: int, gamma: int, cond_scale: float) -> None:
+def test_drafts_at_temperature_zero_are_greedy_decoding(depth: int | None, gamma: int, cond_scale: float) -> None:
+    drafter = "ngram" if depth is None else "early_exit"
     for seed in range(2):
         model = build_model(seed, target_depth=3, target_early_exit_layer=depth)
         memory, mask = build_memory(model, 4, seed=seed)
@@ -123,7 +132,7 @@ def test_drafts_at_temperature_zero_are_greedy_decoding(depth: int, gamma: int, 
             model.decoder("speech"),
             memory,
             mask,
-            DecodingOptions(method="speculative", temperature=0.0, gamma=gamma, **options),
+            DecodingOptions(method="speculative", temperature=0.0, gamma=gamma, drafter=drafter, **options),
         )
         assert drafted.tokens.tolist() == greedy.tokens.tolist()
         assert drafted.finished.tolist() == greedy.finished.tolist()
@@ -140,6 +149,77 @@ def test_one_candidate_is_greedy_whatever_is_drawn() -> None:
                 model.decoder("speech"), memory, mask, DecodingOptions(method=method, max_length=14, **options)
             )
             assert found.tokens.tolist() == greedy.tokens.tolist()
+
+
+def plainly_repeated(tokens: list[int], count: int) -> list[int]:
+    """Returns what followed the last tokens at their latest longest match, over and over."""
+    last, best = len(tokens) - 1, (0, 0)
+    for position in range(last):
+        matched = 0
+        while matched < min(LONGEST_NGRAM, position + 1) and tokens[position - matched] == tokens[last - matched]:
+            matched += 1
+        best = max(best, (matched, position))
+    since = tokens[best[1] + 1 :]
+    return [since[i % len(since)] for i in range(count)]
+
+
+def test_ngrams_are_the_latest_longest_matches() -> None:
+    generator, longest = torch.Generator().manual_seed(0), 0
+    for size in range(2, 40):
+        vocabulary = 2 + size % 4
+        rows = torch.randint(vocabulary, (9, 40), generator=generator, dtype=torch.int32)
+        # what stands after a row's length is never looked at
+        rows[:, size:] = rows[:, :1]
+        found = repeated(rows, torch.full((9,), size), 7)
+        for row, drafts in zip(rows[:, :size].tolist(), found.tolist(), strict=True):
+            wanted = plainly_repeated(row, 7)
+            assert drafts == wanted
+            longest = max(longest, len(set(wanted)))
+    assert longest > 2
+    # rows of their own lengths, one with a single token and one with none
+    found = repeated(rows, torch.tensor([0, 1, *range(2, 9)]), 3)
+    assert found[1].tolist() == [rows[1, 0]] * 3
+    assert found[4].tolist() == plainly_repeated(rows[4, :4].tolist(), 3)
+
+
+def test_what_repeats_itself_takes_few_rounds() -> None:
+    """A decoder that goes round in a circle: once a period is known, every draft is right."""
+    model = build_model(2, target_depth=1)
+    memory, mask = build_memory(model, 1)
+    wanted = [1, 2, 4] * 8
+    allowed = iter(())
+
+    def circle(logits: Tensor) -> Tensor:
+        # rows of this one request in the order of positions, after the tokens that are there already
+        nonlocal allowed
+        made = next(allowed)
+        forced = torch.full_like(logits, -torch.inf)
+        for i in range(len(logits)):
+            forced[i, wanted[(made + i) % len(wanted)]] = 0.0
+        return forced
+
+    from spear_fast.decoding import speculative
+
+    made, real = [0], speculative._commit
+
+    def committed(*arguments):
+        real(*arguments)
+        made.append(int(arguments[1].lengths[0, 0]))
+
+    def lengths():
+        while True:
+            yield made[-1]
+
+    allowed = lengths()
+    speculative._commit = committed
+    try:
+        options = DecodingOptions(method="speculative", drafter="ngram", gamma=5, max_length=24, filter_logits=circle)
+        result = decode(model.decoder("speech"), memory, mask, options)
+    finally:
+        speculative._commit = real
+    assert result.tokens[0, 0].tolist() == wanted
+    # a token a round until the circle has closed, then six
+    assert len(made) - 1 <= 4 + -(-20 // 6)
 
 
 def test_a_head_that_is_the_whole_decoder_is_always_right() -> None:

@@ -74,7 +74,9 @@ def test_wrong_arguments_say_what_is_wanted() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             decode(decoder, *arguments, options)
-    with pytest.raises(ValueError, match="drafts with an early-exit head, and this model has none"):
+    with pytest.raises(
+        ValueError, match="drafts with an early-exit head, and this model has none; use drafter='ngram'"
+    ):
         decode(decoder, memory, mask, DecodingOptions(method="speculative"))
     with pytest.raises(ValueError, match="layers with cross-attention, got a transformer without"):
         Decoder.from_modules(

@@ -43,6 +43,7 @@ def options_of(i: int, guided: bool = False) -> DecodingOptions:
         dict(method="sample", top_k=5, num_return_sequences=2, **seeded),
         dict(beam_size=4, beam_mode="reference", num_return_sequences=3, return_alignment=i % 2 == 0),
         dict(method="speculative", gamma=2, top_k=4, min_length=2, return_alignment=True, **seeded),
+        dict(method="speculative", gamma=3, drafter="ngram", **seeded),
     )
     return DecodingOptions(**common, **kinds[i % len(kinds)])
 

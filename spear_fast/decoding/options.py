@@ -14,6 +14,7 @@ from spear_fast.ops.selection_params import COLDEST, EarlyStopping, FloatParam, 
 
 Method = Literal["greedy", "sample", "beam", "speculative"]
 BeamMode = Literal["standard", "reference"]
+Drafter = Literal["early_exit", "ngram"]
 
 # what neither the reference's search nor speculative decoding knows
 _STANDARD_ONLY = ("repetition_penalty", "no_repeat_ngram_size", "prefix", "patience", "coverage_penalty")
@@ -32,7 +33,7 @@ class DecodingOptions:
     """Returns a record of decoding options; raises ValueError, one sentence, when they do not fit together.
 
     method: "greedy" takes the likeliest token; "sample" draws; "beam" searches; "speculative" draws (or, at temperature
-        0, takes the likeliest) with drafts of the early-exit head, from the same distribution as "sample".
+        0, takes the likeliest) with drafts, from the same distribution as "sample".
     beam_size: hypotheses kept for each row. beam_mode: "standard" keeps a pool of finished hypotheses and extends
         unfinished ones only; "reference" is the search of spear-tts-pytorch, which goes on past the end of sequence.
     max_length: most tokens of a hypothesis, end of sequence included. min_length: fewest tokens before that end. These
@@ -48,6 +49,8 @@ class DecodingOptions:
         unfinished one, scored at its present length, does not beat the worst finished one. "never": the same with the
         longest possible length, where that flatters it.
     num_return_sequences: hypotheses returned for each row, best first: of the beam, or independent draws.
+    drafter: of speculative decoding: the model's "early_exit" head, or, for any model, "ngram": what followed the last
+        tokens where they came before.
     gamma: drafted tokens for each verification. lenience: below 1 accepts drafts more often and is no longer exact.
     generator: of the random draws, on the model's device.
     repetition_penalty: divides the positive and multiplies the negative scores (in beam search: log-probabilities) of
@@ -72,6 +75,7 @@ class DecodingOptions:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
+    drafter: Drafter = "early_exit"
     gamma: int = 5
     lenience: float = 1.0
     generator: torch.Generator | None = None
@@ -85,6 +89,7 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         _check(self.method in get_args(Method), "method", "one of " + ", ".join(get_args(Method)), self.method)
         _check(self.beam_mode in get_args(BeamMode), "beam_mode", "'standard' or 'reference'", self.beam_mode)
+        _check(self.drafter in get_args(Drafter), "drafter", "'early_exit' or 'ngram'", self.drafter)
         _check_count("beam_size", self.beam_size, LARGEST_BEAM)
         _check_count("max_length", self.max_length)
         _check_count("gamma", self.gamma)
@@ -170,7 +175,15 @@ class DecodingOptions:
     @property
     def group(self) -> tuple:
         """What requests have in common that a step function can decode together."""
-        sampled = (self.gamma, self.lenience, self.top_k, self.top_p, id(self.filter_logits), self.min_length)
+        sampled = (
+            self.drafter,
+            self.gamma,
+            self.lenience,
+            self.top_k,
+            self.top_p,
+            id(self.filter_logits),
+            self.min_length,
+        )
         return self.kind, self.beam_size, self.max_length, self.temperature, self.cond_scale, sampled
 
     @property

@@ -306,9 +306,9 @@ def _options_refusal(
         )
     if options.guided and not guided:
         return ValueError("a request with cond_scale above 1 needs an engine made with guided=True.")
-    if options.method == "speculative" and decoder.early_exit is None:
+    if options.method == "speculative" and options.drafter == "early_exit" and decoder.early_exit is None:
         return ValueError(
-            "speculative decoding drafts with an early-exit head, and this model has none; build and train it with "
-            "target_early_exit_layer, or use another method."
+            "speculative decoding drafts with an early-exit head, and this model has none; use drafter='ngram', or "
+            "build and train it with target_early_exit_layer."
         )
     return None

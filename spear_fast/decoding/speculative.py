@@ -1,8 +1,8 @@
-"""Speculative decoding without loss: the early-exit head drafts, the whole decoder verifies.
+"""Speculative decoding without loss: an early-exit head or an n-gram table drafts, the whole decoder verifies.
 
 A row that rejects a draft simply keeps a lower length; rows of a batch accept different numbers of tokens. The layers
-below the exit run once for each token: what they wrote and their hidden states serve the verification too.
-(arXiv 2211.17192)
+below the exit run once for each token: what they wrote and their hidden states serve the verification too. Without a
+head the tokens are drafted that followed the last ones where those came before. (arXiv 2211.17192, 2304.04487)
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from spear_fast.decoding.step import claim_positions, early_logits, embed, guide
 from spear_fast.ops.reference.candidates import draw, restrict_to_top_k, restrict_to_top_p
 from spear_fast.ops.reference.philox import uniform
 
+# the most tokens that are looked for among those before
+LONGEST_NGRAM = 3
+
 
 class _Draw(IntEnum):
     """What a number is drawn for: one stream each."""
@@ -40,11 +43,16 @@ def speculate(decoder: Decoder, state: DecodeState, options: DecodingOptions, sl
     and the token's position alone. Every slot of the state is computed, and only those named are written, but for
     positions that are not in use yet.
     """
-    head = decoder.early_exit
-    if head is None:
-        raise ValueError("speculative decoding needs a decoder with an early-exit head, and this one has none.")
-    drafts, drafted, hidden = _draft(decoder, head, state, options)
-    x = run_layers(decoder, state, hidden, range(head.depth, len(decoder.layers)))
+    if options.drafter == "ngram":
+        depth = 0
+        drafts, drafted, hidden = _draft_by_ngrams(decoder, state, options)
+    else:
+        head = decoder.early_exit
+        if head is None:
+            raise ValueError("drafting by an early-exit head needs a decoder that has one, and this one has none.")
+        depth = head.depth
+        drafts, drafted, hidden = _draft(decoder, head, state, options)
+    x = run_layers(decoder, state, hidden, range(depth, len(decoder.layers)))
     logits = guided_logits(decoder.logits(normalize(x, decoder.final_gamma)), state, options.cond_scale)[:, 0]
     steps = torch.arange(options.gamma + 1, device=logits.device)
     generated = state.generated[:, :1]
@@ -80,6 +88,39 @@ def _draft(
         tokens.append(_choose(state, distributions[-1], position, _Draw.DRAFT, options))
         inputs = tokens[-1][:, None].expand_as(state.inputs)
     return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1), torch.stack(hidden, dim=1).flatten(0, 1)
+
+
+def _draft_by_ngrams(decoder: Decoder, state: DecodeState, options: DecodingOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns drafts and all chances on them, as `_draft` does, and the inputs' embeddings, below all layers."""
+    drafts = repeated(state.tokens[:, :, 0], state.generated[:, 0], options.gamma)
+    for i in range(options.gamma + 1):
+        claim_positions(state, state.lengths + i)
+    chances = F.one_hot(drafts, decoder.vocab_size).to(torch.promote_types(decoder.dtype, torch.float32))
+    inputs = torch.cat((state.inputs[:, :, None], drafts[:, None].expand(-1, state.beams, -1)), dim=2)
+    return drafts, chances, embed(decoder, state, inputs)
+
+
+def repeated(tokens: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Returns what followed the last tokens of each row when they came before, `[U, count]` int64.
+
+    The longest match counts, of up to LONGEST_NGRAM tokens, and of those the latest; what lies between it and the end
+    is repeated over and over. Where nothing matches, and of a row without tokens, any will do: drafts are verified.
+
+    tokens: `[U, T]`. lengths: `[U]` int64, tokens of each row.
+    """
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    last = (lengths - 1).clamp(min=0)[:, None]
+    # how many tokens that end at a position are the row's last ones
+    matched = torch.zeros_like(tokens, dtype=torch.int64)
+    goes_on = position < last
+    for i in range(LONGEST_NGRAM):
+        own = tokens.gather(1, (last - i).clamp(min=0))
+        goes_on = goes_on & (tokens.roll(i, dims=1) == own) & (position >= i) & (i <= last)
+        matched += goes_on
+    found = torch.where(position < last, matched * tokens.shape[1] + position, -1).argmax(dim=1, keepdim=True)
+    steps = torch.arange(count, device=tokens.device)
+    period = (last - found).clamp(min=1)
+    return tokens.gather(1, (found + 1 + steps % period).minimum(last)).long()
 
 
 def _accepted(state: DecodeState, drafts: Tensor, drafted: Tensor, target: Tensor, options: DecodingOptions) -> Tensor:
