@@ -60,6 +60,44 @@ def test_guidance_adds_one_launch_a_layer():
     assert sum(counted(6, options, guided=True).values()) <= (LAYER + 1) * 6 + STEP + 1
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_admission_launches_as_much_for_many_utterances_and_layers(apart):
+    """One matmul and one scatter, whoever comes; a matmul for each utterance where bits must not know of the others."""
+
+    def admitted(depth: int, count: int):
+        decoder = tiny_model(target_depth=depth).to(torch.bfloat16).decoder("text")
+        runner = Runner(decoder, slots=8, beams=2, positions=21, max_source=9, fixed=apart)
+        memories = [torch.randn(n, decoder.dim, dtype=torch.bfloat16) for n in (3, 9, 1, 4, 4, 2, 7, 8)[:count]]
+        return launches_of(runner.admit, requests_of(memories, [METHODS["greedy"]] * count))
+
+    few, many = admitted(1, 1), admitted(12, 8)
+    assert few["aten::linear"] == 1
+    assert many["aten::linear"] == (8 if apart else 1)
+    # the rest of them are of the small rows, alike for all
+    assert many["aten::index_put_"] == few["aten::index_put_"]
+    assert many["aten::copy_"] == few["aten::copy_"]
+
+
+def test_admission_writes_every_layer_of_its_slots_alone():
+    decoder = tiny_model(target_depth=3).decoder("text")
+    runner = Runner(decoder, slots=4, beams=2, positions=21, max_source=9)
+    runner.state.memory.store.fill_(7.0)
+    memories = [torch.randn(n, decoder.dim) for n in (3, 9, 1)]
+    options, seeds = [METHODS["greedy"]] * 3, [0] * 3
+    with torch.inference_mode():
+        runner.state.fill([2, 0, 3], memories, options, seeds, decoder)
+        expected = torch.full_like(runner.state.memory.store, 7.0)
+        for slot, memory in zip([2, 0, 3], memories, strict=True):
+            rows = decoder.project(memory)
+            for i in range(3):
+                for j in range(2):
+                    expected[i, j, slot, :, : len(memory)] = rows[:, i, j].transpose(0, 1)
+    assert torch.equal(runner.state.memory.store, expected)
+    for i in range(3):
+        assert torch.equal(runner.state.memory.keys[i], expected[i, 0])
+        assert torch.equal(runner.state.memory.values[i], expected[i, 1])
+
+
 def test_the_counter_sees_glue():
     x = torch.randn(4, 8, dtype=torch.bfloat16)
     assert sum(launches_of(normalize, x, None).values()) == 4

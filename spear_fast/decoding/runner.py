@@ -87,6 +87,7 @@ class Runner:
     ) -> None:
         self.decoder, self.slots, self.positions = decoder, slots, positions
         self.fixed = guided or (fixed and not decoder.batch_invariant)
+        self._apart = fixed and not decoder.batch_invariant
         self.occupied: list[Slot | None] = []
         self.state = DecodeState.allocate(
             decoder, slots=slots, beams=beams, positions=positions, max_source=max_source, guided=guided
@@ -134,7 +135,7 @@ class Runner:
         slot_ids = [*vacant, *range(len(self.occupied), self.slots)][: len(requests)]
         memories = [request.memory for request in requests if request.memory is not None]
         options, seeds = [request.options for request in requests], [request.seed for request in requests]
-        self.state.fill(slot_ids, memories, options, seeds, self.decoder)
+        self.state.fill(slot_ids, memories, options, seeds, self.decoder, apart=self._apart)
         self.occupied += [None] * (max(slot_ids) + 1 - len(self.occupied))
         for slot_id, request in zip(slot_ids, requests, strict=True):
             # one that may leave its slot before it is done looks at its source again
@@ -323,7 +324,9 @@ class Runner:
             return result
         if slot_id is None:
             memory: Tensor = slot.memory  # type: ignore[assignment]
-            keys, values = ([each[None] for each in buffers] for buffers in self.decoder.project(memory))
+            # [layers, 2, 1, heads, n, head_dim], as a state's store
+            store = self.decoder.project(memory).permute(1, 2, 3, 0, 4)[:, :, None]
+            keys, values = (list(store[:, j].unbind()) for j in range(2))
         else:
             own = self.state.memory
             keys, values = ([each[slot_id : slot_id + 1] for each in buffers] for buffers in (own.keys, own.values))

@@ -76,16 +76,12 @@ class DecodeState:
 
         # what no utterance has written is never read: pages that are not needed are never touched
         cache = (rows * beams, decoder.kv_heads, capacity, decoder.head_dim)
-        memory = (slots, decoder.heads, max_source, decoder.head_dim)
         layers = range(len(decoder.layers))
+        memory = (len(layers), 2, slots, decoder.heads, max_source, decoder.head_dim)
         state = cls(
             keys=[empty(*cache) for _ in layers],
             values=[empty(*cache) for _ in layers],
-            memory=ProjectedMemory(
-                [empty(*memory) for _ in layers],
-                [empty(*memory) for _ in layers],
-                zeros(slots, dtype=torch.int64),
-            ),
+            memory=ProjectedMemory.over(empty(*memory), zeros(slots, dtype=torch.int64)),
             float_params=zeros(slots, len(FloatParam), dtype=precise),
             int_params=zeros(slots, len(IntParam), dtype=torch.int32),
             prefix=zeros(slots, positions, dtype=torch.int32),
@@ -137,11 +133,7 @@ class DecodeState:
         return DecodeState(
             keys=[keys[:caches] for keys in self.keys],
             values=[values[:caches] for values in self.values],
-            memory=ProjectedMemory(
-                [keys[:slots] for keys in self.memory.keys],
-                [values[:slots] for values in self.memory.values],
-                self.memory.lengths[:slots],
-            ),
+            memory=ProjectedMemory.over(self.memory.store[:, :, :slots], self.memory.lengths[:slots]),
             lengths=self.lengths[:slots],
             ancestors=self.ancestors[:slots],
             **{name: getattr(self, name)[:slots] for name in PER_UTTERANCE},
@@ -164,19 +156,26 @@ class DecodeState:
         options: Sequence[DecodingOptions],
         seeds: Sequence[int],
         decoder: Decoder,
+        *,
+        apart: bool = False,
     ) -> None:
         """Puts utterances into slots, before their first step.
 
         memories: the encoder's output `[n, dim]` of each; cross-attention's keys and values are projected from it, once
-        for all hypotheses.
+        for all hypotheses. apart: project each by itself, not all by one matmul, whose bits may depend on its rows.
         """
         device = decoder.device
-        for slot, memory in zip(slots, memories, strict=True):
-            for projected, buffers in zip(decoder.project(memory), (self.memory.keys, self.memory.values), strict=True):
-                for part, buffer in zip(projected, buffers, strict=True):
-                    buffer[slot, :, : len(memory)] = part
-        rows, packed = to_device(torch.tensor(slots, device="cpu"), device), PackedOptions.of(options, decoder.eos_id)
-        self.memory.lengths[rows] = to_device(torch.tensor([len(memory) for memory in memories], device="cpu"), device)
+        if apart:
+            projected = torch.cat([decoder.project(memory) for memory in memories])
+        else:
+            projected = decoder.project(torch.cat(list(memories)))
+        lengths = [len(memory) for memory in memories]
+        on_host, counts = torch.tensor(slots, device="cpu"), torch.tensor(lengths, device="cpu")
+        slot_of = on_host.repeat_interleave(counts)
+        position_of = torch.cat([torch.arange(length, device="cpu") for length in lengths])
+        self.memory.put(projected, *to_device(torch.stack((slot_of, position_of)), device))
+        rows, packed = to_device(on_host, device), PackedOptions.of(options, decoder.eos_id)
+        self.memory.lengths[rows] = to_device(counts, device)
         self.float_params[rows] = to_device(packed.float_params.to(self.float_params.dtype), device)
         self.int_params[rows] = to_device(packed.int_params, device)
         self.prefix[rows, : packed.prefix.shape[1]] = to_device(packed.prefix, device)
@@ -200,8 +199,8 @@ class DecodeState:
                 buffer[new_rows, :, :written] = buffer[old_rows, :, :written]
             self.lengths[new] = self.lengths[old]
             self.ancestors[new] = self.ancestors[old]
-        for buffer in (*self.memory.keys, *self.memory.values):
-            buffer[target, :, :source] = buffer[origin, :, :source]
+        store = self.memory.store
+        store[:, :, target, :, :source] = store[:, :, origin, :, :source]
         self.memory.lengths[target] = self.memory.lengths[origin]
         for name in PER_UTTERANCE:
             getattr(self, name)[target] = getattr(self, name)[origin]

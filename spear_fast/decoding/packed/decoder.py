@@ -22,14 +22,30 @@ from spear_fast.decoding.packed.linear import Linear, Weights, check_weights
 
 @dataclass(frozen=True)
 class ProjectedMemory:
-    """Cross-attention keys and values of a batch, once for each utterance and layer.
+    """Cross-attention keys and values of a batch, once for each utterance and layer; `over` makes it.
 
-    keys, values: for each layer `[batch, heads, length, head_dim]`. lengths: `[batch]` int64.
+    store: `[layers, 2, batch, heads, length, head_dim]`, first keys, then values: one buffer, so that one kernel writes
+    those of all layers. keys, values: the views of it for each layer, `[batch, heads, length, head_dim]`.
+    lengths: `[batch]` int64.
     """
 
+    store: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     lengths: Tensor
+
+    @classmethod
+    def over(cls, store: Tensor, lengths: Tensor) -> ProjectedMemory:
+        """Returns the views of a store."""
+        keys, values = (list(store[:, j].unbind()) for j in range(2))
+        return cls(store, keys, values, lengths)
+
+    def put(self, projected: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Writes `Decoder.project`'s rows, each to its slot and position, in one launch.
+
+        projected: `[rows, layers, 2, heads, head_dim]`. slots, positions: `[rows]` int64, no pair of them twice.
+        """
+        self.store.permute(2, 4, 0, 1, 3, 5).index_put_((slots, positions), projected)
 
 
 class Decoder:
@@ -130,15 +146,13 @@ class Decoder:
         """Returns whether a packed parameter has since been changed, moved or replaced; see `ParameterWatch`."""
         return self._watch.changed()
 
-    def project(self, memory: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns the cross-attention keys and values of an utterance for each layer, `[heads, n, head_dim]` each.
+    def project(self, memory: Tensor) -> Tensor:
+        """Returns all layers' cross-attention keys and values, `[rows, layers, 2, heads, head_dim]`: one matmul.
 
-        memory: `[n, dim]`, the encoder's output, floating point.
+        memory: `[rows, dim]`, the encoder's output, floating point, of one utterance or several.
         """
         projected = self.memory_key_value(memory.to(self.dtype))
-        projected = projected.view(len(memory), len(self.layers), 2, self.heads, self.head_dim)
-        keys, values = (projected[:, :, j].permute(1, 2, 0, 3).unbind() for j in range(2))
-        return list(keys), list(values)
+        return projected.view(len(memory), len(self.layers), 2, self.heads, self.head_dim)
 
 
 def _fused(decoder: Decoder) -> Any:
