@@ -53,19 +53,18 @@ def softmax_step(b_scores, b_max, b_sum):
 
 
 @triton.jit
-def merge_splits_kernel(
-    partial, log_sums, out, totals, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
+def merged(
+    partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Merges what the splits of each row computed, by their log-sum-exp.
+    """Returns what the splits of ROWS rows computed together, `[ROWS, SIZE]`, and their largest score and sum, base 2.
 
     partial: `[splits, rows, HEAD_DIM]`, float32; not read where the log-sum-exp is -inf.
     log_sums: `[splits, rows]`, float32, base 2; -inf for a split that read nothing.
-    out: `[rows, HEAD_DIM]`; zeros where no split read anything.
-    totals: `[rows]`, float32; the log-sum-exp of all splits, or None.
+    o_row, m_row: `[ROWS]`, int64 and bool; the rows, and which of them there are.
+
+    In the order of splits, whoever calls: the bits are the same.
     """
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_size = tl.arange(0, SIZE)
-    m_row = o_row < rows
     m_size = o_size < HEAD_DIM
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
@@ -78,7 +77,39 @@ def merge_splits_kernel(
         b_weight, b_shrink, b_max, b_sum = softmax_step(b_log[:, None], b_max, b_sum)
         b_out = b_out * b_shrink[:, None] + b_part * b_weight
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_out = b_out / b_sum[:, None]
+    return b_out / b_sum[:, None], b_max, b_sum
+
+
+@triton.jit
+def arrived_last(arrivals, splits):
+    """Returns whether this program is the last of `splits` to come here: it then sees what the others have written.
+
+    arrivals: int32, of these programs alone while they run; 0 before, and again 0 once the last has come, so that a
+        buffer is zeroed once and kept by whoever owns the launches' other memory: never shared by two streams.
+    """
+    # the count may not overtake what other threads of this program have written
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial, log_sums, out, totals, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
+):
+    """Merges what the splits of each row computed, by their log-sum-exp.
+
+    partial, log_sums: see `merged`.
+    out: `[rows, HEAD_DIM]`; zeros where no split read anything.
+    totals: `[rows]`, float32; the log-sum-exp of all splits, or None.
+    """
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_size = tl.arange(0, SIZE)
+    m_row = o_row < rows
+    m_size = o_size < HEAD_DIM
+    b_out, b_max, b_sum = merged(partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM, SIZE, ROWS)
     p_out = out + o_row[:, None] * HEAD_DIM + o_size[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & m_size[None, :])
     if totals is not None:
