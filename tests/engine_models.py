@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
 import torch
 
-from spear_fast import DecodingOptions, TextToSemantic
+from spear_fast import DecodingOptions, DecodingResult, TextToSemantic
 from spear_fast.decoding.config import EngineConfig
 from spear_fast.decoding.engine import Engine
 from spear_fast.decoding.request import Request
@@ -12,16 +16,16 @@ from spear_fast.decoding.request import Request
 VOCABULARY = 20
 
 
-def tiny_model(**settings) -> TextToSemantic:
+def tiny_model(dim: int = 32, **settings) -> TextToSemantic:
     torch.manual_seed(0)
     sizes = dict(source_depth=1, target_depth=2, heads=4, dim_head=8, target_kv_heads=2, cond_drop_prob=0.1)
     model = TextToSemantic(
-        32, num_text_token_ids=VOCABULARY, num_semantic_token_ids=VOCABULARY, **(sizes | settings)
+        dim, num_text_token_ids=VOCABULARY, num_semantic_token_ids=VOCABULARY, **(sizes | settings)
     ).eval()
     for parameter in model.parameters():
         # norms and null keys that do something
         if parameter.requires_grad:
-            parameter.data += 0.2 * torch.randn_like(parameter)
+            parameter.data += 0.2 * (32 / dim) ** 0.5 * torch.randn_like(parameter)
     return model
 
 
@@ -38,6 +42,40 @@ def engine_of(
     sizes = dict(slots=slots, beams=beams, max_length=max_length, max_source=max_source, workers=workers)
     config = EngineConfig.for_decoder(decoder, guided=settings.get("guided", False), **sizes)
     return Engine(model.encoder("speech"), decoder, config, **settings)
+
+
+def assert_same_in_any_company(
+    model,
+    options_of: Callable[[int], DecodingOptions],
+    *,
+    requests: int,
+    slots: int,
+    by_itself: Sequence[int],
+    **settings,
+) -> None:
+    """Fails unless a deterministic engine's results of requests have the same bits in any order, and alone in it.
+
+    options_of: of the request of a number. by_itself: the requests that are served alone too.
+    """
+    asked = sources(requests, seed=8)
+    order = list(range(requests))
+    random.Random(0).shuffle(order)
+
+    def served(which: Sequence[int]) -> dict[int, DecodingResult]:
+        with engine_of(
+            model, slots=slots, **({"beams": 4, "max_length": 12, "deterministic": True} | settings)
+        ) as engine:
+            # a fresh generator for each request: seeds are drawn when they are submitted
+            finished = engine.run((asked[i], options_of(i)) for i in which)
+            return {which[request.number]: request.result() for request in finished}
+
+    together, shuffled = served(range(requests)), served(order)
+    others = [(i, shuffled[i]) for i in range(requests)] + [(i, served([i])[i]) for i in by_itself]
+    for i, other in others:
+        for field in fields(DecodingResult):
+            one, another = getattr(together[i], field.name), getattr(other, field.name)
+            same = another is None if one is None else torch.equal(one, another)
+            assert same, f"{field.name} of request {i}"
 
 
 def ask(engine: Engine, source: torch.Tensor, *, callback=None, beam_size: int = 4, max_length: int = 12):

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 import torch
-from engine_models import alone, ask, engine_of, sources, tiny_model
+from engine_models import alone, ask, assert_same_in_any_company, engine_of, sources, tiny_model
 
 from spear_fast import DecodingOptions
 from spear_fast.decoding.packed import linear
@@ -80,24 +80,16 @@ def test_deterministic_results_are_the_same_to_the_bit_whatever_is_beside_them(d
         # torch's own matmuls, which round by the number of their rows
         monkeypatch.setattr(linear, "packs", lambda weight: False)
     model = tiny_model().to(dtype)
-    asked = [(source, options_of(i)) for i, source in enumerate(sources(30, seed=8))]
-    order = list(range(30))
-    random.Random(0).shuffle(order)
+    assert_same_in_any_company(model, options_of, requests=30, slots=6, by_itself=range(30))
 
-    def served(which):
-        with engine_of(model, slots=6, beams=4, max_length=12, deterministic=True) as engine:
-            # a fresh generator for each request: seeds are drawn when they are submitted
-            return {which[request.number]: request.result() for request in engine.run(
-                (asked[i][0], options_of(i)) for i in which
-            )}  # fmt: skip
 
-    together, shuffled = served(list(range(30))), served(order)
-    for i in range(30):
-        for other in (shuffled[i], served([i])[i]):
-            for name in ("tokens", "lengths", "scores", "sum_logprobs", "token_logprobs"):
-                assert torch.equal(getattr(together[i], name), getattr(other, name)), f"{name} of request {i}"
-            if together[i].alignment is not None:
-                assert torch.equal(together[i].alignment, other.alignment), f"alignment of request {i}"
+def test_the_comparison_sees_bits_that_depend_on_the_company(monkeypatch):
+    """Without `deterministic`, torch's own matmuls round by the number of their rows."""
+    monkeypatch.setattr(linear, "packs", lambda weight: False)
+    with pytest.raises(AssertionError, match="of request"):
+        assert_same_in_any_company(
+            tiny_model(), options_of, requests=30, slots=6, by_itself=range(30), deterministic=False
+        )
 
 
 def test_a_looping_row_holds_up_nobody(model):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from engine_models import engine_of, sources, tiny_model
+from engine_models import assert_same_in_any_company, sources, tiny_model
 from labelling_jobs import random_rows, read_rows, shard_bytes, write_lines
 from labelling_jobs import tiny_model as tiny_labeller
 from test_engine import options_of
@@ -26,6 +26,10 @@ HOW = {
     "guided": dict(beam_search_decode=True, beam_mode="standard", cond_scale=2.0, min_length=3),
     "reference": dict(beam_search_decode=True),
 }
+
+
+def with_alignment(number: int):
+    return options_of(number, return_alignment=True)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -49,18 +53,14 @@ def test_generate_gives_what_the_host_gives(how):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_results_are_the_same_to_the_bit_in_any_company(dtype):
     model = tiny_model().to(DEVICE, dtype)
-    asked = sources(30, seed=8)
+    assert_same_in_any_company(model, with_alignment, requests=30, slots=6, by_itself=range(30))
 
-    def served(which):
-        with engine_of(model, slots=6, beams=4, max_length=12, deterministic=True) as engine:
-            requests = ((asked[i], options_of(i, return_alignment=True)) for i in which)
-            return {which[request.number]: request.result() for request in engine.run(requests)}
 
-    together, backwards = served(list(range(30))), served(list(range(29, -1, -1)))
-    for i in range(30):
-        for other in (backwards[i], served([i])[i]):
-            for name in ("tokens", "scores", "token_logprobs", "alignment"):
-                assert torch.equal(getattr(together[i], name), getattr(other, name)), f"{name} of request {i}"
+def test_a_large_model_in_a_full_engine_is_deterministic():
+    """Where a matmul's kernel is chosen by the number of its rows: a dim of 1024, and 256 slots of 4 hypotheses."""
+    model = tiny_model(1024, heads=16, dim_head=64, target_kv_heads=4, target_depth=4).to(DEVICE, torch.bfloat16)
+    # twice as many as there are slots: some take those of others that have left
+    assert_same_in_any_company(model, with_alignment, requests=512, slots=256, by_itself=range(0, 512, 37))
 
 
 def test_a_job_that_is_stopped_goes_on_to_the_same_files(tmp_path):
