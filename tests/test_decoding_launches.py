@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import requests_of, tiny_model
+from engine_models import engine_of, requests_of, sources, tiny_model
 from launches import launches_of
 
 from spear_fast import DecodingOptions, ops
+from spear_fast.decoding import runner as runner_module
 from spear_fast.decoding.methods import Mix, step
 from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.runner import Runner
+from spear_fast.decoding.transfer import packed, unpacked
 from spear_fast.ops import extension
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
@@ -96,6 +98,50 @@ def test_admission_writes_every_layer_of_its_slots_alone():
     for i in range(3):
         assert torch.equal(runner.state.memory.keys[i], expected[i, 0])
         assert torch.equal(runner.state.memory.values[i], expected[i, 1])
+
+
+def test_results_come_back_in_one_copy(monkeypatch):
+    """As from a GPU: the bytes of every field in one tensor, whose launch is one beside a gather for each field."""
+    copies = []
+
+    def as_from_a_gpu(tensors):
+        assert launches_of(packed, tensors) == {"aten::cat": 1}
+        copies.append(packed(tensors))
+        return unpacked(copies[-1].numpy(), tensors)
+
+    def results():
+        options = [DecodingOptions(beam_size=4, max_length=n, num_return_sequences=4) for n in (3, 7, 12, 5)]
+        with engine_of(tiny_model(), slots=3, beams=4, max_length=12) as engine:
+            asked = zip(sources(4), options, strict=True)
+            return {request.number: request.result() for request in engine.run(asked)}
+
+    wanted = results()
+    monkeypatch.setattr(runner_module, "to_host", as_from_a_gpu)
+    found = results()
+    assert copies
+    for number, result in wanted.items():
+        for name in ("tokens", "lengths", "finished", "scores", "token_logprobs"):
+            assert torch.equal(getattr(found[number], name), getattr(result, name)), name
+
+
+def test_packed_bytes_are_every_dtypes_values_and_aligned():
+    tensors = {
+        "flags": torch.rand(3, 5) > 0.5,
+        "bytes": torch.randint(0, 256, (7,), dtype=torch.uint8),
+        "nothing": torch.zeros(2, 0, 3, dtype=torch.int32),
+        "turned": torch.randint(-9, 9, (3, 5), dtype=torch.int32).t(),
+        "long": torch.randint(-(2**62), 2**62, (3,)),
+        "double": torch.randn(2, 3, dtype=torch.float64),
+        "half": torch.randn(3, dtype=torch.float16),
+        "single": torch.randn(1, 3, 2),
+    }
+    found = unpacked(packed(tensors).numpy(), tensors)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].flags.aligned
+        assert found[name].dtype == tensor.numpy().dtype
+        assert found[name].shape == tuple(tensor.shape)
+        assert (found[name] == tensor.numpy()).all()
 
 
 def test_the_counter_sees_glue():

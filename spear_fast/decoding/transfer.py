@@ -17,10 +17,35 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Returns tensors of one device as arrays of the host, having waited for all of them once."""
+    """Returns tensors of one device as arrays of the host; from another device in one copy, and with one wait."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+    held = packed(tensors)
     # what CUDA copies without waiting lands in page-locked memory
-    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
-    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-    for device in devices:
-        torch.cuda.current_stream(device).synchronize()
-    return {name: copy.numpy() for name, copy in copies.items()}
+    copy = held.to("cpu", non_blocking=True)
+    if held.is_cuda:
+        torch.cuda.current_stream(held.device).synchronize()
+    return unpacked(copy.numpy(), tensors)
+
+
+def packed(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Returns the bytes of tensors of one device one after the other, uint8, so ordered that each is aligned."""
+    ordered = [tensors[name] for name in _widest_first(tensors)]
+    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in ordered])
+
+
+def unpacked(held: np.ndarray, like: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Returns the arrays that `packed` made one of; like: the tensors that it was given."""
+    arrays: dict[str, np.ndarray] = {}
+    at = 0
+    for name in _widest_first(like):
+        tensor = like[name]
+        end = at + tensor.numel() * tensor.element_size()
+        dtype = torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype
+        arrays[name] = held[at:end].view(dtype).reshape(tuple(tensor.shape))
+        at = end
+    return arrays
+
+
+def _widest_first(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: -tensors[name].element_size())
