@@ -12,10 +12,10 @@ INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu wheel clean
+.PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu gpu-kit wheel clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## label the committed recordings and print label, truth and error rate
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -81,11 +81,14 @@ docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an 
 gpu: ## on a machine with a CUDA GPU: build, test and measure there, into OUT (benchmarks/results); no network
 	$(PYTHON) -m benchmarks gpu --out $(or $(OUT),benchmarks/results) $(ARGS)
 
+gpu-kit: $(VENV)/.dev ## without a GPU: what a GPU machine without a network would build first, into build/gpu-kit; ARGS="--torch 2.11.*"
+	$(BIN)/python -m benchmarks.kit build $(ARGS)
+
 wheel: $(VENV)/.torch ## a wheel with the extension, for all x86-64 machines or those like this one, in dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the environment and everything built (not what the recipe trained, build/espeak)
-	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit build/fuzz build/docs dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build/lib* build/temp* build/bdist* build/asan build/audit build/fuzz build/docs build/gpu-kit* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	rm -f spear_fast/_C*.so spear_fast/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -13,15 +13,19 @@ from benchmarks.machine import REPOSITORY
 LAST_SAID = 2000
 
 
+def link_kernels(folder: Path) -> None:
+    """Lets a checkout's kernels be found where the package is imported from its folder: inside the package."""
+    kernels = folder / "spear_fast" / "kernels"
+    if not kernels.exists():
+        kernels.symlink_to(folder / "kernels", target_is_directory=True)
+
+
 def build(folder: Path) -> None:
     """Builds the extension of the checkout in `folder`, which then runs with the folder first on Python's path.
 
     Raises ValueError where it cannot be built, CUDA kernels included where torch has CUDA and nvcc is there.
     """
-    # where spear_fast is imported from a folder, its kernels are sought inside it
-    kernels = folder / "spear_fast" / "kernels"
-    if not kernels.exists():
-        kernels.symlink_to(folder / "kernels", target_is_directory=True)
+    link_kernels(folder)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     # a build that fell back would be measured as what it is not; SPEAR_FAST_BUILD=auto allows it
     environment = {"SPEAR_FAST_BUILD": "require", **os.environ}
