@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(exte
 
 # of a layer: 3 norms, 6 matmuls with their residuals, append, self-attention, cross-attention (2), GEGLU
 LAYER = 14
+# of a layer of the encoder on the CPU; 8 are the aim
+ENCODER_LAYER = 10
 # of a step besides: embedding, lengths, norm, logits, selection
 STEP = 5
 METHODS = {
@@ -98,6 +100,17 @@ def test_admission_writes_every_layer_of_its_slots_alone():
     for i in range(3):
         assert torch.equal(runner.state.memory.keys[i], expected[i, 0])
         assert torch.equal(runner.state.memory.values[i], expected[i, 1])
+
+
+def test_launches_of_an_encoder_layer():
+    """2 norms, queries, keys with values, attention, output with its residual, 2 of feed-forward with GEGLU, and here
+    the last bias with the residual: on a GPU that one is a column of the matmul, so that it launches 9."""
+
+    def encoded(depth: int) -> int:
+        encoder = tiny_model(source_depth=depth).to(torch.bfloat16).encoder("speech")
+        return sum(launches_of(encoder, torch.randint(0, 20, (13,)), torch.tensor([3, 9, 1])).values())
+
+    assert encoded(6) - encoded(1) <= 5 * ENCODER_LAYER
 
 
 def test_results_come_back_in_one_copy(monkeypatch):
