@@ -99,9 +99,9 @@ def run_and_kill(tokens: Path, out: Path, dice: random.Random) -> tuple[bool, in
 
 def check_visible(out: Path, before: dict[str, bytes]) -> dict[str, bytes]:
     """Returns the shards' bytes: all readable, and those that were there before unchanged."""
-    shards = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    shards = {path.name: path.read_bytes() for path in (out / "data").glob("*.parquet")}
     for name in shards:
-        pq.read_table(out / name)
+        pq.read_table(out / "data" / name)
     changed = [name for name in before if shards.get(name) != before[name]]
     if changed:
         raise SystemExit(f"shards changed after they were written: {changed}")

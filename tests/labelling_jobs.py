@@ -62,7 +62,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """Returns all rows of a folder of labels in file order."""
-    return [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return [row for path in sorted((out / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def read_failed(out: Path) -> list[dict[str, str]]:
@@ -71,7 +71,7 @@ def read_failed(out: Path) -> list[dict[str, str]]:
 
 
 def shard_bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    return {path.name: path.read_bytes() for path in (out / "data").glob("*.parquet")}
 
 
 def chirp(seconds: float, rate: int, *, seed: int = 0) -> np.ndarray:

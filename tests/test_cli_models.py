@@ -41,7 +41,7 @@ def fails(tmp_path, tokens, capsys):
         assert captured.out == ""
         (line,) = captured.err.splitlines()
         assert line.startswith("spear-fast: error: ")
-        assert not list((tmp_path / out).glob("*.parquet"))
+        assert not list((tmp_path / out).rglob("*.parquet"))
         return line
 
     return run

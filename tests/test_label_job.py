@@ -103,11 +103,13 @@ def test_duckdb_and_datasets_read_the_folder_as_it_is(tmp_path, tokens, monkeypa
     out = tmp_path / "out"
     label([tokens], tiny_model(text=True), out, OPTIONS)
     rows = read_rows(out)
-    found = duckdb.sql(f"SELECT id, source, text, flags FROM '{out}/labels-*.parquet' ORDER BY ALL").fetchall()
+    found = duckdb.sql(f"SELECT id, source, text, flags FROM '{out}/data/labels-*.parquet' ORDER BY ALL").fetchall()
     assert found == sorted((row["id"], row["source"], row["text"], row["flags"]) for row in rows)
     cache = str(tmp_path / "cache")
     by_card = datasets.load_dataset(str(out), split="train", cache_dir=cache)
-    by_files = datasets.load_dataset("parquet", data_files=f"{out}/labels-*.parquet", split="train", cache_dir=cache)
+    by_files = datasets.load_dataset(
+        "parquet", data_files=f"{out}/data/labels-*.parquet", split="train", cache_dir=cache
+    )
     assert list(by_card) == list(by_files) == rows
 
 
@@ -119,7 +121,7 @@ def test_a_shard_where_every_row_failed_is_readable_too(tmp_path, monkeypatch):
     out = tmp_path / "out"
     summary = label([write_lines(tmp_path / "t.jsonl", rows)], tiny_model(), out, OPTIONS)
     assert (summary.rows, summary.failed, summary.shards) == (10, 10, 2)
-    assert duckdb.sql(f"SELECT count(*) FROM '{out}/labels-*.parquet'").fetchall() == [(10,)]
+    assert duckdb.sql(f"SELECT count(*) FROM '{out}/data/labels-*.parquet'").fetchall() == [(10,)]
     loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded["id"][:] == [f"u{index}" for index in range(10)]
 
@@ -231,7 +233,7 @@ def test_a_damaged_shard_is_labelled_again(tmp_path, tokens):
     out = tmp_path / "out"
     label([tokens], tiny_model(), out, OPTIONS)
     before = shard_bytes(out)
-    path = sorted(out.glob("*.parquet"))[2]
+    path = sorted((out / "data").glob("*.parquet"))[2]
     path.write_bytes(path.read_bytes()[:100])
     seen = Recorder()
     label([tokens], tiny_model(), out, OPTIONS, report=seen)
@@ -304,7 +306,7 @@ def test_weights_that_give_no_finite_score_stop_the_job(tmp_path, tokens):
         model.target_transformer.final_norm.gamma.fill_(float("inf"))
     with pytest.raises(LabellingError, match="are not finite"):
         label([tokens], model, tmp_path / "out", OPTIONS)
-    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
 def test_half_precision_is_the_jobs_alone(tmp_path, tokens, monkeypatch):

@@ -183,7 +183,7 @@ def test_a_folder_of_an_earlier_version_resumes(tmp_path):
     path, out = write_lines(tmp_path / "t.jsonl", random_rows(12)), tmp_path / "out"
     label([path], tiny_model(), out, OPTIONS)
     rows = read_rows(out)
-    for shard in out.glob("*.parquet"):
+    for shard in (out / "data").glob("*.parquet"):
         rewrite(shard, digest=None, index=None, contents=None)
     seen = Warnings()
     assert label([path], tiny_model(), out, OPTIONS, report=seen).rows_this_run == 0
@@ -196,7 +196,7 @@ def test_a_shard_that_is_not_what_was_written_is_labelled_again(tmp_path, how):
     path, out = write_lines(tmp_path / "t.jsonl", random_rows(12)), tmp_path / "out"
     label([path], tiny_model(), out, OPTIONS)
     before = shard_bytes(out)
-    first, second = (out / f"labels-0000{index}-of-00003.parquet" for index in range(2))
+    first, second = (out / "data" / f"labels-0000{index}-of-00003.parquet" for index in range(2))
     if how == "copied":
         shutil.copy(second, first)
     elif how == "rows":
@@ -214,7 +214,7 @@ def test_a_shard_that_is_not_what_was_written_is_labelled_again(tmp_path, how):
 def test_what_stands_for_the_source_is_in_the_footer(tmp_path):
     path, out = write_lines(tmp_path / "t.jsonl", random_rows(4)), tmp_path / "out"
     label([path], tiny_model(), out, OPTIONS)
-    record = json.loads(pq.read_metadata(out / "labels-00000-of-00001.parquet").metadata[b"spear_fast"])
+    record = json.loads(pq.read_metadata(out / "data" / "labels-00000-of-00001.parquet").metadata[b"spear_fast"])
     assert record["index"] == 0
     assert len(base64.b64decode(record["contents"])) == 4 * 8
 

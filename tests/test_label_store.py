@@ -47,7 +47,7 @@ def test_a_shard_reads_back_as_it_was_committed(tmp_path):
     store = open_store(tmp_path)
     rows = [row(0), row(3, text=None, score=None, mean_logprob=None, finished=None, flags=[])]
     store.commit(store.shards[0], rows, [], Totals(rows=2))
-    table = pq.read_table(tmp_path / "labels-00000-of-00002.parquet")
+    table = pq.read_table(tmp_path / "data" / "labels-00000-of-00002.parquet")
     assert [str(kind) for kind in table.schema.types] == [
         "string",
         "list<element: int16>",
@@ -75,7 +75,7 @@ def test_an_opened_folder_goes_on_where_it_was(tmp_path):
     store = open_store(tmp_path)
     failure = {"id": "bad", "source": "x.wav", "reason": "is empty."}
     store.commit(store.shards[1], [row(1)], [failure], Totals(rows=1, failed=1))
-    (tmp_path / ".labels-00000-of-00002.parquet.tmp").write_bytes(b"half")
+    (tmp_path / "data" / ".labels-00000-of-00002.parquet.tmp").write_bytes(b"half")
     (tmp_path / "failed.jsonl").unlink()
     (tmp_path / ".labels-00001-of-00002.parquet.journal").write_bytes(b"of a committed shard")
 
@@ -87,15 +87,15 @@ def test_an_opened_folder_goes_on_where_it_was(tmp_path):
     assert [shard["rows"] for shard in manifest["shards"]] == [None, 1]
     assert not manifest["complete"]
     assert len(manifest["runs"]) == 2
-    assert not list(tmp_path.glob(".*.tmp"))
-    assert not list(tmp_path.glob(".*.journal"))
+    assert not list(tmp_path.rglob(".*.tmp"))
+    assert not list(tmp_path.rglob(".*.journal"))
 
 
 def test_a_damaged_shard_is_not_taken_for_done(tmp_path):
     store = open_store(tmp_path)
     for shard in store.shards:
         store.commit(shard, [row(1)], [], Totals(rows=1))
-    path = tmp_path / store.shards[0].name
+    path = tmp_path / "data" / store.shards[0].name
     path.write_bytes(path.read_bytes()[:-20])
     again = open_store(tmp_path)
     assert list(again.committed) == [1]
@@ -138,6 +138,29 @@ def test_labels_without_a_manifest_are_left_alone(tmp_path):
     assert (tmp_path / "labels-00000-of-00001.parquet").read_bytes() == b"somebody's"
 
 
+def test_a_folder_of_earlier_versions_is_read_and_resumed_where_its_shards_lie(tmp_path):
+    store = open_store(tmp_path)
+    store.commit(store.shards[0], [row(1)], [], Totals(rows=1))
+    name = store.shards[0].name
+    (tmp_path / "data" / name).rename(tmp_path / name)
+    again = open_store(tmp_path)
+    assert list(again.committed) == [0]
+    again.commit(again.shards[1], [row(2)], [], Totals(rows=1))
+    again.finish()
+    assert [each.id for each in read_labels(tmp_path)] == ["r1", "r2"]
+    assert not list((tmp_path / "data").iterdir())
+    assert "path: labels-*.parquet" in (tmp_path / "README.md").read_text()
+
+
+def test_readers_take_the_folder_of_data_whole(tmp_path):
+    store = open_store(tmp_path)
+    for shard in store.shards:
+        store.commit(shard, [row(shard.index)], [], Totals(rows=1))
+    (tmp_path / "data" / f".{store.shards[0].name}.tmp").write_bytes(b"half")
+    assert pq.read_table(tmp_path / "data").column("id").to_pylist() == ["r0", "r1"]
+    assert "path: data/labels-*.parquet" in (tmp_path / "README.md").read_text()
+
+
 def test_a_broken_manifest_is_an_error(tmp_path):
     (tmp_path / "manifest.json").write_text('{"identity": ')
     with pytest.raises(LabellingError, match=r"manifest\.json is not readable"):
@@ -158,8 +181,8 @@ def test_a_full_disk_leaves_no_partial_shard(tmp_path, monkeypatch, when):
         patch.setattr(*place, full)
         with pytest.raises(LabellingError, match=r"cannot write .*No space left on device; free or mend the disk"):
             store.commit(store.shards[0], [row(1)], [], Totals(rows=1))
-    assert not list(tmp_path.glob("*.parquet"))
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob(".*.tmp"))
     store.commit(store.shards[0], [row(1)], [], Totals(rows=1))
     assert [each["id"] for each in read_rows(tmp_path)] == ["r1"]
 

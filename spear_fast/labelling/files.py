@@ -95,7 +95,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe.tmp"
         os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT))
-        probe.unlink()
+        # another process may try at the same moment
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise LabellingError(
             f"cannot write to the output folder {folder}: {error.strerror or reason_of(error)}; choose a "

@@ -24,6 +24,18 @@ from spear_fast.labelling.labeller import FLAGS
 METADATA_KEY = b"spear_fast"
 # of the footer's length and the closing mark
 TAIL_BYTES = 8
+DATA_NAME = "data"
+PATTERN = "labels-*.parquet"
+
+
+def data_folder(out: Path) -> Path:
+    """Returns where the shards of a folder of labels are: in `data`, or in the folder itself where it is an old one."""
+    return out if any(out.glob(PATTERN)) else out / DATA_NAME
+
+
+def label_paths(folder: str | Path) -> list[Path]:
+    """Returns the shards of a folder of labels, old or new, in the order of their rows."""
+    return sorted(data_folder(Path(folder)).glob(PATTERN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +142,7 @@ def read_labels(folder: str | Path) -> Iterator[LabelRow]:
     Raises LabellingError when it holds no labels, or they are damaged.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("labels-*.parquet"))
+    paths = label_paths(folder)
     if not paths:
         raise LabellingError(f"there are no labels in {folder}; wanted a folder of spear-fast label or import-pt.")
     for path in paths:
@@ -171,7 +183,7 @@ configs:
 - config_name: default
   data_files:
   - split: train
-    path: labels-*.parquet
+    path: {pattern}
 tags:
 - speech
 - semantic-tokens
@@ -188,22 +200,23 @@ size_categories:
 
 {columns}
 
-The labels are the files `labels-*.parquet`; give readers these and not the folder, which holds other files too:
+The labels are the files `{pattern}`:
 
-    datasets.load_dataset("parquet", data_files="labels-*.parquet")
-    duckdb.sql("SELECT id, text FROM 'labels-*.parquet' WHERE finished AND mean_logprob > -0.5")
-    pandas.read_parquet(sorted(glob.glob("labels-*.parquet")))
-    pyarrow.parquet.read_table(sorted(glob.glob("labels-*.parquet")))
+    datasets.load_dataset("parquet", data_files="{pattern}")
+    duckdb.sql("SELECT id, text FROM '{pattern}' WHERE finished AND mean_logprob > -0.5")
+    pandas.read_parquet(sorted(glob.glob("{pattern}")))
+    pyarrow.parquet.read_table(sorted(glob.glob("{pattern}")))
 """
 
 
-def card_text(manifest: dict[str, Any]) -> str:
-    """Returns the README.md of a folder whose manifest is given."""
+def card_text(manifest: dict[str, Any], pattern: str) -> str:
+    """Returns the README.md of a folder whose manifest is given; pattern: of its shards' names, as seen from there."""
     totals = manifest["totals"]
     flags = "; ".join(f"`{name}`: {meaning}" for name, meaning in FLAGS.items())
     size = next((name for limit, name in SIZES if totals["rows"] < limit), "n>10M")
     return CARD.format(
         size=size,
+        pattern=pattern,
         rows=totals["rows"],
         failed=totals["failed"],
         state="" if manifest["complete"] else " so far (the job is not complete)",

@@ -18,11 +18,19 @@ from typing import IO, Any
 import pyarrow as pa
 
 from spear_fast.labelling.errors import LabellingError, reason_of
-from spear_fast.labelling.files import open_regular, read_json, write_atomically, write_error
+from spear_fast.labelling.files import make_folder, open_regular, read_json, write_atomically, write_error
 from spear_fast.labelling.identity import differences, fingerprint
 from spear_fast.labelling.items import Item, content_of
 from spear_fast.labelling.journal import journal_path
-from spear_fast.labelling.label_files import LabelRow, card_text, read_record, shard_bytes
+from spear_fast.labelling.label_files import (
+    PATTERN,
+    LabelRow,
+    card_text,
+    data_folder,
+    label_paths,
+    read_record,
+    shard_bytes,
+)
 from spear_fast.labelling.shards import Shard
 
 MANIFEST_NAME = "manifest.json"
@@ -61,6 +69,7 @@ class LabelStore:
 
     def __init__(self, out: Path, identity: dict[str, Any], shards: Sequence[Shard], schema: pa.Schema) -> None:
         self.out = out
+        self.data = data_folder(out)
         self.identity = identity
         self.fingerprint = fingerprint(identity)
         self.shards = list(shards)
@@ -88,7 +97,7 @@ class LabelStore:
     def _check_manifest(self) -> None:
         path = self.out / MANIFEST_NAME
         if not path.exists() and not path.is_symlink():
-            strangers = sorted(self.out.glob("labels-*.parquet"))
+            strangers = label_paths(self.out)
             if strangers:
                 raise LabellingError(
                     f"{self.out} holds {strangers[0].name} but no {MANIFEST_NAME}, so its model is not known; "
@@ -108,11 +117,12 @@ class LabelStore:
             raise LabellingError(f"{self.out} holds the labels of another job: {'; '.join(clauses)}. {remedy}")
 
     def _remove_stale(self) -> None:
-        for path in self.out.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        for folder in {self.out, self.data}:
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _read_committed(self, shard: Shard) -> Committed | None:
-        path = self.out / shard.name
+        path = self.data / shard.name
         if not path.exists():
             return None
         try:
@@ -161,7 +171,8 @@ class LabelStore:
         record |= {"failures": list(failures)}
         if contents is not None:
             record |= {"contents": base64.b64encode(contents).decode()}
-        write_atomically(self.out / shard.name, lambda file: file.write(shard_bytes(rows, self._schema, record)))
+        make_folder(self.data)
+        write_atomically(self.data / shard.name, lambda file: file.write(shard_bytes(rows, self._schema, record)))
         self.committed[shard.index] = Committed(totals, list(failures), contents)
         journal_path(self.out, shard).unlink(missing_ok=True)
         if before is not None and before.failures:
@@ -183,7 +194,7 @@ class LabelStore:
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         write_atomically(self.out / MANIFEST_NAME, lambda file: file.write(text.encode() + b"\n"))
-        card = card_text(manifest)
+        card = card_text(manifest, (self.data / PATTERN).relative_to(self.out).as_posix())
         write_atomically(self.out / CARD_NAME, lambda file: file.write(card.encode()))
 
     def finish(self) -> None:
@@ -204,7 +215,7 @@ class LabelStore:
             )
 
     def _has(self, shard: Shard) -> bool:
-        return (self.out / shard.name).is_file()
+        return (self.data / shard.name).is_file()
 
     def _manifest_entry(self, shard: Shard) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": shard.name, "planned": len(shard), "rows": None, "failed": None}

@@ -111,7 +111,9 @@ class LabelledDataset(Dataset[Pair]):
             import pyarrow.dataset as parquet
         except ImportError as error:
             raise ImportError("reading labels needs the package pyarrow: pip install 'spear_fast[label]'.") from error
-        paths = sorted(str(path) for path in Path(folder).glob("labels-*.parquet"))
+        # folders of earlier versions hold them without data/
+        found = [*Path(folder).glob("data/labels-*.parquet")] or Path(folder).glob("labels-*.parquet")
+        paths = sorted(map(str, found))
         if not paths:
             raise ValueError(f"there are no labels in {folder}; give a folder that spear-fast label wrote.")
         field = compute.field
