@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu gpu-kit wheel clean
+.PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu gpu-proof gpu-measure gpu-kit wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,8 +78,15 @@ pages: $(VENV)/.dev ## write the tables of README.md and docs/benchmarks.md, and
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
-gpu: ## on a machine with a CUDA GPU: build, test and measure there, into OUT (benchmarks/results); no network
+gpu: ## on a machine with a CUDA GPU: build, prove, measure and test there, into OUT (benchmarks/results); no network
 	$(PYTHON) -m benchmarks gpu --out $(or $(OUT),benchmarks/results) $(ARGS)
+
+gpu-proof: ## the first minutes there: whether all is right, and what a step takes; under four minutes after the build
+	$(PYTHON) -m benchmarks gpu --stages build info proof --budget $(or $(BUDGET),400) --out $(or $(OUT),benchmarks/results) $(ARGS)
+
+gpu-measure: ## rows of steps, labelling, ops, generation, training and peers; STAGES="step op" selects
+	$(PYTHON) -m benchmarks gpu --budget $(or $(BUDGET),360) --out $(or $(OUT),benchmarks/results) \
+	  --stages build $(or $(STAGES),step label op generate train label-peers generate-peers) $(ARGS)
 
 gpu-kit: $(VENV)/.dev ## without a GPU: what a GPU machine without a network would build first, into build/gpu-kit; ARGS="--torch 2.11.*"
 	$(BIN)/python -m benchmarks.kit build $(ARGS)

@@ -29,7 +29,9 @@ from benchmarks.machine import CPU, REPOSITORY, RESULTS, device_name, slug
 from benchmarks.pages import tables
 
 # seconds for everything, and those of them that are reserved for the plots and the summary
-BUDGET, LAST = 520.0, 20.0
+BUDGET, LAST = 560.0, 20.0
+# for whether all is right
+PROOF = 240.0
 # the CUDA kernels' values and what only a device shows; a graph cannot be captured without torch's cache of memory
 MEMCHECKED = (
     "tests/test_gpu_ops.py", "tests/test_ops_values.py", "tests/test_ops_selection.py",
@@ -47,6 +49,12 @@ class Stage:
     command: Sequence[str]
     limit: float
     environment: Mapping[str, str] = field(default_factory=dict)
+
+
+NAMES = (
+    "build", "info", "proof", "step", "label", "op", "generate", "train", "label-peers", "generate-peers", "tests",
+    "further-ops",
+)  # fmt: skip
 
 
 def python(*arguments: str) -> list[str]:
@@ -81,19 +89,19 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
     label = ["--rounds", "1", "--limit", "40", *all_of]
     found = [
         Stage("info", python("-m", "spear_fast", "info"), 30),
-        Stage("op", benchmark("op", *ops, "--no-extra", "--limit", "65"), 80),
-        Stage("generate", benchmark("generate", "--engine-only", "--rounds", "2", "--limit", "45", *all_of), 70),
+        Stage("proof", python("-m", "benchmarks.proof", *(["--dry-run"] if dry else []), "--out", str(out)), PROOF),
         Stage("step", benchmark("step", "--rounds", "2", "--limit", "45", *all_of), 70),
         Stage("label", benchmark("label", *label), 80),
-        Stage("tests", python(*pytest, *parallel, *tests), 110),
-        Stage("label, peers", benchmark("label", "--peers-only", "--cases", "tiny" if dry else "1024x12", *label), 75),
-        Stage("generate, peers", benchmark("generate", "--peers", "--rounds", "2", *beside_peers, *where), 60),
+        Stage("op", benchmark("op", *ops, "--no-extra", "--limit", "65"), 80),
+        Stage("generate", benchmark("generate", "--engine-only", "--rounds", "2", "--limit", "45", *all_of), 70),
         Stage("train", benchmark("train", "--rounds", "3", "--limit", "30", *all_of), 50),
-        Stage("op, further shapes", benchmark("op", *ops, "--only-extra"), 600),
+        Stage("label-peers", benchmark("label", "--peers-only", "--cases", "tiny" if dry else "1024x12", *label), 75),
+        Stage("generate-peers", benchmark("generate", "--peers", "--rounds", "2", *beside_peers, *where), 60),
+        Stage("tests", python(*pytest, *parallel, *tests), 110),
+        Stage("further-ops", benchmark("op", *ops, "--only-extra"), 600),
     ]
     if dry:
         return found[:-1]
-    found.insert(-1, Stage("memcheck", [*_memcheck(), *python(*pytest), *MEMCHECKED], 60, UNCACHED))
     return [Stage("build", python("-m", "benchmarks.build"), 150, _for_this_gpu()), *found]
 
 
@@ -108,7 +116,7 @@ def _from_kit() -> bool:
     return not wrong
 
 
-def _memcheck() -> list[str]:
+def memcheck() -> list[str]:
     """Returns what runs a command under compute-sanitizer; where that is not on the path, it is sought beside nvcc."""
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     return [found or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
@@ -185,6 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for rows, plots and the log")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything ({BUDGET:g})")
+    parser.add_argument(
+        "--stages", nargs="+", choices=NAMES, metavar="STAGE", help=f"these alone, of {', '.join(NAMES)}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, at tiny sizes")
     chosen = parser.parse_args(arguments)
     if not chosen.dry_run and not torch.cuda.is_available():
@@ -196,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = CPU if chosen.dry_run else torch.device("cuda")
     log = out / f"{slug(device_name(device))}.log"
     log.unlink(missing_ok=True)
-    todo = [stage for stage in stages(out, dry=chosen.dry_run) if not (made and stage.name == "build")]
+    wanted = set(chosen.stages or NAMES) - ({"build"} if made else set())
+    todo = [stage for stage in stages(out, dry=chosen.dry_run) if stage.name in wanted]
     records = run(todo, chosen.budget - LAST, log)
     _draw(out)
     said = tables(out, device_name(device))

@@ -11,8 +11,9 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import latency, picture
+from benchmarks import latency, picture, predict
 from benchmarks import rows as rowfile
+from benchmarks.cases import MODELS, STEP_TOKENS, STEPS, step_cases
 from benchmarks.label import table as label_table
 from benchmarks.machine import REPOSITORY, RESULTS
 
@@ -211,6 +212,33 @@ def summary(folder: Path = RESULTS) -> str:
     return rowfile.table(header, lines)
 
 
+def predictions(folder: Path = RESULTS) -> str:
+    """Returns the README's table of steps on a GPU: what the model says, and what was measured where somebody has."""
+    newest: dict[str, rowfile.Row] = {}
+    for rows in rowfile.read_all(folder).values():
+        for row in _of(rows, "step"):
+            if "driver" in row and row["time"] > newest.get(row["case"], {"time": ""})["time"]:
+                newest[row["case"]] = row
+    cases = {case.name: case for case in step_cases()}
+    lines = []
+    for batch, beam in STEPS:
+        cells = [f"{batch} × {beam}"]
+        for model in MODELS:
+            case = cases[f"step {model} {batch}x{beam}"]
+            generated = sum(STEP_TOKENS) // 2
+            foreseen = predict.seconds(predict.predicted(case, generated))
+            share = case.step(generated).floor(predict.H100.gbs, predict.H100.gflops) / foreseen
+            cells.append(f"{rowfile.seconds(foreseen)}, {100 * share:.0f} %")
+            row = newest.get(case.name)
+            said = "not yet" if row is None else f"{rowfile.seconds(row['p50'])}, {row['percent_of_roofline']:.0f} %"
+            cells.append(said if row is None else f"{said} ({row['device']})")
+        lines.append(cells)
+    header = ["decoding step, bfloat16, utterances × hypotheses"]
+    for model in MODELS:
+        header += [f"{model.replace('x', '×')} predicted for an H100, of its roofline", "measured"]
+    return rowfile.table(header, lines)
+
+
 def _plainly(row: rowfile.Row) -> str:
     shape = row["shape"]
     tokens, source = f"{shape['tokens']}", f"{shape['source']}"
@@ -240,7 +268,7 @@ def written(text: str, part: str, name: str) -> str:
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
     """Returns the pages with tables as they should be."""
-    parts = {README: summary(folder), BENCHMARKS: tables(folder)}
+    parts = {README: f"{summary(folder)}\n\n{predictions(folder)}", BENCHMARKS: tables(folder)}
     return {path: written(path.read_text(), part, path.name) for path, part in parts.items()}
 
 

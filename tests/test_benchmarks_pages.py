@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import generate, op, pages, picture, plots, rows
-from benchmarks.cases import CASES
+from benchmarks import generate, op, pages, picture, plots, predict, rows
+from benchmarks.cases import CASES, step_cases
 from benchmarks.machine import CPU, environment
 from benchmarks.operations import chosen_cases
 
@@ -40,6 +40,26 @@ def test_the_summary_has_the_engine_beside_each_peer(tmp_path):
     assert exact[0] == "1 utterance of 250 tokens, 64 out, float32"
     assert int8[0] == "1 utterance of 250 tokens, 64 out, int8"
     assert int8[1:] == ["500 ms", "128", "12.3", "", "1.5"]
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path):
+    """Of GPUs alone, the newest row of each step, named with its device."""
+    common = {"benchmark": "step", "dtype": "bfloat16", "case": "step 512x6 128x5", "variant": "spear_fast engine"}
+    measured = {"device": "H", "driver": "1", "p50": 8e-4, "percent_of_roofline": 75.0, "time": "2026-01-02"}
+    rows.append(tmp_path / "h.jsonl", [{**common, **measured}])
+    rows.append(tmp_path / "old.jsonl", [{**common, **measured, "device": "O", "p50": 1.0, "time": "2026-01-01"}])
+    rows.append(
+        tmp_path / "cpu.jsonl", [{**common, "device": "c", "p50": 1.0, "percent_of_roofline": 1.0, "time": "3"}]
+    )
+    found = {line.split("|")[1].strip(): line for line in pages.predictions(tmp_path).splitlines()[2:]}
+    assert list(found) == ["512 × 5", "128 × 5", "32 × 4", "1 × 1"]
+    _, _, foreseen, measured_at, _, other, _ = (cell.strip() for cell in found["128 × 5"].split("|"))
+    assert measured_at == "800 µs, 75 % (H)"
+    assert other == "not yet"
+    case = next(case for case in step_cases() if case.name == "step 512x6 128x5")
+    wanted = predict.seconds(predict.predicted(case, 100))
+    assert foreseen.startswith(f"{1e6 * wanted:.3g} µs, ")
+    assert found["1 × 1"].count("not yet") == 2
 
 
 def test_the_picture_carries_what_it_shows(tmp_path):
