@@ -1,4 +1,4 @@
-"""The command line: `spear-fast label | generate | info | import-pt | export-pt | bench`.
+"""The command line: `spear-fast label | plan | finish | generate | info | import-pt | export-pt | bench`.
 
 Results go to standard output, progress and errors to standard error. Exit status: 0 all done; 3 done, but some rows
 failed (see failed.jsonl); 2 nothing could be done; 130 or 143 interrupted, the same command resumes. A stream that is
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spear_fast import cli_generate, cli_label
+from spear_fast import cli_generate, cli_label, cli_parts
 from spear_fast.cli_streams import quiet_streams, say_stopped
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
@@ -107,6 +107,8 @@ def _command(commands: Any, name: str, run: Any, text: str, epilog: str | None =
 def _add_folders_of_labels(commands: Any) -> None:
     for name, run, add, text, status in (
         ("label", cli_label.run_label, cli_label.add_label, cli_label.LABEL, cli_label.STATUS),
+        ("plan", cli_parts.run_plan, cli_parts.add_plan, cli_parts.PLAN, None),
+        ("finish", cli_parts.run_finish, cli_parts.add_finish, cli_parts.FINISH, cli_label.STATUS),
         ("import-pt", cli_label.run_import, cli_label.add_import, cli_label.IMPORT, cli_label.STATUS),
         ("export-pt", cli_label.run_export, cli_label.add_export, cli_label.EXPORT, None),
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,38 @@ def threads(text: str) -> int:
 
 def add_label(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `label`."""
+    add_job(parser, needed=False)
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="without SOURCE: shards I, I + N, … of what spear-fast plan wrote to DIR (by default what Slurm's arrays "
+        "or RANK and WORLD_SIZE say, else all)",
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="threads of torch on the CPU")
+    parser.add_argument("--workers", type=threads, metavar="N", help="threads that read and tokenize audio")
+    parser.add_argument("--retry-failed", action="store_true", help="label the shards that hold failed rows again")
+    parser.add_argument(
+        "--relabel-changed", action="store_true", help="label the shards again whose tokens or audio have changed"
+    )
+    parser.add_argument("--no-lock", action="store_true", help=NO_LOCK)
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--json", action="store_true", help="print events and the summary as JSON lines")
+
+
+def add_job(parser: argparse.ArgumentParser, *, needed: bool) -> None:
+    """Adds what makes a job; needed: whether sources and a model are, or may be in a plan."""
+    before = {action.dest for action in parser._actions}
     parser.add_argument(
         "sources",
-        nargs="+",
+        nargs="+" if needed else "*",
         metavar="SOURCE",
         help="audio file or folder of them (wav, flac, ogg, mp3, opus, …), manifest (csv or jsonl: id, audio, and for "
         "segments offset and duration in seconds), token file (Parquet or jsonl: id, tokens) or folder of Parquet",
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR_OR_CHECKPOINT", help="model folder, or .safetensors or .pt"
+        "--model", required=needed, metavar="DIR_OR_CHECKPOINT", help="model folder, or .safetensors or .pt"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="output folder; resumes an unfinished job in it")
+    parser.add_argument("--out", required=needed, metavar="DIR", help="output folder; resumes an unfinished job in it")
     search = parser.add_argument_group("search")
     search.add_argument("--beam-size", type=positive, default=4, metavar="N", help="hypotheses of each utterance (4)")
     search.add_argument("--max-length", type=positive, default=512, metavar="N", help="most tokens of a label (512)")
@@ -81,15 +104,10 @@ def add_label(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
-    machine.add_argument("--threads", type=threads, metavar="N", help="threads of torch on the CPU")
-    machine.add_argument("--workers", type=threads, metavar="N", help="threads that read and tokenize audio")
-    parser.add_argument("--retry-failed", action="store_true", help="label the shards that hold failed rows again")
-    parser.add_argument(
-        "--relabel-changed", action="store_true", help="label the shards again whose tokens or audio have changed"
-    )
-    parser.add_argument("--no-lock", action="store_true", help=NO_LOCK)
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--json", action="store_true", help="print events and the summary as JSON lines")
+    own = {action.dest: action for action in parser._actions if action.dest not in before}
+    # what a plan says
+    planned = {name: action for name, action in own.items() if name not in ("sources", "model", "out", "device")}
+    parser.set_defaults(planned={name: (action.option_strings[0], action.default) for name, action in planned.items()})
 
 
 def run_label(arguments: argparse.Namespace) -> int:
@@ -97,32 +115,37 @@ def run_label(arguments: argparse.Namespace) -> int:
     import torch
 
     from spear_fast.checkpoints.load import load_model
+    from spear_fast.cli_parts import part_job
     from spear_fast.labelling import Interrupted, label
     from spear_fast.labelling.errors import readable
     from spear_fast.labelling.progress import make_reporter
     from spear_fast.labelling.stopping import StopSignal
 
-    device = device_of(arguments.device)
+    _check_complete(arguments)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    options = _options(arguments, device)
-    model = load_model(arguments.model)
+    run: Callable[..., Any]
+    if arguments.sources:
+        if arguments.shard is not None:
+            raise ValueError("--shard is for a job that was planned; write spear-fast plan SOURCE... --out DIR first.")
+        device = device_of(arguments.device)
+        options = options_of(arguments, device)
+        about = {"model": readable(str(Path(arguments.model).resolve())), "device": str(device)}
+        model = load_model(arguments.model)
+        run = partial(label, arguments.sources, model, arguments.out, options, about=about)
+    else:
+        run = part_job(arguments)
     stop = StopSignal()
     report = make_reporter(quiet=arguments.quiet, as_json=arguments.json)
     try:
         with stop.listening():
-            summary = label(
-                arguments.sources,
-                model,
-                arguments.out,
-                options,
+            summary = run(
                 report=report,
                 stop=stop,
                 workers=arguments.workers,
                 retry_failed=arguments.retry_failed,
                 relabel_changed=arguments.relabel_changed,
                 lock=not arguments.no_lock,
-                about={"model": readable(str(Path(arguments.model).resolve())), "device": str(device)},
             )
     except Interrupted as interrupted:
         report.close()
@@ -139,7 +162,16 @@ def run_label(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if summary.failed else EXIT_DONE
 
 
-def _options(arguments: argparse.Namespace, device: Any) -> Any:
+def _check_complete(arguments: argparse.Namespace) -> None:
+    """Raises ValueError when an argument is missing: a plan in DIR stands for sources and model."""
+    given = {"SOURCE": arguments.sources, "--model": arguments.model, "--out": arguments.out}
+    if arguments.out is None or (arguments.sources and arguments.model is None):
+        missing = ", ".join(name for name, value in given.items() if not value)
+        raise ValueError(f"the following arguments are required: {missing}; see spear-fast label --help.")
+
+
+def options_of(arguments: argparse.Namespace, device: Any) -> Any:
+    """Returns the `LabelOptions` of a command line."""
     from spear_fast.labelling import LabelOptions
     from spear_fast.labelling.options import DEFAULT_BATCH_TOKENS, DEFAULT_ROWS_PER_SHARD
 

@@ -28,6 +28,7 @@ class AudioFiles:
 
     def __init__(self, name: str, root: Path, relative: list[str], passed_over: dict[str, int] | None = None) -> None:
         self.name = readable(name)
+        self.origin = readable(str(root))
         self.passed_over = passed_over or {}
         self._root = root
         self._relative = relative
@@ -57,7 +58,7 @@ class Manifest:
         self.name = readable(path.name)
         self.passed_over: dict[str, int] = {}
         self._folder = path.parent
-        self._origin = readable(str(path))
+        self.origin = readable(str(path))
         self._items = [self._parse(row, number) for number, row in enumerate(rows, 1)]
 
     def _parse(self, line: bytes | dict[str, Any], number: int) -> Item:
@@ -83,7 +84,7 @@ class Manifest:
             path = self._folder / audio
             return Item(id=name, origin=readable(str(path)), audio=path, offset=offset or 0.0, duration=duration)
 
-        return read_item(f"{self.name}:{number}", self._origin, identifier, read)
+        return read_item(f"{self.name}:{number}", self.origin, identifier, read)
 
     def __len__(self) -> int:
         return len(self._items)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,11 @@ def parse_json(text: bytes) -> Any:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns where `path` is written before it is renamed: hidden, in the same folder, no match of `*.parquet`."""
-    return path.with_name(f".{path.name}.tmp")
+    """Returns where `path` is written before it is renamed: hidden, in the same folder, no match of `*.parquet`.
+
+    Each call gives a name of its own: two workers may write the same file.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
@@ -108,10 +112,12 @@ class FolderLock:
     """One process at a time in a folder. The system drops the lock with its process: a stale file locks nobody out.
 
     needed: False does without, for file systems that have no locks; the caller sees to it that nobody else writes.
+    shared: lets others in that share it too, workers of one plan, and nobody else.
     """
 
-    def __init__(self, folder: Path, *, needed: bool = True) -> None:
+    def __init__(self, folder: Path, *, needed: bool = True, shared: bool = False) -> None:
         self.path = folder / LOCK_NAME
+        self._shared = shared
         self._needed = needed
         self._file: IO[str] | None = None
 
@@ -124,9 +130,11 @@ class FolderLock:
             raise write_error(self.path, error) from error
         self._file = open(descriptor, "a+", encoding="utf-8")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             raise self._refusal(self._file, error) from error
+        if self._shared:
+            return self
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._file.flush()

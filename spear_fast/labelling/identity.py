@@ -12,12 +12,12 @@ import torch
 
 from spear_fast.checkpoints.weights import fingerprint as weights_fingerprint
 from spear_fast.labelling.options import LabelOptions
-from spear_fast.labelling.sources import Listing
+from spear_fast.labelling.sources import Rows
 
 FORMAT = "spear_fast.labels/1"
 
 
-def job_identity(model: Any, options: LabelOptions, listing: Listing) -> dict[str, Any]:
+def job_identity(model: Any, options: LabelOptions, listing: Rows) -> dict[str, Any]:
     """Returns everything that may change a label: weights, configuration, tokenizers, options, and the source's ids.
 
     Versions, thread counts, paths and times are left out: they are recorded with each run, and a job may be resumed

@@ -32,9 +32,13 @@ class Item:
 
 
 class Source(Protocol):
-    """Rows in a fixed order that can be listed and read again. passed_over: files that are none of them, by suffix."""
+    """Rows in a fixed order that can be listed and read again.
+
+    origin: the file or folder, as failed.jsonl names it. passed_over: files that are none of them, by suffix.
+    """
 
     name: str
+    origin: str
     kind: str
     passed_over: dict[str, int]
 

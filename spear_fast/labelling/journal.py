@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ class Journal:
     utterances are decoded again.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, fingerprint: str, *, shared: bool = False) -> None:
+        """shared: other workers may be at the same shard; whoever comes second writes a journal of its own."""
         self.path = path
+        self._shared = shared
         self._fingerprint = fingerprint
         self._labels: dict[str, Label] = {}
         self._descriptor = -1
@@ -38,12 +42,24 @@ class Journal:
         """Reads what an earlier run wrote, and appends to it. Raises LabellingError when that fails."""
         try:
             self._descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
+            if self._shared and not self._is_ours():
+                self.close()
+                self.path = self.path.with_name(f"{self.path.name}.{secrets.token_hex(6)}")
+                self._descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             with open(self._descriptor, "rb", closefd=False) as file:
                 end = self._read(file.read())
             os.ftruncate(self._descriptor, end)
             os.lseek(self._descriptor, end, os.SEEK_SET)
         except OSError as error:
             raise write_error(self.path, error) from error
+
+    def _is_ours(self) -> bool:
+        """Returns whether nobody else writes this journal; where a file system has no locks, nobody knows."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         if self._descriptor >= 0:

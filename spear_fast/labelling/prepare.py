@@ -16,7 +16,7 @@ import torch
 from spear_fast import speech
 from spear_fast.labelling.errors import Interrupted, LabellingError, reason_of
 from spear_fast.labelling.items import Item, content_of
-from spear_fast.labelling.sources import Listing
+from spear_fast.labelling.sources import Rows
 from spear_fast.speech import MelKMeansTokenizer
 
 # Hz: a sound of the longest permitted duration may take so many frames a second of memory
@@ -106,7 +106,7 @@ class Preparer:
         self._workers = workers
         self._stop = stop or threading.Event()
 
-    def windows(self, listing: Listing, bounds: Iterable[tuple[int, int]]) -> Iterator[Window]:
+    def windows(self, listing: Rows, bounds: Iterable[tuple[int, int]]) -> Iterator[Window]:
         """Yields the rows `start` to `stop - 1` for each of `bounds`; the next window is prepared meanwhile."""
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(self._workers) as pool:
             waiting = None
@@ -122,7 +122,7 @@ class Preparer:
                 ahead.shutdown(wait=False, cancel_futures=True)
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _prepare(self, pool: ThreadPoolExecutor, listing: Listing, start: int, stop: int) -> Window:
+    def _prepare(self, pool: ThreadPoolExecutor, listing: Rows, start: int, stop: int) -> Window:
         began = time.perf_counter()
         window = Window()
         rows = enumerate(listing.items(start, stop), start)

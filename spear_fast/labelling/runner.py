@@ -25,7 +25,7 @@ from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.prepare import Preparer, Window, device_of
 from spear_fast.labelling.progress import Meter, Reporter, Silent, Summary
 from spear_fast.labelling.shards import Shard, plan_shards
-from spear_fast.labelling.sources import open_sources
+from spear_fast.labelling.sources import Rows, open_sources
 from spear_fast.labelling.store import LabelStore, changed_error
 from spear_fast.labelling.stream import Stream
 
@@ -57,33 +57,69 @@ def label(
     options = options or LabelOptions()
     out = Path(out)
     sources = [sources] if isinstance(sources, (str, Path)) else sources
-    if not hasattr(model, "engine"):
-        raise LabellingError(
-            f"model must be a TextToSemantic, got {type(model).__name__}; load one with spear_fast.load_model(path)."
-        )
+    check_is_model(model)
     listing = open_sources(sources)
-    needs_audio = any(source.kind != "tokens" for source in listing.sources)
-    if needs_audio and getattr(model, "wav2vec", None) is None:
-        raise LabellingError("the model has no speech tokenizer to read audio with; give token files or another model.")
+    check_model(model, listing)
     make_folder(out)
     with FolderLock(out, needed=lock):
         identity = job_identity(model, options, listing)
         shards = plan_shards(len(listing), options.num_shards, options.rows_per_shard)
         schema = label_schema(model.num_semantic_token_ids, model.num_text_token_ids)
         store = LabelStore(out, identity, shards, schema)
-        store.open(_run_record(about))
-        changed = store.changed(listing.items)
-        if changed and not relabel_changed:
-            raise changed_error(out, [name for _, name in changed])
-        again = {index for index, _ in changed}
-        if retry_failed:
-            again |= {index for index, committed in store.committed.items() if committed.failures}
-        workers = workers or min(8, os.cpu_count() or 1)
-        stop = stop or threading.Event()
-        with _placed(model, options) as placed, closing(Labeller(placed, options, len(listing))) as labeller:
-            preparer = Preparer(placed, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
-            windows = lambda bounds: preparer.windows(listing, bounds)  # noqa: E731
-            return _Job(store, labeller, report or Silent(), stop).run(windows, again, listing.passed_over)
+        store.open(run_record(about))
+        return label_store(
+            store,
+            listing,
+            model,
+            options,
+            report=report,
+            stop=stop,
+            workers=workers,
+            retry_failed=retry_failed,
+            relabel_changed=relabel_changed,
+        )
+
+
+def check_is_model(model: Any) -> None:
+    """Raises LabellingError when `model` is none of ours."""
+    if not hasattr(model, "engine"):
+        raise LabellingError(
+            f"model must be a TextToSemantic, got {type(model).__name__}; load one with spear_fast.load_model(path)."
+        )
+
+
+def check_model(model: Any, rows: Rows) -> None:
+    """Raises LabellingError when `model` cannot label such rows."""
+    needs_audio = any(source.kind != "tokens" for source in rows.sources)
+    if needs_audio and getattr(model, "wav2vec", None) is None:
+        raise LabellingError("the model has no speech tokenizer to read audio with; give token files or another model.")
+
+
+def label_store(
+    store: LabelStore,
+    rows: Rows,
+    model: Any,
+    options: LabelOptions,
+    *,
+    report: Reporter | None = None,
+    stop: threading.Event | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    relabel_changed: bool = False,
+) -> Summary:
+    """Labels the shards of an opened store that are not done; rows: of the whole job. The rest is as in `label`."""
+    changed = store.changed(rows.items)
+    if changed and not relabel_changed:
+        raise changed_error(store.out, [name for _, name in changed])
+    again = {index for index, _ in changed}
+    if retry_failed:
+        again |= {index for index, committed in store.committed.items() if committed.failures}
+    workers = workers or min(8, os.cpu_count() or 1)
+    stop = stop or threading.Event()
+    with _placed(model, options) as placed, closing(Labeller(placed, options, len(rows))) as labeller:
+        preparer = Preparer(placed, max_source_tokens=options.max_source_tokens, workers=workers, stop=stop)
+        windows = lambda bounds: preparer.windows(rows, bounds)  # noqa: E731
+        return _Job(store, labeller, report or Silent(), stop).run(windows, again, rows.passed_over)
 
 
 @contextmanager
@@ -124,7 +160,8 @@ def _check_finite(model: Any, options: LabelOptions) -> None:
             )
 
 
-def _run_record(about: dict[str, Any] | None) -> dict[str, Any]:
+def run_record(about: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what the manifest keeps of one run."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"started": started, "versions": versions(), "threads": torch.get_num_threads(), **(about or {})}
 

@@ -26,18 +26,12 @@ FORMATS = (
 FIRST_LINES = 1000
 
 
-class Listing:
-    """All rows of all sources in order, with unique ids. Raises LabellingError naming ids that stand twice."""
+class Rows:
+    """All rows of all sources, in order."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in self.sources]).tolist()
-        self.digests: list[str] = []
-        hashes = np.concatenate([np.zeros(0, np.int64), *map(self._hash_ids, self.sources)])
-        hashes.sort()
-        twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        if twice:
-            self._refuse_duplicates(twice)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -49,6 +43,32 @@ class Listing:
         for source in self.sources:
             total.update(source.passed_over)
         return dict(total)
+
+    def items(self, start: int, stop: int) -> Iterator[Item]:
+        """Yields rows `start` to `stop - 1`."""
+        while start < stop:
+            index = bisect_right(self._ends, start)
+            base = self._ends[index - 1] if index else 0
+            upto = min(stop, self._ends[index])
+            yield from self.sources[index].items(start - base, upto - base)
+            start = upto
+
+    def identity(self) -> list[dict[str, Any]]:
+        """Returns name, kind, size and digest of the ids of each source: what must not change when a job is resumed."""
+        raise NotImplementedError
+
+
+class Listing(Rows):
+    """Rows that are listed from their sources, with unique ids. Raises LabellingError naming ids that stand twice."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        super().__init__(sources)
+        self.digests: list[str] = []
+        hashes = np.concatenate([np.zeros(0, np.int64), *map(self._hash_ids, self.sources)])
+        hashes.sort()
+        twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        if twice:
+            self._refuse_duplicates(twice)
 
     def _hash_ids(self, source: Source) -> np.ndarray:
         digest = hashlib.sha256()
@@ -81,17 +101,7 @@ class Listing:
             "a manifest with unique ids."
         )
 
-    def items(self, start: int, stop: int) -> Iterator[Item]:
-        """Yields rows `start` to `stop - 1`."""
-        while start < stop:
-            index = bisect_right(self._ends, start)
-            base = self._ends[index - 1] if index else 0
-            upto = min(stop, self._ends[index])
-            yield from self.sources[index].items(start - base, upto - base)
-            start = upto
-
     def identity(self) -> list[dict[str, Any]]:
-        """Returns name, kind, size and digest of the ids of each source: what must not change when a job is resumed."""
         return [
             {"name": source.name, "kind": source.kind, "rows": len(source), "ids": digest}
             for source, digest in zip(self.sources, self.digests, strict=True)

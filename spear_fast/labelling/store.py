@@ -21,7 +21,7 @@ from spear_fast.labelling.errors import LabellingError, reason_of
 from spear_fast.labelling.files import make_folder, open_regular, read_json, write_atomically, write_error
 from spear_fast.labelling.identity import differences, fingerprint
 from spear_fast.labelling.items import Item, content_of
-from spear_fast.labelling.journal import journal_path
+from spear_fast.labelling.journal import Journal, journal_path
 from spear_fast.labelling.label_files import (
     PATTERN,
     LabelRow,
@@ -83,18 +83,23 @@ class LabelStore:
 
         Raises LabellingError when the folder holds the labels of another job, with everything that differs.
         """
-        self._check_manifest()
+        self.check()
         self._remove_stale()
-        for shard in self.shards:
-            found = self._read_committed(shard)
-            if found is not None:
-                self.committed[shard.index] = found
-                journal_path(self.out, shard).unlink(missing_ok=True)
+        self._read_shards()
+        for index in self.committed:
+            journal_path(self.out, self.shards[index]).unlink(missing_ok=True)
         self._runs.append(run)
         self.write_manifest()
         self._write_failed()
 
-    def _check_manifest(self) -> None:
+    def _read_shards(self) -> None:
+        for shard in self.shards:
+            found = self._read_committed(shard)
+            if found is not None:
+                self.committed[shard.index] = found
+
+    def check(self) -> None:
+        """Raises LabellingError when the folder holds the labels of another job, with everything that differs."""
         path = self.out / MANIFEST_NAME
         if not path.exists() and not path.is_symlink():
             strangers = label_paths(self.out)
@@ -153,6 +158,10 @@ class LabelStore:
                 if content is not None and content != committed.contents[8 * number : 8 * number + 8]:
                     changed.append((shard.index, item.id))
         return changed
+
+    def journal(self, shard: Shard) -> Journal:
+        """Returns the journal of a shard, not yet opened."""
+        return Journal(journal_path(self.out, shard), self.fingerprint)
 
     def commit(
         self,

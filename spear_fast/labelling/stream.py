@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from spear_fast.decoding import DecodingResult
-from spear_fast.labelling.journal import Journal, journal_path
+from spear_fast.labelling.journal import Journal
 from spear_fast.labelling.label_files import LabelRow
 from spear_fast.labelling.labeller import Label, Labeller
 from spear_fast.labelling.prepare import Failure, Utterance, Window
@@ -70,7 +70,7 @@ class Stream:
             return
         self._slots = self._labeller.slots
         for shard in shards:
-            opened = OpenShard(shard, Journal(journal_path(self._store.out, shard), self._store.fingerprint))
+            opened = OpenShard(shard, self._store.journal(shard))
             opened.journal.open()
             self._open.append(opened)
             for _ in shard.windows():
@@ -193,6 +193,7 @@ class Stream:
             failures = [failure.as_record() for failure in sorted(opened.failures, key=lambda each: each.index)]
             contents = b"".join(utterance.content for utterance, _ in opened.labelled)
             self._store.commit(opened.shard, rows, failures, _totals(opened), contents)
+            opened.journal.remove()
             opened.journal.close()
             self._open.popleft()
             self._say("shard", name=opened.shard.name, rows=len(rows), failed=len(opened.failures))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,20 +39,27 @@ class TokenLines:
 
     kind = "tokens"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, listed: bool = True) -> None:
+        """Lists the rows of a file; listed: False leaves that, and only `items_at` gives rows."""
         self.name = readable(path.name)
+        self.origin = readable(str(path))
         self.passed_over: dict[str, int] = {}
-        self._path = path
+        self.path = path
         self._unchanged = Unchanged(path)
-        self._offsets = array("q")
+        # in bytes, where the line of each row begins
+        self.positions = array("q")
         self._ids: list[str] = []
-        with open(path, "rb") as file:
-            offset = 0
+        if listed:
+            self._list()
+
+    def _list(self) -> None:
+        with open(self.path, "rb") as file:
+            position = 0
             for line in file:
                 if line.strip():
-                    self._offsets.append(offset)
-                    self._ids.append(self._parse(line, len(self._offsets)).id)
-                offset += len(line)
+                    self.positions.append(position)
+                    self._ids.append(self._parse(line, len(self.positions)).id)
+                position += len(line)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -61,14 +68,18 @@ class TokenLines:
         return iter(self._ids)
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
-        with open(self._path, "rb") as file:
+        return self.items_at(self.positions[start:stop], start)
+
+    def items_at(self, positions: Sequence[int], start: int) -> Iterator[Item]:
+        """Yields the rows from row `start` on, whose lines begin at `positions`."""
+        with open(self.path, "rb") as file:
             self._unchanged.check(file)
-            for index in range(start, stop):
-                file.seek(self._offsets[index])
-                yield self._parse(file.readline(), index + 1)
+            for number, position in enumerate(positions, start + 1):
+                file.seek(position)
+                yield self._parse(file.readline(), number)
 
     def _parse(self, line: bytes, number: int) -> Item:
-        origin = readable(str(self._path))
+        origin = self.origin
         row: dict[str, Any] = {}
 
         def identifier() -> Any:
@@ -104,8 +115,9 @@ class TokenParquet:
         import pyarrow as pa
 
         self.name = readable(path.name)
+        self.origin = readable(str(path))
         self.passed_over: dict[str, int] = {}
-        self._path = path
+        self.path = path
         self._unchanged = Unchanged(path)
         self._file: IO[bytes] | None = None
         try:
@@ -129,20 +141,20 @@ class TokenParquet:
             count = schema.names.count(name)
             if not count:
                 names = ", ".join(schema.names) or "none"
-                raise LabellingError(f"{self._path} must have the columns id and tokens, got {names}.")
+                raise LabellingError(f"{self.path} must have the columns id and tokens, got {names}.")
             if count > 1:
-                raise LabellingError(f"{self._path} has {count} columns {name}; rename all but one.")
+                raise LabellingError(f"{self.path} has {count} columns {name}; rename all but one.")
         tokens = schema.field("tokens").type
         kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         if not any(is_kind(tokens) for is_kind in kinds) or not pa.types.is_integer(tokens.value_type):
-            raise LabellingError(f"the column tokens of {self._path} must be a list of integers, got {tokens}.")
+            raise LabellingError(f"the column tokens of {self.path} must be a list of integers, got {tokens}.")
 
     def __len__(self) -> int:
         return self._length
 
     def ids(self) -> Iterator[str]:
         # a generator of its own: it does not disturb whoever reads items
-        with open(self._path, "rb") as file:
+        with open(self.path, "rb") as file:
             number = 0
             for batch in self._batches(file, READ_ROWS * 16, range(len(self._groups)), ["id"]):
                 for value in _values(batch.column(0)):
@@ -157,14 +169,14 @@ class TokenParquet:
         for number in range(start + 1, stop + 1):
             row = next(rows, None)
             if row is None:
-                raise LabellingError(f"{self._path} is damaged: it holds fewer rows than it says; write it again.")
+                raise LabellingError(f"{self.path} is damaged: it holds fewer rows than it says; write it again.")
             self._position = number
             yield self._item(*row, number)
         if stop == self._length:
             self._close()
 
     def _item(self, identifier: Any, tokens: Any, number: int) -> Item:
-        origin = readable(str(self._path))
+        origin = self.origin
 
         def read(name: str) -> Item:
             if not tokens.is_valid or tokens.values.null_count:
@@ -179,7 +191,7 @@ class TokenParquet:
     def _rows_from(self, start: int) -> Iterator[tuple[Any, Any]]:
         if self._rows is None or self._position != start:
             self._close()
-            self._file = open(self._path, "rb")  # noqa: SIM115 (until the next call, or the last row)
+            self._file = open(self.path, "rb")  # noqa: SIM115 (until the next call, or the last row)
             self._rows = self._read_from(self._file, start)
             self._position = start
         return self._rows
@@ -214,7 +226,7 @@ class TokenParquet:
         except (pa.ArrowException, OSError) as error:
             # one that is overwritten looks damaged, too
             self._unchanged.check(file)
-            raise LabellingError(f"{self._path} is damaged: {reason_of(error)}; copy it again.") from error
+            raise LabellingError(f"{self.path} is damaged: {reason_of(error)}; copy it again.") from error
 
 
 def _parquet(file: IO[bytes]) -> Any:
