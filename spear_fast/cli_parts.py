@@ -34,7 +34,7 @@ def part_job(arguments: argparse.Namespace) -> Callable[..., Any]:
     """Returns what labels a part of a plan."""
     from spear_fast.checkpoints.load import load_model
     from spear_fast.labelling.parts import label_part, part_of
-    from spear_fast.labelling.plan import read_plan
+    from spear_fast.labelling.planning import read_plan
 
     planned = read_plan(Path(arguments.out))
     given = [flag for name, (flag, default) in arguments.planned.items() if getattr(arguments, name) != default]

@@ -21,7 +21,7 @@ from spear_fast.labelling import LabellingError, LabelOptions, finish, label, la
 from spear_fast.labelling.items import Item
 from spear_fast.labelling.label_files import label_schema
 from spear_fast.labelling.parts import PartStore, part_of
-from spear_fast.labelling.plan import GROUP_ROWS, read_plan
+from spear_fast.labelling.planning import GROUP_ROWS, read_plan
 from spear_fast.labelling.sources import Listing, open_sources
 
 OPTIONS = LabelOptions(max_length=8, rows_per_shard=10, batch_tokens=1024, max_source_tokens=40)

@@ -19,7 +19,7 @@ from spear_fast.labelling.identity import job_identity
 from spear_fast.labelling.journal import Journal, journal_path
 from spear_fast.labelling.label_files import label_schema, read_ids
 from spear_fast.labelling.options import LabelOptions
-from spear_fast.labelling.plan import JobPlan, read_plan, write_plan
+from spear_fast.labelling.planning import JobPlan, read_plan, write_plan
 from spear_fast.labelling.progress import Reporter, Summary
 from spear_fast.labelling.runner import check_is_model, check_model, label_store, run_record
 from spear_fast.labelling.shards import Shard, plan_shards
