@@ -174,12 +174,30 @@ def _training(rows: Sequence[rowfile.Row]) -> list[str]:
             f"{row['tokens_per_second']:.0f}",
             f"{row['mfu']:.0f} %",
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f} GB",
+            str(row.get("launches", "")),
             f"{row['times']['reference']['p50']:.2f}" if "times" in row else "",
+            _training_aims(row),
         )
         for row in _of(rows, "train")
     ]
-    header = ("training step", "by", "time", "tokens/s", "of the matmul limit", "memory", "× reference")
+    header = (
+        "training step", "by", "time", "tokens/s", "of the matmul limit", "memory", "launches", "× reference", "aim",
+    )  # fmt: skip
     return [rowfile.table(header, lines)] if lines else []
+
+
+def _training_aims(row: rowfile.Row) -> str:
+    if "wanted" not in row:
+        return ""
+    found = {"times": row["times"]["reference"]["p50"], "memory": row["memory_of"]["reference"]}
+    said = []
+    for name, value in row["wanted"].items():
+        reached = found[name] >= value if name == "times" else found[name] <= value
+        aim = f"{value:g} ×" if name == "times" else f"{value:g} of its memory"
+        said.append(
+            f"{aim}: {'reached' if reached else '**missed**'}" + ("" if name == "times" else f", {found[name]:.2f}")
+        )
+    return "; ".join(said)
 
 
 def best(folder: Path = RESULTS) -> tuple[str, list[rowfile.Row]]:

@@ -113,8 +113,9 @@ def check_range(ids: Tensor, mask: Tensor, vocab_size: int, name: str) -> None:
     """Raises ValueError when a token lies outside `0..vocab_size - 1`.
 
     Ids on an accelerator are not looked at: that would stop the host at every call. Check them before they move.
+    Nor are they while a graph is compiled, which it would break.
     """
-    if ids.device.type != "cpu" or not ids.numel():
+    if ids.device.type != "cpu" or not ids.numel() or torch.compiler.is_compiling():
         return
     wrong = mask.to(ids.device, torch.bool) & ((ids < 0) | (ids >= vocab_size))
     if not wrong.any():

@@ -49,6 +49,18 @@ class InputMixin(nn.Module):
         Raises TypeError on anything else, ValueError on strings or audio without the module that reads them, and for
         ids outside the vocabulary that are on the CPU.
         """
+        return self._given_ids(source, modality, name, input_sample_hz, mask=mask).to(self.device)
+
+    def _given_ids(
+        self,
+        source: Source,
+        modality: Modality,
+        name: str,
+        input_sample_hz: int | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns what `to_ids` does, where it has been given."""
         token_ids.check_modality(modality, name)
         if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
             if modality != "text":
@@ -68,7 +80,7 @@ class InputMixin(nn.Module):
             mask = ids != self.pad_id[modality]
         # before the move: an accelerator that embeds a wrong id is lost to its whole process
         token_ids.check_range(ids, mask, self.token_emb[modality].num_embeddings, name)  # type: ignore[arg-type]
-        return ids.to(self.device)
+        return ids
 
     def _with_eos(
         self, ids: Tensor, mask: Tensor | None, modality: Modality, name: str, add_eos: bool
@@ -117,7 +129,14 @@ class InputMixin(nn.Module):
         self, source: Source, source_type: Modality, mask: Tensor | None, input_sample_hz: int | None
     ) -> tuple[Tensor, Tensor]:
         """Returns what the encoder reads: ids and mask `[batch, length]`, the end-of-sequence included."""
-        ids = self.to_ids(source, source_type, "source", input_sample_hz, mask=mask)
+        ids, mask = self._given_source(source, source_type, mask, input_sample_hz)
+        return ids.to(self.device), mask.to(self.device)
+
+    def _given_source(
+        self, source: Source, source_type: Modality, mask: Tensor | None, input_sample_hz: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what `_source` does, where it has been given."""
+        ids = self._given_ids(source, source_type, "source", input_sample_hz, mask=mask)
         ids, mask = self._with_eos(ids, mask, source_type, "source", self.autoset_eos_id[source_type])
         if not ids.shape[-1]:
             raise ValueError("source must hold at least one id, got an empty one and no automatic end-of-sequence.")

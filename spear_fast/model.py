@@ -21,12 +21,13 @@ from spear_fast.checkpoints.weights import load_into, read_package
 from spear_fast.freezing import FreezingMixin, set_requires_grad
 from spear_fast.generation import GenerationMixin
 from spear_fast.inputs import Modality, Source
-from spear_fast.losses.similarity import alignment_loss
+from spear_fast.layers import FeedForward, Residual, RMSNorm
 from spear_fast.losses.tokens import token_loss
-from spear_fast.transformer import FeedForward, Residual, RMSNorm, Transformer
+from spear_fast.objective import ObjectiveMixin
+from spear_fast.transformer import Transformer
 
 
-class TextToSemantic(HubModel, GenerationMixin, FreezingMixin):
+class TextToSemantic(HubModel, GenerationMixin, ObjectiveMixin, FreezingMixin):
     """Text ↔ semantic speech tokens (reference line 381; arXiv 2302.03540).
 
     dim: model width. source_depth, target_depth: layers of encoder and decoder.
@@ -202,23 +203,43 @@ class TextToSemantic(HubModel, GenerationMixin, FreezingMixin):
         should_sim_regularize: adds the alignment regulariser (arXiv 2309.08773) over rows that lost their source.
         return_early_exit_loss: adds the loss of the early-exit head.
 
+        The loss alone is computed of real tokens alone: rows whose ids come in on the CPU, padded at their ends, are
+        packed. The logits are of all positions, as the reference's.
+
         Raises ValueError where shapes, ids or options do not fit; TypeError for what is neither tensor nor strings.
         """
-        memory, source_mask, _ = self.encode(source, source_type=source_type, source_mask=source_mask)
-        target = self.to_ids(target, target_type, "target", mask=target_mask)
-        if target.shape[0] != memory.shape[0]:
+        source, source_mask = self._given_source(source, source_type, source_mask)
+        target = self._given_ids(target, target_type, "target", mask=target_mask)
+        if target.shape[0] != source.shape[0]:
             raise ValueError(
-                f"source and target must have the same batch size, got {memory.shape[0]} and {target.shape[0]}."
+                f"source and target must have the same batch size, got {source.shape[0]} and {target.shape[0]}."
             )
         if return_loss and self.training and not target.numel():
             raise ValueError("target must hold at least one id in training, got an empty one.")
+        if return_loss and return_early_exit_loss:
+            self._check_early_exit(source_type, target_type)
         add_eos = self.autoset_eos_id[target_type] and return_loss
         wide_mask = target_mask if token_ids.is_wide_mask(target_mask, target, 1 + int(add_eos)) else None
         given_mask = None if wide_mask is not None else target_mask
         target, target_mask = self._with_eos(target, given_mask, target_type, "target", add_eos)
 
         drop_prob = self.cond_drop_prob if cond_drop_prob is None else cond_drop_prob
-        dropped = torch.rand(memory.shape[0], device=memory.device) < drop_prob if drop_prob > 0 else None
+        regularised = (
+            should_sim_regularize and source_type != target_type and drop_prob > 0 and self.align_reg_loss_weight > 0
+        )
+        types: dict[str, Any] = {"source_type": source_type, "target_type": target_type}
+        if return_loss and not return_logits and wide_mask is None:
+            batch = self.pack(source, source_mask, target, target_mask, **types, regularised=regularised)
+            if batch is not None:
+                return self.packed_loss(
+                    batch, **types, drop_prob=drop_prob, regularised=regularised, early_exit=return_early_exit_loss
+                )
+
+        source, source_mask, target, target_mask = (
+            each.to(self.device) for each in (source, source_mask, target, target_mask)
+        )
+        memory = self.source_transformer(self._embed(source, source_mask, source_type), source_mask)
+        dropped = self._dropped(memory.shape[0], drop_prob)
         context_mask = source_mask if dropped is None else source_mask & ~dropped[:, None]
 
         start = self.start_token[target_type].expand(memory.shape[0], 1, -1)
@@ -226,15 +247,15 @@ class TextToSemantic(HubModel, GenerationMixin, FreezingMixin):
         decoder_mask = F.pad(target_mask, (1, 0), value=True)
         if wide_mask is not None:
             decoder_mask = wide_mask.to(self.device, torch.bool)
-        # only the early exit needs each layer's output
+        early_exit = return_loss and return_early_exit_loss
         output = self.target_transformer(
             embedded,
             mask=decoder_mask,
             context=memory,
             context_mask=context_mask,
-            return_hiddens=return_early_exit_loss,
+            hidden_of=self.early_exit_layer if early_exit else None,
         )
-        hidden = output[0] if return_early_exit_loss else output
+        hidden = output[0] if early_exit else output
         to_logits = self.to_logits[target_type]
         if not return_loss:
             return to_logits(hidden)
@@ -243,29 +264,11 @@ class TextToSemantic(HubModel, GenerationMixin, FreezingMixin):
         # the last position predicts nothing
         predicting = hidden[:, :-1]
         loss = token_loss(predicting, to_logits, labels)
-        if return_early_exit_loss:
-            loss = loss + self._early_exit_loss(output[1], labels, source_type, target_type)
-        if (
-            should_sim_regularize
-            and source_type != target_type
-            and dropped is not None
-            and self.align_reg_loss_weight > 0
-        ):
-            temperature = self.align_reg_logsumexp_pool_temp if self.align_reg_use_logsumexp_pool else None
-            regulariser = alignment_loss(memory, source_mask, hidden, decoder_mask, dropped, temperature)
-            loss = loss + regulariser * self.align_reg_loss_weight
+        if early_exit:
+            loss = loss + self._early_exit_loss(output[1][:, :-1], labels)
+        if regularised and dropped is not None:
+            loss = loss + self._padded_regulariser(memory, source_mask, hidden, decoder_mask, dropped)
         return (loss, to_logits(predicting).transpose(1, 2)) if return_logits else loss
-
-    def _early_exit_loss(self, hiddens: Tensor, labels: Tensor, source_type: Modality, target_type: Modality) -> Tensor:
-        if self.early_exit_layer is None:
-            raise ValueError("return_early_exit_loss needs a model built with target_early_exit_layer, got None.")
-        if (source_type, target_type) != ("text", "speech"):
-            raise ValueError(f"the early exit is from text to speech only, got {source_type} to {target_type}.")
-        embedded = hiddens[self.early_exit_layer - 1]
-        if self.detach_early_exit_embed:
-            embedded = embedded.detach()
-        residual, norm, to_logits = self.to_early_exit_semantic_logits
-        return token_loss(norm(residual(embedded[:, :-1])), to_logits, labels)
 
 
 def _openai_tokenizer(

@@ -68,9 +68,10 @@ class SpeechSpeechPretrainWrapper(nn.Module):
         pad_id = self.model.semantic_pad_id
         if x.is_floating_point():
             x = from_audio(self.wav2vec, x.to(self.model.device), "x", flatten=False)
-        # before the move, as in `to_ids`; an end of sequence may be among them
+        # an end of sequence may be among them
         check_range(x, x != pad_id, self.model.num_semantic_token_ids + 1, "x")
-        x = x.to(self.model.device).long()
+        # ids stay where they are: the model packs those that come in on the CPU, and nothing waits for a GPU
+        x = x.long()
         mask = validity_mask(x, pad_id, self.model.num_semantic_token_ids)
         deleted = subset_mask(mask, self.deletion_prob)
         if self.mask_id is not None:

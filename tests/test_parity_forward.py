@@ -103,7 +103,8 @@ def test_logits_and_loss(size: str, types: tuple[str, str]) -> None:
     trio.compare(lambda model: model(source, target, return_loss=True, **kwargs))
     trio.compare(lambda model: model(source, target, return_loss=True, return_logits=True, **kwargs)[1])
     loss, _ = trio.ours(source, target, return_loss=True, return_logits=True, **kwargs)
-    assert loss == trio.ours(source, target, return_loss=True, **kwargs)
+    # the loss alone is of a packed batch, whose matmuls may round the last bit another way
+    torch.testing.assert_close(loss, trio.ours(source, target, return_loss=True, **kwargs), rtol=1e-6, atol=0)
     assert loss.ndim == 0
 
 

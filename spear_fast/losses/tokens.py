@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spear_fast import ops
 from spear_fast.ids import IGNORED_LABEL
-from spear_fast.transformer import is_plain
+from spear_fast.layers import is_plain
 
 
 def token_loss(hidden: Tensor, to_logits: nn.Module, labels: Tensor) -> Tensor:
@@ -15,9 +15,10 @@ def token_loss(hidden: Tensor, to_logits: nn.Module, labels: Tensor) -> Tensor:
 
     The logits are never all held, unless `to_logits` is more than a matrix.
 
-    hidden: `[batch, length, dim]`, floating point. labels: `[batch, length]`, int64, IGNORED_LABEL where none counts.
+    hidden: `[..., dim]`, floating point. labels: `[...]`, int64, IGNORED_LABEL where none counts.
     """
     if not is_plain(to_logits) or to_logits.bias is not None:
-        return F.cross_entropy(to_logits(hidden).transpose(1, 2), labels, ignore_index=IGNORED_LABEL)
+        # classes are the second dimension
+        return F.cross_entropy(to_logits(hidden).movedim(-1, 1), labels, ignore_index=IGNORED_LABEL)
     losses = ops.cross_entropy(hidden, to_logits.weight, labels, IGNORED_LABEL)
     return losses.sum() / (labels != IGNORED_LABEL).sum()

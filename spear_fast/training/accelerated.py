@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,18 +17,25 @@ def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> 
     check_accelerate_arguments(accelerate_kwargs)
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+        from accelerate.utils import DataLoaderConfiguration
     except ImportError as error:
         raise ImportError(
             f"training needs the package accelerate: pip install 'spear_fast[train]' ({error})."
         ) from error
     arguments = dict(accelerate_kwargs)
-    handlers = list(arguments.pop("kwargs_handlers", None) or [])
-    if not any(isinstance(handler, DistributedDataParallelKwargs) for handler in handlers):
-        # each task leaves parameters out: pretraining has no text
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     arguments["dataloader_config"] = DataLoaderConfiguration(split_batches=split_batches)
-    return Accelerator(kwargs_handlers=handlers, **arguments)
+    return Accelerator(**arguments)
+
+
+def leave_out_of_reduction(module: nn.Module, prefixes: Sequence[str]) -> None:
+    """Keeps parameters that a task has no use for out of what DistributedDataParallel waits for.
+
+    It would otherwise have to walk the graph of each step to find them.
+    prefixes: begin the names of those parameters within the module's `model`.
+    """
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    unused = [name for name in names if name.removeprefix("model.").startswith(tuple(prefixes))]
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, unused)
 
 
 class Accelerated(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from spear_fast.evaluation import evaluation_mode
 from spear_fast.model import TextToSemantic
-from spear_fast.training.accelerated import make_accelerator
+from spear_fast.training.accelerated import leave_out_of_reduction, make_accelerator
 from spear_fast.training.batches import EndlessBatches, batch_sampler
 from spear_fast.training.data import Collate, speech_ids
-from spear_fast.training.optimizer import make_optimizer, warmup_then_cosine
+from spear_fast.training.optimizer import make_optimizer, skip_unless_finite, warmup_then_cosine
 from spear_fast.training.randomness import same_randomness
 from spear_fast.training.resumable import Resumable
 from spear_fast.training.trainer_arguments import check_trainer_arguments
@@ -35,7 +35,8 @@ class Trainer(Resumable):
     num_train_steps, num_warmup_steps: optimizer steps. grad_accum_every: batches a step. lr, initial_lr: highest and
         first learning rate. wd: weight decay, of matrices alone. max_grad_norm: None for no clipping.
     batch_size: rows of one process; with `split_batches` of all together. drop_last: leaves out a smaller last batch.
-    max_batch_tokens: batches of rows of about one length, as many as fit in so many tokens, instead of `batch_size`.
+    max_batch_tokens: batches of rows of about one length, as many as fit in so many tokens, instead of `batch_size`;
+        padding is not counted, nor computed.
     valid_frac: fraction of the rows for validation, drawn by random_split_seed; 0 validates on the training rows.
     num_valid_batches: how many batches a validation takes, the same each time and with the same random draws.
     log_every, save_results_every, save_model_every: steps between lines of log, validations and checkpoints.
@@ -44,7 +45,10 @@ class Trainer(Resumable):
     resume: continues from the newest checkpoint in the results folder, if there is one.
         With neither, a folder that is not empty is an error: nothing is ever asked.
     input_sample_hz: sample rate of raw audio in Hz, passed on to `wav2vec`. num_workers: processes that read the
-        dataset.
+        dataset, batches ahead of the training.
+    checkpoint_activations: keeps each layer's input alone and computes the rest again for the gradients: less memory,
+        about a third more time.
+    unused: begin the names of the model's parameters that this kind of trainer never gives a gradient.
 
     Raises ValueError, one sentence, for arguments that are of no use or would not be obeyed, for a dataset of another
     form, and for a results folder that is not empty; ImportError without accelerate.
@@ -84,6 +88,8 @@ class Trainer(Resumable):
         num_valid_batches: int,
         num_workers: int,
         input_sample_hz: int | None,
+        checkpoint_activations: bool,
+        unused: Sequence[str] = (),
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -114,7 +120,8 @@ class Trainer(Resumable):
             raise ValueError(f"batch_size must be a multiple of the {processes} processes, got {batch_size}.")
         rows = batch_size // processes if split_batches else batch_size
         self.ds, self.valid_ds = self._split(dataset, valid_frac, random_split_seed)
-        loading: dict[str, Any] = {"collate_fn": collate, "num_workers": num_workers}
+        pinned = self.device.type == "cuda"
+        loading: dict[str, Any] = {"collate_fn": collate, "num_workers": num_workers, "pin_memory": pinned}
         sampler = batch_sampler(self.ds, rows, max_batch_tokens, seed=random_split_seed, drop_last=drop_last)
         self._order = EndlessBatches(sampler, stride=processes)
         # a generator of its own: otherwise each new iterator would draw from the one that training draws from
@@ -122,7 +129,12 @@ class Trainer(Resumable):
         valid = batch_sampler(self.valid_ds, rows, max_batch_tokens, seed=random_split_seed, drop_last=False).batches(0)
         mine = [valid[number] for number in range(rank, min(num_valid_batches, len(valid)), processes)]
         self.valid_dl = DataLoader(self.valid_ds, batch_sampler=mine, generator=torch.Generator(), **loading)
+        for transformer in (model.source_transformer, model.target_transformer):
+            transformer.checkpoint_activations = checkpoint_activations
+        leave_out_of_reduction(train_wrapper, unused)
         self.train_wrapper, self.optim = self.accelerator.prepare(train_wrapper, optim)
+        # losses of the latest steps, which nobody has read yet: step, loss, learning rate
+        self._unread: list[tuple[int, Tensor, float]] = []
         if rank:
             # torch starts all processes alike, and they would drop and delete the same
             torch.manual_seed(torch.initial_seed() + rank)
@@ -177,8 +189,12 @@ class Trainer(Resumable):
         """Returns the loss of one batch of the dataset."""
         raise NotImplementedError
 
-    def train_step(self) -> dict[str, float]:
-        """Takes one optimizer step; returns `loss` (mean, in nats per token), `lr` and, where due, `valid_loss`."""
+    def train_step(self) -> dict[str, Any]:
+        """Takes one optimizer step; returns `loss` (mean, in nats per token), `lr` and, where due, `valid_loss`.
+
+        The loss, [], stays on the device: reading it waits for the step. One that is no number changes no weights; it
+        raises FloatingPointError by the next line of log or checkpoint.
+        """
         step = int(self.steps)
         self.train_wrapper.train()
         total = torch.zeros((), device=self.device)
@@ -191,26 +207,41 @@ class Trainer(Resumable):
                 loss = self.loss_of(self.train_wrapper, batch) / self.grad_accum_every
                 self.accelerator.backward(loss)
             total += loss.detach()
-        logs = {"loss": float(total), "lr": self.optim.param_groups[0]["lr"]}
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(f"the loss of step {step} is {logs['loss']}; lower lr or look at the data.")
+        logs: dict[str, Any] = {"loss": total, "lr": self.optim.param_groups[0]["lr"]}
+        self._unread.append((step, total, logs["lr"]))
+        norm = None
         if self.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        skip_unless_finite(self.optim, total, norm)
         self.optim.step()
         self.optim.zero_grad()
         self.scheduler.step()
         self.steps += 1
 
         if step % self.log_every == 0:
-            self.print(f"{step}: loss: {logs['loss']:0.3f}")
-        self.accelerator.log({"train_loss": logs["loss"], "lr": logs["lr"]}, step=step)
+            self.print(f"{step}: loss: {self._read_losses():0.3f}")
         if step % self.save_results_every == 0:
+            self._read_losses()
             logs["valid_loss"] = self.validate()
             self.print(f"{step}: valid loss {logs['valid_loss']:0.3f}")
             self.accelerator.log({"valid_loss": logs["valid_loss"]}, step=step)
         if step % self.save_model_every == 0 or step + 1 == self.num_train_steps:
+            self._read_losses()
             self._save_step(step)
         return logs
+
+    def _read_losses(self) -> float:
+        """Reads the losses of the latest steps, passes them on to the trackers and returns the last one.
+
+        Raises FloatingPointError where one is no number.
+        """
+        unread, self._unread = self._unread, []
+        losses = torch.stack([loss for _, loss, _ in unread]).tolist() if unread else []
+        for (step, _, rate), loss in zip(unread, losses, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {step} is {loss}; lower lr or look at the data.")
+            self.accelerator.log({"train_loss": loss, "lr": rate}, step=step)
+        return losses[-1] if losses else math.nan
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -230,7 +261,7 @@ class Trainer(Resumable):
             speech, self.wav2vec, self.device, pad_id=self.model.semantic_pad_id, input_sample_hz=self.input_sample_hz
         )
 
-    def train(self, log_fn: Callable[[dict[str, float]], Any] | bool | None = None) -> Any:  # type: ignore[override]
+    def train(self, log_fn: Callable[[dict[str, Any]], Any] | bool | None = None) -> Any:  # type: ignore[override]
         """Trains to the last step, then ends the trackers; with a bool it is `nn.Module.train`.
 
         log_fn: called with what `train_step` returns, after each step.
@@ -241,6 +272,7 @@ class Trainer(Resumable):
             logs = self.train_step()
             if log_fn is not None:
                 log_fn(logs)
+        self._read_losses()
         self.end_trackers()
         self.print("training complete")
         return None

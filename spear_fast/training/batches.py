@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class ShuffledBatchSampler(BatchSampler):
 
 
 class TokenBudgetBatchSampler(BatchSampler):
-    """Batches of rows of about one length, as many as fit: rows × longest <= `max_tokens`.
+    """Batches of rows of about one length, as many as fit in `max_tokens`; padding is not counted.
 
     A row longer than that is a batch by itself. lengths: tokens of each row, `[rows]`; see `lengths_of`.
     """
@@ -76,21 +77,21 @@ class TokenBudgetBatchSampler(BatchSampler):
         super().__init__(seed)
         if max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
-        lengths = torch.as_tensor(lengths).clamp(min=1)
-        self.buckets = (lengths.double().log() / math.log1p(self.SPREAD)).long()
-        longest = lengths.new_zeros(int(self.buckets.max()) + 1).scatter_reduce(0, self.buckets, lengths, "amax")
-        self.rows_per_batch = (max_tokens // longest.clamp(min=1)).clamp(min=1)
+        self.max_tokens = max_tokens
+        self.lengths = torch.as_tensor(lengths).clamp(min=1)
+        self.buckets = (self.lengths.double().log() / math.log1p(self.SPREAD)).long()
 
     def batches(self, epoch: int) -> Epoch:
         generator = self._generator(epoch)
         order = torch.randperm(len(self.buckets), generator=generator)
-        # longest first: the first row of a batch bounds all of it
         order = order[self.buckets[order].argsort(descending=True, stable=True)]
-        rows = self.rows_per_batch[self.buckets[order]].tolist()
-        begins = [0]
-        while begins[-1] + rows[begins[-1]] < len(rows):
-            begins.append(begins[-1] + rows[begins[-1]])
-        bounds = torch.tensor([begins, [*begins[1:], len(rows)]]).T
+        # tokens of all rows up to each one, itself included
+        totals = self.lengths[order].cumsum(0).tolist()
+        ends = [0]
+        while ends[-1] < len(totals):
+            before = totals[ends[-1] - 1] if ends[-1] else 0
+            ends.append(max(bisect_right(totals, before + self.max_tokens), ends[-1] + 1))
+        bounds = torch.tensor([ends[:-1], ends[1:]]).T
         return Epoch(order, bounds[torch.randperm(len(bounds), generator=generator)])
 
 

@@ -7,23 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_optimizer(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Returns Adam, or AdamW with weight decay on matrices alone.
+    """Returns Adam, or AdamW with weight decay on matrices alone, each step of it one pass over the weights.
 
     In the groups of audiolm-pytorch's `get_optimizer`, so that optimizer states of the reference fit.
     """
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}.")
     if weight_decay == 0:
-        return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))
+        return torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99), fused=True)
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+
+
+def skip_unless_finite(optimizer: Any, loss: Tensor, norm: Tensor | None) -> None:
+    """Makes the next step change nothing where the loss or the gradients' norm is no finite number.
+
+    The host does not wait for either: the fused step looks for itself. A gradient scaler does that already.
+    optimizer: of `make_optimizer`, prepared by accelerate. loss, norm: `[]`.
+    """
+    if optimizer.scaler is not None:
+        return
+    finite = loss.isfinite() if norm is None else loss.isfinite() & norm.isfinite()
+    optimizer.optimizer.found_inf = (~finite).float()
 
 
 def warmup_then_cosine(step: int, *, num_warmup_steps: int, num_train_steps: int, initial: float) -> float:
@@ -52,4 +64,8 @@ def load_optimizer(optimizer: Any, state: dict[str, Any], origin: str | Path) ->
             f"of the {len(ours)} in {len(groups)} trained here; freeze the same layers and set the same wd, or pass "
             "restore_optimizer=False."
         )
+    # how a step is computed is ours to say, whoever wrote the file
+    for theirs_group, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for name in ("fused", "foreach"):
+            theirs_group[name] = group[name]
     optimizer.load_state_dict(state)

@@ -17,8 +17,11 @@ _SHARED = (
     "num_train_steps", "num_warmup_steps", "batch_size", "lr", "initial_lr", "grad_accum_every", "wd", "max_grad_norm",
     "valid_frac", "random_split_seed", "log_every", "save_results_every", "save_model_every", "results_folder",
     "accelerate_kwargs", "split_batches", "drop_last", "force_clear_prev_results", "resume", "max_batch_tokens",
-    "num_valid_batches", "num_workers", "input_sample_hz",
+    "num_valid_batches", "num_workers", "input_sample_hz", "checkpoint_activations",
 )  # fmt: skip
+# begin the names of parameters that not every task has a use for
+_START = {"speech": "start_token.speech", "text": "start_token.text"}
+_EARLY_EXIT = "to_early_exit_semantic_logits."
 
 
 def _shared_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +77,11 @@ class SpeechSpeechPretrainer(Trainer):
         num_valid_batches: int = 8,
         num_workers: int = 0,
         input_sample_hz: int | None = None,
+        checkpoint_activations: bool = False,
     ) -> None:
         shared = _shared_arguments(locals())
         wrapper = SpeechSpeechPretrainWrapper(model, wav2vec, deletion_prob, reconstruct_seq, mask_id)
+        shared["unused"] = (*_of("text"), _EARLY_EXIT)
         super().__init__(model, wrapper, dataset, [model.semantic_pad_id], wav2vec=wrapper.wav2vec, **shared)
 
     def optimized_parameters(self) -> list[nn.Parameter]:
@@ -127,12 +132,14 @@ class SemanticToTextTrainer(Trainer):
         num_valid_batches: int = 8,
         num_workers: int = 0,
         input_sample_hz: int | None = None,
+        checkpoint_activations: bool = False,
     ) -> None:
         shared = _shared_arguments(locals())
         model.unfreeze_all()
         model.freeze_speech_emb()
         model.freeze_encoder()
         pads = _pair_pads(model)
+        shared["unused"] = (_START["speech"], _EARLY_EXIT)
         super().__init__(model, SemanticToTextWrapper(model), dataset, pads, wav2vec=model.wav2vec, **shared)
 
     def optimized_parameters(self) -> list[nn.Parameter]:
@@ -193,6 +200,7 @@ class TextToSemanticTrainer(Trainer):
         num_valid_batches: int = 8,
         num_workers: int = 0,
         input_sample_hz: int | None = None,
+        checkpoint_activations: bool = False,
     ) -> None:
         shared = _shared_arguments(locals())
         if freeze_encoder_layers_below is not None and train_encoder_layers != 2:
@@ -219,15 +227,21 @@ class TextToSemanticTrainer(Trainer):
             model.freeze_encoder_above_layer(train_encoder_layers)
         model.freeze_decoder()
         joined: Dataset[Any] = ConcatDataset(datasets)
+        early_exit = model.target_has_early_exit and should_train_early_exit_layer_if_available
+        shared["unused"] = (_START["text"],) if early_exit else (_START["text"], _EARLY_EXIT)
         super().__init__(
             model, TextToSemanticWrapper(model), joined, _pair_pads(model), wav2vec=model.wav2vec, **shared
         )
-        self.train_early_exit = model.target_has_early_exit and should_train_early_exit_layer_if_available
+        self.train_early_exit = early_exit
 
     def loss_of(self, wrapper: nn.Module, batch: Any) -> Tensor:
         speech, text = batch
         loss = wrapper(text, self.speech_ids(speech), return_early_exit_loss=self.train_early_exit, return_logits=False)
         return loss
+
+
+def _of(modality: str) -> tuple[str, ...]:
+    return f"token_emb.{modality}.", f"to_logits.{modality}.", _START[modality]
 
 
 def _pair_pads(model: TextToSemantic) -> list[int]:
