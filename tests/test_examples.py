@@ -84,14 +84,29 @@ def test_accelerate_reference(monkeypatch, capsys):
     assert lines[2] == "the same tokens: True"
 
 
-def outputs_of(notebook):
-    """Returns what the cells print and return, without warnings."""
+def outputs_of(cells):
+    """Returns what the cells print and return, without warnings.
+
+    A kernel sends what a cell prints whenever it comes to it, in one message or in several: they are joined.
+    """
     found = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if output.get("name") != "stderr":
-                found.append(output.get("text") or output["data"]["text/plain"])
+    for cell in cells:
+        printed = [output["text"] for output in cell.get("outputs", ()) if output.get("name") == "stdout"]
+        if printed:
+            found.append("".join(printed))
+        found += [output["data"]["text/plain"] for output in cell.get("outputs", ()) if "data" in output]
     return found
+
+
+def test_messages_of_a_notebook_are_joined():
+    def prints(*texts, name="stdout"):
+        return [{"output_type": "stream", "name": name, "text": text} for text in texts]
+
+    value = {"output_type": "execute_result", "data": {"text/plain": "3"}}
+    split, whole = prints("seen", " 1\nun", "seen 2\n"), prints("seen 1\nunseen 2\n")
+    for outputs in (split, whole):
+        cells = [{"outputs": [*outputs, *prints("a warning", name="stderr"), value]}, {}]
+        assert outputs_of(cells) == ["seen 1\nunseen 2\n", "3"]
 
 
 def test_the_notebook_gives_what_it_shows():
@@ -103,9 +118,9 @@ def test_the_notebook_gives_what_it_shows():
     notebook = nbformat.from_dict(json.loads(json.dumps(shown)))
     resources = {"metadata": {"path": str(EXAMPLES)}}
     nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
-    assert len(outputs_of(shown)) == 5
+    assert len(outputs_of(shown.cells)) == 5
     number = re.compile(r"-?\d+(?:\.\d+)?")
-    for again, before in zip(outputs_of(notebook), outputs_of(shown), strict=True):
+    for again, before in zip(outputs_of(notebook.cells), outputs_of(shown.cells), strict=True):
         assert number.sub("#", again) == number.sub("#", before)
         # another processor rounds otherwise
         for new, old in zip(map(float, number.findall(again)), map(float, number.findall(before)), strict=True):
