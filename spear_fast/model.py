@@ -203,8 +203,9 @@ class TextToSemantic(HubModel, GenerationMixin, ObjectiveMixin, FreezingMixin):
         should_sim_regularize: adds the alignment regulariser (arXiv 2309.08773) over rows that lost their source.
         return_early_exit_loss: adds the loss of the early-exit head.
 
-        The loss alone is computed of real tokens alone: rows whose ids come in on the CPU, padded at their ends, are
-        packed. The logits are of all positions, as the reference's.
+        In training the loss alone is computed of real tokens alone: rows whose ids come in on the CPU, padded at their
+        ends, are packed. Otherwise, and with the logits, all positions are, as the reference does; the loss then has
+        the same bits with logits and without.
 
         Raises ValueError where shapes, ids or options do not fit; TypeError for what is neither tensor nor strings.
         """
@@ -228,7 +229,7 @@ class TextToSemantic(HubModel, GenerationMixin, ObjectiveMixin, FreezingMixin):
             should_sim_regularize and source_type != target_type and drop_prob > 0 and self.align_reg_loss_weight > 0
         )
         types: dict[str, Any] = {"source_type": source_type, "target_type": target_type}
-        if return_loss and not return_logits and wide_mask is None:
+        if self.training and return_loss and not return_logits and wide_mask is None:
             batch = self.pack(source, source_mask, target, target_mask, **types, regularised=regularised)
             if batch is not None:
                 return self.packed_loss(
