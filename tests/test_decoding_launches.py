@@ -10,6 +10,7 @@ from launches import launches_of
 from spear_fast import DecodingOptions, ops
 from spear_fast.decoding import runner as runner_module
 from spear_fast.decoding.methods import Mix, step
+from spear_fast.decoding.packed.decoder import ProjectedMemory
 from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.runner import Runner
 from spear_fast.decoding.transfer import packed, unpacked
@@ -65,8 +66,10 @@ def test_guidance_adds_one_launch_a_layer():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_admission_launches_as_much_for_many_utterances_and_layers(apart):
+def test_admission_launches_as_much_for_many_utterances_and_layers(apart, monkeypatch):
     """One matmul and one scatter, whoever comes; a matmul for each utterance where bits must not know of the others."""
+
+    monkeypatch.setattr(ProjectedMemory, "put", ProjectedMemory.scatter)
 
     def admitted(depth: int, count: int):
         decoder = tiny_model(target_depth=depth).to(torch.bfloat16).decoder("text")
@@ -82,7 +85,9 @@ def test_admission_launches_as_much_for_many_utterances_and_layers(apart):
     assert many["aten::copy_"] == few["aten::copy_"]
 
 
-def test_admission_writes_every_layer_of_its_slots_alone():
+@pytest.mark.parametrize("way", ["scatter", "copy"])
+def test_admission_writes_every_layer_of_its_slots_alone(way, monkeypatch):
+    monkeypatch.setattr(ProjectedMemory, "put", getattr(ProjectedMemory, way))
     decoder = tiny_model(target_depth=3).decoder("text")
     runner = Runner(decoder, slots=4, beams=2, positions=21, max_source=9)
     runner.state.memory.store.fill_(7.0)

@@ -170,12 +170,10 @@ class DecodeState:
         else:
             projected = decoder.project(torch.cat(list(memories)))
         lengths = [len(memory) for memory in memories]
-        on_host, counts = torch.tensor(slots, device="cpu"), torch.tensor(lengths, device="cpu")
-        slot_of = on_host.repeat_interleave(counts)
-        position_of = torch.cat([torch.arange(length, device="cpu") for length in lengths])
-        self.memory.put(projected, *to_device(torch.stack((slot_of, position_of)), device))
-        rows, packed = to_device(on_host, device), PackedOptions.of(options, decoder.eos_id)
-        self.memory.lengths[rows] = to_device(counts, device)
+        self.memory.put(projected, slots, lengths)
+        rows = to_device(torch.tensor(list(slots), device="cpu"), device)
+        packed = PackedOptions.of(options, decoder.eos_id)
+        self.memory.lengths[rows] = to_device(torch.tensor(lengths, device="cpu"), device)
         self.float_params[rows] = to_device(packed.float_params.to(self.float_params.dtype), device)
         self.int_params[rows] = to_device(packed.int_params, device)
         self.prefix[rows, : packed.prefix.shape[1]] = to_device(packed.prefix, device)
