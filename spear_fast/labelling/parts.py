@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from spear_fast.labelling.errors import LabellingError
-from spear_fast.labelling.files import FolderLock, make_folder
+from spear_fast.labelling.files import FolderLock
 from spear_fast.labelling.identity import job_identity
 from spear_fast.labelling.journal import Journal, journal_path
 from spear_fast.labelling.label_files import label_schema, read_ids
 from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.planning import JobPlan, read_plan, write_plan
 from spear_fast.labelling.progress import Reporter, Summary
-from spear_fast.labelling.runner import check_is_model, check_model, label_store, run_record
-from spear_fast.labelling.shards import Shard, plan_shards
-from spear_fast.labelling.sources import open_sources
+from spear_fast.labelling.runner import check_is_model, check_model, label_store, open_job, run_record, sizes_of
+from spear_fast.labelling.shards import Shard
 from spear_fast.labelling.store import LabelStore, Totals
 
 
@@ -66,17 +65,9 @@ def plan(
     Raises LabellingError, also when `out` holds the plan or the labels of another job.
     """
     options, out = options or LabelOptions(), Path(out)
-    check_is_model(model)
-    listing = open_sources([sources] if isinstance(sources, (str, Path)) else sources)
-    check_model(model, listing)
-    make_folder(out)
-    with FolderLock(out, needed=lock):
-        sizes = (model.num_semantic_token_ids, model.num_text_token_ids)
-        identity = job_identity(model, options, listing)
-        shards = plan_shards(len(listing), options.num_shards, options.rows_per_shard)
-        # the manifest comes first: shards without one would be a stranger's
-        LabelStore(out, identity, shards, label_schema(*sizes)).open(run_record({"planned": True}))
-        return write_plan(out, listing, identity, options, model_path, sizes)
+    # the manifest comes first: shards without one would be a stranger's
+    with open_job(sources, model, out, options, about={"planned": True}, lock=lock) as (store, listing):
+        return write_plan(out, listing, store.identity, options, model_path, sizes_of(model))
 
 
 def label_part(

@@ -25,7 +25,7 @@ from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.prepare import Preparer, Window, device_of
 from spear_fast.labelling.progress import Meter, Reporter, Silent, Summary
 from spear_fast.labelling.shards import Shard, plan_shards
-from spear_fast.labelling.sources import Rows, open_sources
+from spear_fast.labelling.sources import Listing, Rows, open_sources
 from spear_fast.labelling.store import LabelStore, changed_error
 from spear_fast.labelling.stream import Stream
 
@@ -55,18 +55,7 @@ def label(
     Raises LabellingError for what the user can mend, Interrupted when `stop` was set.
     """
     options = options or LabelOptions()
-    out = Path(out)
-    sources = [sources] if isinstance(sources, (str, Path)) else sources
-    check_is_model(model)
-    listing = open_sources(sources)
-    check_model(model, listing)
-    make_folder(out)
-    with FolderLock(out, needed=lock):
-        identity = job_identity(model, options, listing)
-        shards = plan_shards(len(listing), options.num_shards, options.rows_per_shard)
-        schema = label_schema(model.num_semantic_token_ids, model.num_text_token_ids)
-        store = LabelStore(out, identity, shards, schema)
-        store.open(run_record(about))
+    with open_job(sources, model, Path(out), options, about=about, lock=lock) as (store, listing):
         return label_store(
             store,
             listing,
@@ -78,6 +67,34 @@ def label(
             retry_failed=retry_failed,
             relabel_changed=relabel_changed,
         )
+
+
+@contextmanager
+def open_job(
+    sources: str | Path | Sequence[str | Path],
+    model: Any,
+    out: Path,
+    options: LabelOptions,
+    *,
+    about: dict[str, Any] | None,
+    lock: bool,
+) -> Iterator[tuple[LabelStore, Listing]]:
+    """Lists `sources` and yields the job of labelling them, opened and locked in `out`, and its rows; see `label`."""
+    check_is_model(model)
+    listing = open_sources([sources] if isinstance(sources, (str, Path)) else sources)
+    check_model(model, listing)
+    make_folder(out)
+    with FolderLock(out, needed=lock):
+        identity = job_identity(model, options, listing)
+        shards = plan_shards(len(listing), options.num_shards, options.rows_per_shard)
+        store = LabelStore(out, identity, shards, label_schema(*sizes_of(model)))
+        store.open(run_record(about))
+        yield store, listing
+
+
+def sizes_of(model: Any) -> tuple[int, int]:
+    """Returns the sizes of the speech and the text vocabulary."""
+    return model.num_semantic_token_ids, model.num_text_token_ids
 
 
 def check_is_model(model: Any) -> None:
