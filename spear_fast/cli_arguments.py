@@ -52,3 +52,23 @@ def device_of(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name} cannot be used here: it must be cpu or cuda.")
     return device
+
+
+def devices_of(names: str) -> list[torch.device]:
+    """Returns the devices of a list with commas; "all" are all GPUs, or the CPU where there are none.
+
+    Of several GPUs none is touched: a process for each will. Raises ValueError where one is not there, or they are not
+    all of one kind.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if names == "all":
+        return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    if "," not in names:
+        return [device_of(names)]
+    gpus = {f"cuda:{index}": torch.device("cuda", index) for index in range(count)}
+    devices = [gpus.get(name) or device_of(name) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise ValueError(f"--device {names} must name devices of one kind: a GPU's labels are not those of a CPU.")
+    return devices

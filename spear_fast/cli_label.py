@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spear_fast.cli_arguments import device_of, finite, positive
+from spear_fast.cli_arguments import devices_of, finite, positive
 from spear_fast.cli_streams import say_stopped
 
 EXIT_DONE, EXIT_SOME_FAILED = 0, 3
@@ -102,7 +102,12 @@ def add_job(parser: argparse.ArgumentParser, *, needed: bool) -> None:
     shards.add_argument("--num-shards", type=positive, metavar="N", help="files to write")
     shards.add_argument("--rows-per-shard", type=positive, metavar="N", help="rows of a file (512; on a GPU 4096)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (auto: cuda where there is one)")
+    machine.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, … (auto: cuda where there is one); several, as cuda:0,cuda:1, or all: label with a "
+        "process for each",
+    )
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
     own = {action.dest: action for action in parser._actions if action.dest not in before}
     # what a plan says
@@ -115,7 +120,7 @@ def run_label(arguments: argparse.Namespace) -> int:
     import torch
 
     from spear_fast.checkpoints.load import load_model
-    from spear_fast.cli_parts import part_job
+    from spear_fast.cli_parts import part_job, sources_on_devices
     from spear_fast.labelling import Interrupted, label
     from spear_fast.labelling.errors import readable
     from spear_fast.labelling.progress import make_reporter
@@ -128,11 +133,12 @@ def run_label(arguments: argparse.Namespace) -> int:
     if arguments.sources:
         if arguments.shard is not None:
             raise ValueError("--shard is for a job that was planned; write spear-fast plan SOURCE... --out DIR first.")
-        device = device_of(arguments.device)
-        options = options_of(arguments, device)
-        about = {"model": readable(str(Path(arguments.model).resolve())), "device": str(device)}
+        devices = devices_of(arguments.device)
+        options = options_of(arguments, devices[0])
+        about = {"model": readable(str(Path(arguments.model).resolve())), "device": ",".join(map(str, devices))}
         model = load_model(arguments.model)
-        run = partial(label, arguments.sources, model, arguments.out, options, about=about)
+        label_all = label if len(devices) == 1 else sources_on_devices(arguments, devices)
+        run = partial(label_all, arguments.sources, model, arguments.out, options, about=about)
     else:
         run = part_job(arguments)
     stop = StopSignal()

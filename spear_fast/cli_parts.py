@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spear_fast.cli_arguments import device_of
+from spear_fast.cli_arguments import device_of, devices_of
 from spear_fast.cli_label import EXIT_DONE, EXIT_SOME_FAILED, NO_LOCK, add_job, options_of
 
 PLAN = "List what is to be labelled once, for any number of machines that label a part each."
@@ -44,8 +44,35 @@ def part_job(arguments: argparse.Namespace) -> Callable[..., Any]:
     if path is None:
         raise ValueError("the plan does not say where the model is; give it with --model.")
     part = part_of(arguments.shard, os.environ)
-    device = device_of(_device_name(planned.options.device) if arguments.device == "auto" else arguments.device)
-    return partial(label_part, arguments.out, load_model(path), part, device=str(device))
+    named = _device_name(planned.options.device) if arguments.device == "auto" else arguments.device
+    devices = [str(device) for device in devices_of(named)]
+    if len(devices) == 1:
+        return partial(label_part, arguments.out, load_model(path), part, device=devices[0])
+    from spear_fast.labelling.devices import label_on_devices
+
+    return partial(label_on_devices, arguments.out, path, devices, part, threads=arguments.threads)
+
+
+def sources_on_devices(arguments: argparse.Namespace, devices: Sequence[Any]) -> Callable[..., Any]:
+    """Returns what does as `spear_fast.labelling.label`, with a process for each device."""
+    from spear_fast.labelling.devices import label_on_devices
+
+    names = [str(device) for device in devices]
+    path = str(Path(arguments.model).resolve())
+    return planned_and_finished(partial(label_on_devices, model=path, devices=names, threads=arguments.threads), path)
+
+
+def planned_and_finished(label_planned: Callable[..., Any], path: str) -> Callable[..., Any]:
+    """Returns what plans, labels what is planned, and finishes, with the arguments of `spear_fast.labelling.label`."""
+    from spear_fast.labelling import finish, plan
+
+    def run(sources: Any, model: Any, out: str, options: Any, *, about: dict[str, Any], lock: bool, **rest: Any) -> Any:
+        plan(sources, model, out, options, model_path=path, lock=lock)
+        summary = label_planned(out, lock=lock, **rest)
+        finish(out, lock=lock, about=about)
+        return summary
+
+    return run
 
 
 def _device_name(planned: str) -> str:
@@ -69,7 +96,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from spear_fast.labelling.parts import plan
 
     # the machine that plans need not have the workers' device
-    device = device_of("auto") if arguments.device == "auto" else torch.device(arguments.device)
+    name = arguments.device.partition(",")[0]
+    device = device_of("auto") if name in ("auto", "all") else torch.device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {arguments.device} cannot be planned for: it must be cpu or cuda.")
     path = str(Path(arguments.model).resolve())

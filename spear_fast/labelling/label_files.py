@@ -85,7 +85,8 @@ def _lists(rows: Iterable[np.ndarray], dtype: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, dtype))
 
 
-def _table(rows: Sequence[LabelRow], schema: pa.Schema) -> pa.Table:
+def label_table(rows: Sequence[LabelRow], schema: pa.Schema) -> pa.Table:
+    """Returns rows as the columns of a shard."""
     columns = {
         "source": _lists((row.source for row in rows), schema.field("source").type.value_type),
         "target": _lists((row.target for row in rows), schema.field("target").type.value_type),
@@ -104,7 +105,7 @@ def shard_bytes(rows: Sequence[LabelRow], schema: pa.Schema, record: dict[str, A
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
         # datasets takes its batch size from the first row group and fails on one without rows
         if len(rows):
-            writer.write_table(_table(rows, schema))
+            writer.write_table(label_table(rows, schema))
         record = {**record, "digest": _digest(buffer.getvalue())}
         writer.add_key_value_metadata({METADATA_KEY: json.dumps(record)})
     return buffer.getvalue()

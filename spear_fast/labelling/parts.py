@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 from spear_fast.labelling.errors import LabellingError
 from spear_fast.labelling.files import FolderLock
 from spear_fast.labelling.identity import job_identity
+from spear_fast.labelling.job import opened_job
 from spear_fast.labelling.journal import Journal, journal_path
 from spear_fast.labelling.label_files import label_schema, read_ids
 from spear_fast.labelling.options import LabelOptions
 from spear_fast.labelling.planning import JobPlan, read_plan, write_plan
-from spear_fast.labelling.progress import Reporter, Summary
+from spear_fast.labelling.progress import Reporter, Silent, Summary
 from spear_fast.labelling.runner import check_is_model, check_model, label_store, open_job, run_record, sizes_of
 from spear_fast.labelling.shards import Shard
+from spear_fast.labelling.sharing import Claims
 from spear_fast.labelling.store import LabelStore, Totals
 
 
@@ -88,21 +91,9 @@ def label_part(
     model: the one that the plan is for. device: in place of the plan's, of the same kind. Any number of workers may run
     at once, also on the same part. Returns the sums of the part; the rest is as in `label`.
     """
-    out = Path(out)
-    planned = read_plan(out)
-    index, count = part
-    if not 0 <= index < count:
-        raise LabellingError(f"a part must be I/N with I from 0 to N - 1, got {index}/{count}.")
-    check_is_model(model)
-    check_model(model, planned.rows)
-    options = planned.options if device is None else replace(planned.options, device=device)
-    planned.check(job_identity(model, options, planned.rows))
-    with FolderLock(out, needed=lock, shared=True):
-        shards = planned.shards[index::count]
-        store = PartStore(out, planned.identity, shards, label_schema(*planned.sizes))
-        store.open({})
+    with _taking_part(Path(out), model, device, lock) as (planned, options):
         return label_store(
-            store,
+            part_store(planned, part),
             planned.rows,
             model,
             options,
@@ -112,6 +103,55 @@ def label_part(
             retry_failed=retry_failed,
             relabel_changed=relabel_changed,
         )
+
+
+def label_claimed(
+    out: str | Path,
+    model: Any,
+    claim: Callable[[], int | None],
+    *,
+    device: str | None = None,
+    report: Reporter | None = None,
+    stop: threading.Event | None = None,
+    workers: int | None = None,
+    lock: bool = True,
+) -> None:
+    """Labels shards of what was planned in `out` as a dispatcher gives them, written ones too; see `label_part`.
+
+    claim: returns the number of a shard, None when there are no more. It is called as soon as there is room for another
+    shard's rows, so that no slot is free while there is work. The report gets neither a start nor a summary.
+    """
+    with _taking_part(Path(out), model, device, lock) as (planned, options):
+        # of the shards of others there is nothing to be known
+        store = PartStore(planned.out, planned.identity, [], label_schema(*planned.sizes))
+        store.open({})
+        claims = Claims(planned.shards, claim)
+        with opened_job(
+            store, planned.rows, model, options, report=report or Silent(), stop=stop, workers=workers
+        ) as job:
+            job.label(claims)
+
+
+@contextmanager
+def _taking_part(out: Path, model: Any, device: str | None, lock: bool) -> Iterator[tuple[JobPlan, LabelOptions]]:
+    """Yields the plan in `out`, which `model` is for, and its options on this device; others may take part too."""
+    planned = read_plan(out)
+    check_is_model(model)
+    check_model(model, planned.rows)
+    options = planned.options if device is None else replace(planned.options, device=device)
+    planned.check(job_identity(model, options, planned.rows))
+    with FolderLock(out, needed=lock, shared=True):
+        yield planned, options
+
+
+def part_store(planned: JobPlan, part: tuple[int, int]) -> PartStore:
+    """Returns the opened store of part `I` of `N` of a plan."""
+    index, count = part
+    if not 0 <= index < count:
+        raise LabellingError(f"a part must be I/N with I from 0 to N - 1, got {index}/{count}.")
+    store = PartStore(planned.out, planned.identity, planned.shards[index::count], label_schema(*planned.sizes))
+    store.open({})
+    return store
 
 
 def finish(out: str | Path, *, lock: bool = True, about: dict[str, Any] | None = None) -> Totals:

@@ -21,6 +21,7 @@ class Reporter(Protocol):
     "start" (rows, done, shards, shards_done, fingerprint) · "prepared" (rows, failed, audio_seconds, seconds) · "batch"
     (rows, tokens, source_tokens, audio_seconds, seconds, restored): some more utterances have labels · "shard" (name,
     rows, failed) · "warning" (message) · "summary" (see `Summary`). "restored" ones were decoded by an earlier run.
+    Of several devices also "process" (device, pid), and a `pid` in what each says; what a dead one had is taken back.
     """
 
     def __call__(self, event: str, **fields: Any) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,15 +61,14 @@ class Stream:
         self._told_seconds = 0.0
         self._manifest_written = time.monotonic()
 
-    def run(self, shards: Sequence[Shard], prepared: Iterator[Window]) -> Iterator[None]:
+    def run(self, shards: Iterable[Shard], prepared: Iterator[Window]) -> Iterator[None]:
         """Labels and commits the shards; yields before whatever takes time, where a caller may stop it.
 
         prepared: the rows of the shards' windows, in order.
         """
-        if not shards:
-            return
-        self._slots = self._labeller.slots
         for shard in shards:
+            # only now: a run without shards needs no engine
+            self._slots = self._slots or self._labeller.slots
             opened = OpenShard(shard, self._store.journal(shard))
             opened.journal.open()
             self._open.append(opened)
@@ -81,6 +80,8 @@ class Stream:
                     self._step()
             opened.whole = True
             self._commit_finished()
+        if not self._slots:
+            return
         while self._queue or self._labeller.busy:
             yield
             self._step()
@@ -189,7 +190,7 @@ class Stream:
             if not opened.whole or opened.missing:
                 return
             opened.labelled.sort(key=lambda each: each[0].index)
-            rows = [_row(utterance, label) for utterance, label in opened.labelled]
+            rows = [label_row(utterance, label) for utterance, label in opened.labelled]
             failures = [failure.as_record() for failure in sorted(opened.failures, key=lambda each: each.index)]
             contents = b"".join(utterance.content for utterance, _ in opened.labelled)
             self._store.commit(opened.shard, rows, failures, _totals(opened), contents)
@@ -202,7 +203,8 @@ class Stream:
                 self._manifest_written = time.monotonic()
 
 
-def _row(utterance: Utterance, label: Label) -> LabelRow:
+def label_row(utterance: Utterance, label: Label) -> LabelRow:
+    """Returns an utterance with its label as it is stored."""
     return LabelRow(
         id=utterance.id,
         source=utterance.tokens,
