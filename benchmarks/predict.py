@@ -79,7 +79,7 @@ def predicted(case: Case, generated: int, size: int = 2) -> list[Predicted]:
         matmul("matmul: cross-attention's query", dim, attention),
         Predicted(
             "decode_cross_attention",
-            2 * layers,
+            layers,
             work.cross + size * layers * rows * 2 * attention,
             heads * (case.source + 1),
         ),

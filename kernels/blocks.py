@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,7 +55,7 @@ def softmax_step(b_scores, b_max, b_sum):
 def merged(
     partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Returns what the splits of ROWS rows computed together, `[ROWS, SIZE]`, and their largest score and sum, base 2.
+    """Returns what the splits of ROWS rows computed together, `[ROWS, SIZE]`.
 
     partial: `[splits, rows, HEAD_DIM]`, float32; not read where the log-sum-exp is -inf.
     log_sums: `[splits, rows]`, float32, base 2; -inf for a split that read nothing.
@@ -77,7 +76,7 @@ def merged(
         b_weight, b_shrink, b_max, b_sum = softmax_step(b_log[:, None], b_max, b_sum)
         b_out = b_out * b_shrink[:, None] + b_part * b_weight
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    return b_out / b_sum[:, None], b_max, b_sum
+    return b_out / b_sum[:, None]
 
 
 @triton.jit
@@ -97,34 +96,29 @@ def arrived_last(arrivals, splits):
 
 @triton.jit
 def merge_splits_kernel(
-    partial, log_sums, out, totals, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
+    partial, log_sums, out, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
 ):
     """Merges what the splits of each row computed, by their log-sum-exp.
 
     partial, log_sums: see `merged`.
     out: `[rows, HEAD_DIM]`; zeros where no split read anything.
-    totals: `[rows]`, float32; the log-sum-exp of all splits, or None.
     """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_size = tl.arange(0, SIZE)
     m_row = o_row < rows
     m_size = o_size < HEAD_DIM
-    b_out, b_max, b_sum = merged(partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM, SIZE, ROWS)
+    b_out = merged(partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM, SIZE, ROWS)
     p_out = out + o_row[:, None] * HEAD_DIM + o_size[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_row[:, None] & m_size[None, :])
-    if totals is not None:
-        tl.store(totals + o_row, b_max + tl.log2(b_sum), mask=m_row)
 
 
-def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor, return_totals: bool = False) -> Tensor | None:
-    """Merges `partial` `[splits, rows, head_dim]` into `out`; returns the log-sum-exp of all splits where wanted."""
+def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor) -> None:
+    """Merges `partial` `[splits, rows, head_dim]` into `out`, by `log_sums` `[splits, rows]`."""
     splits, rows, size = partial.shape
-    totals = torch.empty_like(log_sums[0]) if return_totals else None
     blocks = tile("merge_splits", out.device, size, out.dtype)
     merge_splits_kernel[(triton.cdiv(rows, blocks["ROWS"]),)](
-        partial, log_sums, out, totals, rows, splits, HEAD_DIM=size, SIZE=padded(size), **blocks
+        partial, log_sums, out, rows, splits, HEAD_DIM=size, SIZE=padded(size), **blocks
     )
-    return totals
 
 
 AUDIT = [
@@ -132,11 +126,10 @@ AUDIT = [
         kernel=merge_splits_kernel,
         tile="merge_splits",
         signature={
-            **dict.fromkeys(("partial", "log_sums", "totals"), "*fp32:16"),
+            **dict.fromkeys(("partial", "log_sums"), "*fp32:16"),
             "out": "*T:16",
             **dict.fromkeys(("rows", "splits"), "i32"),
         },
         constants=lambda size: {"HEAD_DIM": size, "SIZE": padded(size)},
-        variants={"": {"totals": None}, "totals": {}},
     )
 ]

@@ -1,7 +1,8 @@
 """Attention of the newest tokens over the source: the beams of an utterance as the query rows of one tile.
 
 A program takes one head of one utterance and one split of the source, and reads each key and value once for all beams.
-Splits have a fixed size, so that an utterance's result has the same bits whatever else is in the batch.
+The last program of an utterance and head to finish merges its splits, in their order. Their size is an argument, so
+that an utterance's result has the same bits whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import INTERPRETED, merge_splits, padded, product, rows_apart, softmax_step
+from .blocks import INTERPRETED, arrived_last, merged, padded, product, rows_apart, softmax_step
 from .declaration import Declaration
 from .tiles import tile
 
@@ -27,13 +28,17 @@ def decode_cross_attention_kernel(
     null_value,
     lengths,
     out,
+    partial,
     log_sums,
+    arrivals,
+    totals,
     scores,
     scale,
     beams,
     heads,
     source,
     tiles,
+    split,
     s_query_utterance,
     s_query_beam,
     s_query_head,
@@ -50,15 +55,18 @@ def decode_cross_attention_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-    SPLIT_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """A program computes ROWS beams of one head and utterance over one split; the null position is the first split's.
 
-    out: `[utterances, beams, heads, HEAD_DIM]`; with SPLIT, in float32 and with splits as the first dimension.
-    log_sums: `[splits, utterances, beams, heads]`, float32, base 2; or None.
-    scores: `[utterances, beams, heads, source + 1]`, float32, base 2, written where something is read; or None.
+    out: `[utterances, beams, heads, HEAD_DIM]`.
+    partial, log_sums: `[splits, utterances, beams, heads, HEAD_DIM]` and without HEAD_DIM, float32; see `merged`.
+    arrivals: `[programs of a split]`, int32, see `arrived_last`. The three are None without SPLIT.
+    totals: `[utterances, beams, heads]`, float32, the log-sum-exp of all positions, base 2.
+    scores: `[utterances, beams, heads, source + 1]`, float32, base 2, written where something is read. These two are
+        None with SPLIT, and where nobody wants weights.
+    split: source positions of a program, with SPLIT.
     """
     i_tile = tl.program_id(0) % tiles
     i_head = (tl.program_id(0) // tiles) % heads
@@ -75,8 +83,15 @@ def decode_cross_attention_kernel(
     p_query = query + i_utterance * s_query_utterance + i_head * s_query_head
     b_query = tl.load(p_query + o_beam[:, None] * s_query_beam + o_size[None, :], mask=m_rows, other=0.0)
     length = tl.minimum(tl.load(lengths + i_utterance * s_length), source).to(tl.int32)
-    begin = i_split * SPLIT_SIZE
-    end = tl.minimum(length, begin + SPLIT_SIZE)
+    begin = 0
+    end = length
+    if SPLIT:
+        begin = i_split * split
+        end = tl.minimum(length, begin + split)
+        # those past the length have nothing to merge, and nobody waits for them
+        splits = tl.maximum(tl.cdiv(length, split), 1)
+        if i_split >= splits:
+            return
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
@@ -111,18 +126,26 @@ def decode_cross_attention_kernel(
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
+    p_out = out + o_row[:, None] * HEAD_DIM + o_size[None, :]
     if SPLIT:
-        o_row += i_split * utterances.to(tl.int64) * beams * heads
+        rows = utterances.to(tl.int64) * beams * heads
         # the merge does not read what nobody wrote
-        m_rows = m_rows & (b_max != float("-inf"))[:, None]
-    if log_sums is not None:
-        tl.store(log_sums + o_row, b_max + tl.log2(b_sum), mask=m_beam)
-    tl.store(out + o_row[:, None] * HEAD_DIM + o_size[None, :], b_out.to(out.dtype.element_ty), mask=m_rows)
+        m_part = m_rows & (b_max != float("-inf"))[:, None]
+        o_part = i_split * rows + o_row
+        tl.store(partial + o_part[:, None] * HEAD_DIM + o_size[None, :], b_out, mask=m_part)
+        tl.store(log_sums + o_part, b_max + tl.log2(b_sum), mask=m_beam)
+        if arrived_last(arrivals + tl.program_id(0), splits):
+            b_all = merged(partial, log_sums, o_row, m_beam, rows, splits, HEAD_DIM, SIZE, ROWS)
+            tl.store(p_out, b_all.to(out.dtype.element_ty), mask=m_rows)
+    else:
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_rows)
+        if totals is not None:
+            tl.store(totals + o_row, b_max + tl.log2(b_sum), mask=m_beam)
 
 
 @triton.jit
 def decode_cross_weights_kernel(
-    scores, log_sums, lengths, weights, rows_of_utterance, source, s_length, BLOCK: tl.constexpr
+    scores, totals, lengths, weights, rows_of_utterance, source, s_length, BLOCK: tl.constexpr
 ):
     """Turns the scores of one row into its weights, zero past the length; BLOCK positions a program."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -132,7 +155,7 @@ def decode_cross_weights_kernel(
     m_read = (o_position <= length) & (o_position <= source)
     p_row = i_row * (source + 1) + o_position
     b_scores = tl.load(scores + p_row, mask=m_read, other=float("-inf"))
-    b_weights = tl.exp2(b_scores - tl.load(log_sums + i_row))
+    b_weights = tl.exp2(b_scores - tl.load(totals + i_row))
     b_weights = tl.where(m_read, b_weights, 0.0).to(weights.dtype.element_ty)
     tl.store(weights + p_row, b_weights, mask=o_position <= source)
 
@@ -145,6 +168,8 @@ def decode_cross_attention(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    arrivals: Tensor | None,
+    split: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns `[utterances, beams, heads, head_dim]`, and `[utterances, beams, heads, source + 1]` or `[0]`."""
     utterances, beams, heads, size = query.shape
@@ -158,29 +183,39 @@ def decode_cross_attention(
     few, many = (tile(name, query.device, size, query.dtype) for name in (_FEW, _MANY))
     blocks = few if beams <= few["ROWS"] else many
     tiles = triton.cdiv(beams, blocks["ROWS"])
-    splits = max(1, triton.cdiv(source, blocks["SPLIT_SIZE"]))
-    of_split = torch.float32 if splits > 1 else query.dtype
-    partial = torch.empty(splits, rows, size, dtype=of_split, device=query.device) if splits > 1 else out
-    log_sums = scores = None
-    if splits > 1 or return_weights:
+    programs = utterances * heads * tiles
+    # nobody asks for weights in a step, where there are too few programs
+    splits = max(1, triton.cdiv(source, split)) if split and not return_weights else 1
+    partial = log_sums = totals = scores = None
+    if splits > 1:
+        partial = torch.empty(splits, rows, size, dtype=torch.float32, device=query.device)
         log_sums = torch.empty(splits, rows, dtype=torch.float32, device=query.device)
+        if arrivals is None or len(arrivals) < programs:
+            arrivals = torch.zeros(programs, dtype=torch.int32, device=query.device)
+    else:
+        arrivals = None
     if return_weights:
+        totals = torch.empty(rows, dtype=torch.float32, device=query.device)
         scores = torch.empty(weights.shape, dtype=torch.float32, device=query.device)
-    decode_cross_attention_kernel[(utterances * heads * tiles, splits)](
+    decode_cross_attention_kernel[(programs, splits)](
         query,
         key,
         value,
         null_key,
         null_value,
         lengths,
+        out,
         partial,
         log_sums,
+        arrivals,
+        totals,
         scores,
         size**-0.5 * math.log2(math.e),
         beams,
         heads,
         source,
         tiles,
+        split,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -193,13 +228,11 @@ def decode_cross_attention(
         INTERPRETED=INTERPRETED,
         **blocks,
     )
-    if splits > 1 and log_sums is not None:
-        log_sums = merge_splits(partial, log_sums, out, return_weights)
     if return_weights:
         blocks = tile("decode_cross_weights", query.device, source, query.dtype)
         grid = (rows, triton.cdiv(source + 1, blocks["BLOCK"]))
         decode_cross_weights_kernel[grid](
-            scores, log_sums, lengths, weights, beams * heads, source, lengths.stride(0), **blocks
+            scores, totals, lengths, weights, beams * heads, source, lengths.stride(0), **blocks
         )
     return out, weights
 
@@ -211,8 +244,9 @@ _STRIDES = (
     "s_value_utterance s_value_head s_value_position s_null_key_head s_null_value_head"
 ).split()
 _VARIANTS: dict[str, dict[str, bool | None]] = {
-    "whole": {"SPLIT": False, "log_sums": None, "scores": None},
-    "weights": {"SPLIT": True},
+    "whole": {"SPLIT": False, **dict.fromkeys(("partial", "log_sums", "arrivals", "totals", "scores"))},
+    "split": {"SPLIT": True, "totals": None, "scores": None},
+    "weights": {"SPLIT": False, **dict.fromkeys(("partial", "log_sums", "arrivals"))},
 }
 AUDIT = [
     *(
@@ -223,9 +257,10 @@ AUDIT = [
                 **dict.fromkeys(("query", "key", "value", "null_key", "null_value"), "*T:16"),
                 "lengths": "*i64:16",
                 "out": "*T:16",
-                "log_sums": "*fp32:16",
-                "scores": "*fp32:16",
+                **dict.fromkeys(("partial", "log_sums", "totals", "scores"), "*fp32:16"),
+                "arrivals": "*i32:16",
                 "scale": "fp32",
+                "split": "i32:16",
                 **dict.fromkeys(("beams", "heads", "source", "tiles", "s_length"), "i32"),
                 **dict.fromkeys(_STRIDES, "i32:16"),
             },
@@ -239,7 +274,7 @@ AUDIT = [
         kernel=decode_cross_weights_kernel,
         tile="decode_cross_weights",
         signature={
-            **dict.fromkeys(("scores", "log_sums"), "*fp32:16"),
+            **dict.fromkeys(("scores", "totals"), "*fp32:16"),
             "lengths": "*i64:16",
             "weights": "*T:16",
             **dict.fromkeys(("rows_of_utterance", "source", "s_length"), "i32"),

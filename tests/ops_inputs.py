@@ -26,9 +26,15 @@ def function_of(op: str, provider: str):
 def call(op: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
     """Calls the public function with what a provider takes by position."""
     if op == "decode_cross_attention":
-        *tensors, return_weights = arguments
-        return ops.decode_cross_attention(*tensors, return_weights=return_weights)
+        *tensors, return_weights, arrivals, split = arguments
+        more = {"arrivals": arrivals, "split": split}
+        return ops.decode_cross_attention(*tensors, return_weights=return_weights, **more)
     return getattr(ops, op)(*arguments)
+
+
+def given(overload: Any, arguments: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments that an overload takes: C++ may take the first ones alone."""
+    return tuple(arguments[: len(overload._schema.arguments)])
 
 
 def made(op: str, result: Any, arguments: list[Any] | tuple[Any, ...]) -> list[Tensor]:
@@ -99,6 +105,8 @@ def decode_cross_attention(
     strided=False,
     lengths=None,
     return_weights=False,
+    arrivals=None,
+    split=0,
 ):
     query = torch.randn(utterances, beams, heads, size, dtype=dtype)
     # as a projection leaves them: heads inside the positions
@@ -108,7 +116,9 @@ def decode_cross_attention(
         lengths = torch.randint(source + 1, (utterances,))
     if strided:
         query, key, value, null_key, null_value = map(_strided, (query, key, value, null_key, null_value))
-    return query, key, value, null_key, null_value, lengths, return_weights
+    if arrivals is not None:
+        arrivals = torch.zeros(arrivals, dtype=torch.int32)
+    return query, key, value, null_key, null_value, lengths, return_weights, arrivals, split
 
 
 MAKE = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from spear_fast import DecodingOptions
 from spear_fast.decoding import runner, search, state
 from spear_fast.decoding.methods import Mix, step
-from spear_fast.decoding.packed import encoder
+from spear_fast.decoding.packed import encoder, memory
 from spear_fast.decoding.runner import Runner
 from spear_fast.ops.cuda import runtime
 
@@ -64,7 +64,7 @@ def test_giving_places_away_makes_nobody_wait(decoder, monkeypatch):
     made = Runner(decoder, slots=4, beams=3, positions=13, max_source=10)
     memories = [torch.empty(n, decoder.dim, device=DEVICE) for n in (3, 10, 1)]
     guard = NoHostReads(decoder, made.state, memories)
-    for module in (runner, state):
+    for module in (memory, runner, state):
         monkeypatch.setattr(module, "to_device", guard.send)
     with torch.inference_mode(), guard:
         made.admit(requests_of(memories, MIXES["both"], [1, 2, 3]))

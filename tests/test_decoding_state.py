@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import requests_of
+from engine_models import requests_of, tiny_model
 from plain_decoding import all_logits, build_memory, build_model, hypotheses_of
 from torch import Tensor
 
+from spear_fast import ops
 from spear_fast.decoding import Decoder, DecodingOptions, DecodingResult, decode, runner, state
 from spear_fast.decoding.packed.layout import DecoderLayer
 from spear_fast.decoding.runner import Runner
+from spear_fast.ops.decode_cross_attention import planned_split
 
 METHODS = {
     "greedy": dict(method="greedy"),
@@ -244,3 +246,29 @@ def test_null_output_is_what_the_unconditional_branch_adds() -> None:
     context, mask = torch.randn(3, 5, 32, dtype=torch.float64), torch.zeros(3, 5, dtype=torch.bool)
     with torch.no_grad():
         torch.testing.assert_close(cross(x, context=context, mask=mask), layer.null_output.expand(3, 4, -1))
+
+
+def test_how_sources_are_split_is_planned_once(monkeypatch):
+    """By the engine's slots, whatever is in flight: so the bits of an utterance know of no other."""
+    assert [planned_split(slots, 8) for slots in (1, 4, 8, 16, 33, 63, 64, 512)] == [64, 64, 128, 256, 512, 960, 0, 0]
+    decoder = tiny_model().decoder("text")
+    runner = Runner(decoder, slots=6, beams=3, positions=9, max_source=9)
+    counts, splits = [], []
+    real = ops.decode_cross_attention
+
+    def noted(query, *others, arrivals, split, **more):
+        assert arrivals is runner.state.memory.arrivals
+        assert not arrivals.any()
+        assert len(arrivals) == 6 * decoder.heads
+        counts.append(len(query))
+        splits.append(split)
+        return real(query, *others, arrivals=arrivals, split=split, **more)
+
+    monkeypatch.setattr(ops, "decode_cross_attention", noted)
+    options = DecodingOptions(beam_size=3, max_length=8)
+    with torch.inference_mode(), ops.forced("decode_step=layered"):
+        for count in (1, 3):
+            runner.admit(requests_of([torch.randn(5, decoder.dim)] * count, [options] * count))
+            runner.step()
+    assert set(counts) == {1, 4}
+    assert set(splits) == {planned_split(6, decoder.heads)}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ops_inputs import MAKE, OPS, call, function_of, made
+from ops_inputs import MAKE, OPS, call, function_of, given, made
 from ops_matrix import device_of, moved, runnable
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +23,7 @@ PROVIDERS = list(dict.fromkeys(row[:2] for row in runnable(*OPS)))
 OPTIONS = {
     "append_kv": {"tokens": 2},
     "decode_self_attention": {"tokens": 2},
-    "decode_cross_attention": {"return_weights": True},
+    "decode_cross_attention": {"return_weights": True, "arrivals": 24, "split": 4},
 }
 
 
@@ -39,7 +39,8 @@ def test_opcheck(op, provider):
     with ops.forced(f"{op}={provider}"):
         for overload in {"default", provider} & set(overloads(op)):
             for shape in ({}, OPTIONS[op], {"dtype": torch.bfloat16, "strided": True}):
-                torch.library.opcheck(overloads(op)[overload], tuple(moved(MAKE[op](**shape), device_of(row))))
+                arguments = moved(MAKE[op](**shape), device_of(row))
+                torch.library.opcheck(overloads(op)[overload], given(overloads(op)[overload], arguments))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -65,7 +66,7 @@ def test_compiles_whole(op, provider, dynamic):
 
 @pytest.mark.slow
 def test_compiles_with_inductor():
-    *arguments, _ = MAKE["decode_cross_attention"]()
+    arguments = MAKE["decode_cross_attention"]()[:6]
     compiled = torch.compile(lambda *tensors: ops.decode_cross_attention(*tensors) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(*arguments), ops.decode_cross_attention(*arguments) + 1)
 
@@ -125,6 +126,13 @@ WRONG = {
         (5, lambda t: t.int(), "lengths must be torch.int64, got torch.int32"),
         (5, lambda t: t + 12, "lengths must lie in 0..11"),
         (5, lambda t: t - 12, "lengths must lie in 0..11"),
+        (
+            7,
+            lambda t: torch.zeros(3),
+            "arrivals must be torch.int32 [any] on cpu, contiguous, got torch.float32 [3] on cpu",
+        ),
+        (7, lambda t: torch.zeros(6).int()[::2], "arrivals must be torch.int32 [any] on cpu, contiguous"),
+        (8, lambda t: -1, "split must be 0 or more, got -1"),
     ],
 }
 
@@ -208,7 +216,7 @@ def test_the_preferred_provider_is_chosen_and_remembered():
 
 def test_an_automatic_choice_falls_through_and_a_forced_one_raises():
     """float8 is taken by nobody's C++, and meta tensors by no CPU code."""
-    arguments = [tensor.to("meta") for tensor in MAKE["decode_cross_attention"]()[:-1]]
+    arguments = [tensor.to("meta") for tensor in MAKE["decode_cross_attention"]()[:6]]
     assert ops.decode_cross_attention(*arguments).device.type == "meta"
     with (
         ops.forced("decode_cross_attention=cpu"),
@@ -303,11 +311,11 @@ def test_direct_callers_stay_inside_the_buffers(op):
         arguments = list(MAKE[op]())
         arguments[index] = arguments[index][..., :1]
         with pytest.raises(RuntimeError, match="do not fit each other"):
-            overloads(op)["cpu"](*arguments)
+            overloads(op)["cpu"](*given(overloads(op)["cpu"], arguments))
     for index, tensor in enumerate(MAKE[op]()):
         # frequencies alone may be of another precision
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() > 1:
             arguments = list(MAKE[op]())
             arguments[index] = tensor.double()
             with pytest.raises(RuntimeError):
-                overloads(op)["cpu"](*arguments)
+                overloads(op)["cpu"](*given(overloads(op)["cpu"], arguments))

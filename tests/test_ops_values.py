@@ -53,6 +53,8 @@ SHAPES = {
         {"utterances": 3, "beams": 4, "heads": 8, "source": 63, "size": 64, "return_weights": True},
         {"utterances": 2, "beams": 5, "heads": 3, "source": 131, "size": 35},
         {"utterances": 1, "beams": 10, "heads": 2, "source": 64, "size": 80, "return_weights": True},
+        {"utterances": 3, "beams": 2, "source": 131, "size": 16, "return_weights": True, "split": 32, "arrivals": 99},
+        {"utterances": 2, "beams": 40, "heads": 2, "source": 33, "size": 35, "split": 17, "arrivals": 1},
         {"utterances": 2, "beams": 7, "heads": 2, "source": 0, "return_weights": True},
         {"utterances": 0, "return_weights": True},
         {"strided": True, "size": 16, "return_weights": True},
@@ -112,6 +114,7 @@ def test_any_shape(op, provider, data):
     else:
         shape |= {"heads": draw(1, 4), "source": draw(0, 140), "size": draw(1, 80)}
         shape |= {"utterances": draw(1, 4), "beams": draw(1, 11), "return_weights": data.draw(st.booleans())}
+        shape |= {"split": draw(0, 70), "arrivals": data.draw(st.sampled_from([None, 1, 999]))}
     assert_right(op, provider, MAKE[op](**shape))
 
 
@@ -241,7 +244,9 @@ def test_a_batch_is_its_utterances_one_by_one(op, provider):
         pytest.skip("a product of another size may round otherwise in plain torch")
     beams = 3
     kept = op == "decode_self_attention"
-    arguments = MAKE[op](utterances=4, beams=beams, **({"length": 70, "tokens": 2} if kept else {"source": 70}))
+    arguments = MAKE[op](
+        utterances=4, beams=beams, **({"length": 70, "tokens": 2} if kept else {"source": 70, "split": 16})
+    )
     whole = computed(op, provider, arguments)[0]
     for i in range(4):
         if kept:
@@ -249,8 +254,9 @@ def test_a_batch_is_its_utterances_one_by_one(op, provider):
             rows = slice(i * beams, (i + 1) * beams)
             one = query[i : i + 1], freqs, key[rows], value[rows], ancestors[i : i + 1], lengths[i : i + 1]
         else:
-            query, key, value, *null, lengths, return_weights = arguments
+            query, key, value, *null, lengths, return_weights, arrivals, split = arguments
             one = *(tensor[i : i + 1] for tensor in (query, key, value)), *null, lengths[i : i + 1], return_weights
+            one = *one, arrivals, split
         assert torch.equal(computed(op, provider, one)[0][0], whole[i])
 
 
@@ -292,7 +298,7 @@ def test_cached_steps_equal_one_pass(provider, count):
 
 
 def test_the_public_function_returns_weights_on_request_only():
-    *arguments, _ = MAKE["decode_cross_attention"]()
+    arguments = MAKE["decode_cross_attention"]()[:6]
     out, weights = ops.decode_cross_attention(*arguments, return_weights=True)
     assert weights.shape == (2, 3, 4, 12)
     assert torch.equal(ops.decode_cross_attention(*arguments), out)

@@ -36,7 +36,7 @@ if ROW.missing() is None:
         tl.store(partial + o_part, tl.load(parts + o_part, mask=m_write, other=0.0), mask=m_write)
         tl.store(log_sums + i_split * rows + o_row, b_log, mask=m_row)
         if arrived_last(arrivals + i_tile, splits):
-            b_out, _, _ = merged(partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM, SIZE, ROWS)
+            b_out = merged(partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM, SIZE, ROWS)
             m_out = m_row[:, None] & (o_size < HEAD_DIM)[None, :]
             tl.store(out + o_row[:, None] * HEAD_DIM + o_size[None, :], b_out.to(out.dtype.element_ty), mask=m_out)
             tl.store(seen + i_tile, tl.load(seen + i_tile) + 1)

@@ -42,8 +42,9 @@ def test_edges_of_splits(length):
     lengths = torch.tensor([[length, 1, min(length, 32)], [length - 1, 33 % length, 0]])
     assert_right("decode_self_attention", MAKE["decode_self_attention"](length=length, lengths=lengths))
     lengths = torch.tensor([length, length - 1])
-    arguments = MAKE["decode_cross_attention"](beams=2, heads=2, source=length, lengths=lengths, return_weights=True)
-    assert_right("decode_cross_attention", arguments)
+    sizes = {"beams": 2, "heads": 2, "source": length, "lengths": lengths}
+    for more in ({"split": 32}, {"return_weights": True}):
+        assert_right("decode_cross_attention", MAKE["decode_cross_attention"](**sizes, **more))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,28 @@ def test_a_longer_buffer_changes_no_bit():
     whole = run("decode_self_attention", (query, freqs, *caches, ancestors, lengths))
     short = [cache[:, :, :40] for cache in caches]
     assert torch.equal(run("decode_self_attention", (query, freqs, *short, ancestors[:, :, :40], lengths)), whole)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_splits_are_counted_in_what_the_owner_keeps():
+    """Zeros before and after, whatever has arrived; splits past the length are waited for by nobody."""
+    for lengths in ([65, 0], [1, 33], [64, 32]):
+        query, *others = MAKE["decode_cross_attention"](
+            beams=3, heads=2, source=65, lengths=torch.tensor(lengths), arrivals=4, split=16
+        )
+        assert_right("decode_cross_attention", (query, *others))
+        found = run("decode_cross_attention", (query, *others))[0]
+        for count in (4, 9, 3, 0):
+            arrivals = torch.zeros(count, dtype=torch.int32, device=device_of(SELF))
+            again = run("decode_cross_attention", (query, *others[:-2], arrivals, 16))[0]
+            assert torch.equal(again, found)
+            assert not arrivals.any()
+            # the same buffer for the next layer
+            assert torch.equal(run("decode_cross_attention", (query, *others[:-2], arrivals, 16))[0], found)
+        # fewer utterances, as after some have left
+        part = [each[1:] for each in (query, *others[:2])]
+        alone = run("decode_cross_attention", (*part, *others[2:4], others[4][1:], *others[5:]))[0]
+        assert torch.equal(alone, found[1:])
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operations.case import MODELS, Model, OpCase, Prepared, frequencies, mixed_lengths, plain, rotated
+from spear_fast.ops.decode_cross_attention import arrivals_for, planned_split
 
 BATCHES = ((1, 1), (32, 4), (128, 5), (512, 5))
 # source positions → generated ones at which a step is measured
@@ -163,7 +164,8 @@ def cross_attention(
         query = torch.randn(batch, beams, heads, size, device=device, dtype=dtype)
         key, value = (torch.randn(batch, heads, source, size, device=device, dtype=dtype) for _ in range(2))
         null_key, null_value = (torch.randn(heads, size, device=device, dtype=dtype) for _ in range(2))
-        return query, key, value, null_key, null_value, lengths.to(device), False
+        arrivals, split = arrivals_for(batch, heads, beams, device), planned_split(batch, heads)
+        return query, key, value, null_key, null_value, lengths.to(device), False, arrivals, split
 
     def with_null(null: Tensor, keys: Tensor) -> Tensor:
         return torch.cat((null[None, :, None].expand(batch, -1, -1, -1), keys), dim=2)
@@ -174,7 +176,7 @@ def cross_attention(
         return (torch.arange(source + 1, device=lengths.device) <= lengths[:, None])[:, None, None]
 
     def prepared(arguments, *, copied: bool, grouped: bool) -> Prepared:
-        query, key, value, null_key, null_value, lengths, _ = arguments
+        query, key, value, null_key, null_value, lengths, *_ = arguments
         # keys with the null key first are made once an utterance, not each step
         key, value, mask = with_null(null_key, key), with_null(null_value, value), mask_of(lengths)
         if not grouped:

@@ -323,14 +323,10 @@ class Runner:
         if not slot.options.aligns:
             return result
         if slot_id is None:
-            memory: Tensor = slot.memory  # type: ignore[assignment]
-            # [layers, 2, 1, heads, n, head_dim], as a state's store
-            store = self.decoder.project(memory).permute(1, 2, 3, 0, 4)[:, :, None]
-            keys, values = (list(store[:, j].unbind()) for j in range(2))
+            memory = self.state.memory.alone(self.decoder.project(slot.memory))  # type: ignore[arg-type]
         else:
-            own = self.state.memory
-            keys, values = ([each[slot_id : slot_id + 1] for each in buffers] for buffers in (own.keys, own.values))
-        found = aligned(self.decoder, result, slot.options, keys, values, slot.request.length)
+            memory = self.state.memory.part(slot_id, slot_id + 1)
+        found = aligned(self.decoder, result, slot.options, memory, slot.request.length)
         # tensors of inference mode could not be written to by the caller
         with torch.inference_mode(False):
             return found.clone()

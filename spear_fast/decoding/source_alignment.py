@@ -17,6 +17,7 @@ from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.encoder import packed_bounds
 from spear_fast.decoding.packed.linear import normalize
+from spear_fast.decoding.packed.memory import ProjectedMemory
 from spear_fast.decoding.result import DecodingResult
 
 # weights of single heads that are held at once
@@ -27,18 +28,17 @@ def aligned(
     decoder: Decoder,
     result: DecodingResult,
     options: DecodingOptions,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    memory: ProjectedMemory,
     length: int,
 ) -> DecodingResult:
     """Returns the result of one utterance with its alignment, or ranked again under a coverage penalty, as asked for.
 
-    result: all hypotheses that are to be ranked. keys, values: cross-attention's of each layer, `[1, heads, source,
-    head_dim]`. length: source positions that are read.
+    result: all hypotheses that are to be ranked. memory: of this utterance alone. length: source positions that are
+    read, whatever the memory's lengths say.
     """
     ends = (result.lengths + result.finished)[0].tolist()
     hypotheses = [tokens[:end] for tokens, end in zip(result.tokens[0], ends, strict=True)]
-    alignment = attended(decoder, hypotheses, keys, values, length).to(result.tokens.device)
+    alignment = attended(decoder, hypotheses, memory, length).to(result.tokens.device)
     if options.coverage_penalty:
         scores = result.scores + (options.coverage_penalty * coverage(alignment)).to(result.scores)
         # ascending, so that NaN comes last
@@ -49,15 +49,13 @@ def aligned(
     return replace(result, alignment=alignment[None]) if options.return_alignment else result
 
 
-def attended(
-    decoder: Decoder, hypotheses: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], length: int
-) -> Tensor:
+def attended(decoder: Decoder, hypotheses: Sequence[Tensor], memory: ProjectedMemory, length: int) -> Tensor:
     """Returns the weights of the last layer's cross-attention, averaged over heads, `[R, T, length]` float32.
 
     Those with which each token was predicted, the source in view, also under guidance; the weight of the null position
     is left out, so that they sum up to less than 1. Zeros after the end of a hypothesis.
 
-    hypotheses: R of `[n]` int64 each, the end of sequence included. keys, values, length: see `aligned`.
+    hypotheses: R of `[n]` int64 each, the end of sequence included. memory, length: see `aligned`.
     """
     widths = [len(tokens) for tokens in hypotheses]
     count, device, heads = sum(widths), decoder.device, decoder.heads
@@ -71,7 +69,7 @@ def attended(
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     lengths = torch.tensor([length], device=device)
     x = decoder.embedding[inputs]
-    for layer, key, value in zip(decoder.layers, keys, values, strict=True):
+    for layer, key, value in zip(decoder.layers, memory.keys, memory.values, strict=True):
         projected = layer.query_key_value(normalize(x, layer.self_gamma)).unflatten(-1, (-1, decoder.head_dim))
         own_query, own_key, own_value = projected.split(split, dim=1)
         own = ops.attention(
@@ -80,15 +78,15 @@ def attended(
         )  # fmt: skip
         x = layer.self_output.add_to(x, own.flatten(1))
         query = layer.cross_query(normalize(x, layer.cross_gamma)).view(1, -1, heads, decoder.head_dim)
-        memory = key, value, layer.null_key, layer.null_value, lengths
+        source = key, value, layer.null_key, layer.null_value, lengths
         if layer is decoder.layers[-1]:
             break
-        seen = ops.decode_cross_attention(query, *memory)
+        seen = ops.decode_cross_attention(query, *source)
         x = layer.cross_output.add_to(x, seen.view(len(x), -1))
         x = layer.feed_forward.add_to(x, normalize(x, layer.feed_gamma))
     parts = []
     for some in query.split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
-        weights = ops.decode_cross_attention(some.contiguous(), *memory, return_weights=True)[1]
+        weights = ops.decode_cross_attention(some.contiguous(), *source, return_weights=True)[1]
         precise = torch.promote_types(weights.dtype, torch.float32)
         parts.append(weights[0, :, :, 1 : 1 + length].to(precise).mean(dim=1).float())
     for i, part in enumerate(torch.cat(parts).split(widths)):

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.decoding.options import DecodingOptions, PackedOptions
-from spear_fast.decoding.packed.decoder import Decoder, ProjectedMemory
+from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.memory import ProjectedMemory
 from spear_fast.decoding.transfer import to_device
+from spear_fast.ops.decode_cross_attention import arrivals_for, planned_split
 from spear_fast.ops.selection_params import FloatParam, IntParam, SelectionMethod
 
 # positions that the buffers hold at first; they double whenever they are full
@@ -81,7 +83,12 @@ class DecodeState:
         state = cls(
             keys=[empty(*cache) for _ in layers],
             values=[empty(*cache) for _ in layers],
-            memory=ProjectedMemory.over(empty(*memory), zeros(slots, dtype=torch.int64)),
+            memory=ProjectedMemory.over(
+                empty(*memory),
+                zeros(slots, dtype=torch.int64),
+                arrivals_for(slots, decoder.heads, beams, device),
+                planned_split(slots, decoder.heads),
+            ),
             float_params=zeros(slots, len(FloatParam), dtype=precise),
             int_params=zeros(slots, len(IntParam), dtype=torch.int32),
             prefix=zeros(slots, positions, dtype=torch.int32),
@@ -133,7 +140,7 @@ class DecodeState:
         return DecodeState(
             keys=[keys[:caches] for keys in self.keys],
             values=[values[:caches] for values in self.values],
-            memory=ProjectedMemory.over(self.memory.store[:, :, :slots], self.memory.lengths[:slots]),
+            memory=self.memory.part(0, slots),
             lengths=self.lengths[:slots],
             ancestors=self.ancestors[:slots],
             **{name: getattr(self, name)[:slots] for name in PER_UTTERANCE},
@@ -197,9 +204,7 @@ class DecodeState:
                 buffer[new_rows, :, :written] = buffer[old_rows, :, :written]
             self.lengths[new] = self.lengths[old]
             self.ancestors[new] = self.ancestors[old]
-        store = self.memory.store
-        store[:, :, target, :, :source] = store[:, :, origin, :, :source]
-        self.memory.lengths[target] = self.memory.lengths[origin]
+        self.memory.move(origin, target, source)
         for name in PER_UTTERANCE:
             getattr(self, name)[target] = getattr(self, name)[origin]
 

@@ -81,7 +81,7 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
     heads, size = decoder.heads, decoder.head_dim
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     sourced = state.batch * beams * count
-    written = positions + count
+    written, memory = positions + count, state.memory
     for i in layers:
         layer = decoder.layers[i]
         projected = layer.query_key_value(normalize(x, layer.self_gamma)).view(rows, beams, count, -1, size)
@@ -96,8 +96,9 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
             state.batch, beams * count, heads, size
         )
         attended = ops.decode_cross_attention(
-            query, state.memory.keys[i], state.memory.values[i], layer.null_key, layer.null_value, state.memory.lengths
-        )
+            query, memory.keys[i], memory.values[i], layer.null_key, layer.null_value, memory.lengths,
+            arrivals=memory.arrivals, split=memory.split,
+        )  # fmt: skip
         layer.cross_output.add_to(conditional, attended.reshape(-1, heads * size))
         if state.guided:
             # without its source the other half sees the null key alone, which needs no query

@@ -10,7 +10,8 @@ looking at them waits for the device. RuntimeError says why nobody can compute w
 
 from spear_fast.ops.attention import attention
 from spear_fast.ops.cross_entropy import cross_entropy, label_log_probs
-from spear_fast.ops.decode_attention import append_kv, decode_cross_attention, decode_self_attention
+from spear_fast.ops.decode_attention import append_kv, decode_self_attention
+from spear_fast.ops.decode_cross_attention import decode_cross_attention
 from spear_fast.ops.pointwise import geglu, rms_norm, rotary
 from spear_fast.ops.providers import available, forced
 from spear_fast.ops.selection import beam_step, sample_step

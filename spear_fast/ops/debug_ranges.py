@@ -55,7 +55,7 @@ def _decode_cross_attention(
     null_key: Tensor,
     null_value: Tensor,
     lengths: Tensor,
-    return_weights: bool,
+    *others: Any,
 ) -> None:
     advice = "pass each utterance's number of source positions"
     check_range("decode_cross_attention", "lengths", lengths, key.shape[2], advice)

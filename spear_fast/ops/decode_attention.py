@@ -1,8 +1,6 @@
-"""Attention of the newest tokens over what came before it and over the source, on caches that are never moved."""
+"""Attention of the newest tokens over what came before them, on caches that are never moved."""
 
 from __future__ import annotations
-
-from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -49,58 +47,6 @@ def decode_self_attention(
     Source: attention of the reference over its cache (reference line 221).
     """
     return _decode_self_attention(query, freqs, cache_key, cache_value, ancestors, lengths)
-
-
-@overload
-def decode_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    null_key: Tensor,
-    null_value: Tensor,
-    lengths: Tensor,
-    *,
-    return_weights: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def decode_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    null_key: Tensor,
-    null_value: Tensor,
-    lengths: Tensor,
-    *,
-    return_weights: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-def decode_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    null_key: Tensor,
-    null_value: Tensor,
-    lengths: Tensor,
-    *,
-    return_weights: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns each hypothesis' attention over its utterance's source, `[utterances, beams, heads, head_dim]`.
-
-    query: `[utterances, beams, heads, head_dim]`; beams may be beams times tokens.
-    key, value: `[utterances, heads, source, head_dim]`, shared by the beams; not read at or past `lengths`.
-    null_key, null_value: `[heads, head_dim]`; a learned position before the source that is always attended.
-    lengths: `[utterances]`, int64, in 0..source.
-    return_weights: whether to return the weights too, `[utterances, beams, heads, source + 1]`, like query, the null
-        position's first, zeros past `lengths`.
-
-    Raises ValueError where the arguments do not fit each other, or a length lies outside of the source.
-    Source: attention of the reference over a context, with its null key (reference line 249).
-    """
-    out, weights = _decode_cross_attention(query, key, value, null_key, null_value, lengths, return_weights)
-    return (out, weights) if return_weights else out
 
 
 def _check_append_kv(
@@ -197,50 +143,6 @@ def _check_decode_self_attention(
         check_common(op, "query", tensors, freqs, integers)
 
 
-def _check_decode_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    null_key: Tensor,
-    null_value: Tensor,
-    lengths: Tensor,
-    return_weights: bool,
-) -> None:
-    """Raises ValueError unless the arguments of `decode_cross_attention` fit each other."""
-    op, dtype, device = "decode_cross_attention", query.dtype, query.device
-    if query.dim() != 4:
-        refuse(op, "query", "[utterances, beams, heads, head_dim]", shape_of(query), "pass one query a hypothesis")
-    if key.dim() != 4:
-        refuse(op, "key", "[utterances, heads, source, head_dim]", shape_of(key), "do not copy it for each beam")
-    utterances, _, heads, size = query.shape
-    shape = (utterances, heads, key.shape[2], size)
-    if (
-        key.shape != shape
-        or value.shape != shape
-        or null_key.shape != (heads, size)
-        or null_value.shape != (heads, size)
-        or lengths.shape != (utterances,)
-    ):
-        check_shapes(
-            op,
-            {
-                "key": (key, "utterances, heads, source, head_dim", shape),
-                "value": (value, "utterances, heads, source, head_dim", shape),
-                "null_key": (null_key, "heads, head_dim", (heads, size)),
-                "null_value": (null_value, "heads, head_dim", (heads, size)),
-                "lengths": (lengths, "utterances", (utterances,)),
-            },
-        )
-    if not (
-        key.dtype == value.dtype == null_key.dtype == null_value.dtype == dtype
-        and key.device == value.device == null_key.device == null_value.device == lengths.device == device
-        and lengths.dtype == torch.int64
-        and dtype in FLOATS
-    ):
-        tensors = {"query": query, "key": key, "value": value, "null_key": null_key, "null_value": null_value}
-        check_common(op, "query", tensors, None, {"lengths": (lengths, torch.int64)})
-
-
 def _cuda_cannot(query: ProviderQuery) -> str | None:
     """Returns why csrc/cuda/decode_self_attention.cu does not take such a query, or None."""
     if query.size * query.dtype.itemsize > 512:
@@ -257,12 +159,6 @@ def _fake_decode_self_attention(query: Tensor, *arguments: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def _fake_decode_cross_attention(query: Tensor, key: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _check_decode_cross_attention(query, key, *arguments)
-    weights = (*query.shape[:3], key.shape[2] + 1) if arguments[-1] else (0,)
-    return query.new_empty(query.shape), query.new_empty(weights)
-
-
 _append_kv = define(
     "append_kv",
     "(Tensor key, Tensor value, Tensor freqs, Tensor positions, Tensor(a!) cache_key, Tensor(b!) cache_value) -> ()",
@@ -277,16 +173,7 @@ _decode_self_attention = define(
     fake=_fake_decode_self_attention,
     native=("cpu", "cuda"),
 )
-_decode_cross_attention = define(
-    "decode_cross_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor null_key, Tensor null_value, Tensor lengths, bool return_weights) "
-    "-> (Tensor out, Tensor weights)",
-    check=_check_decode_cross_attention,
-    fake=_fake_decode_cross_attention,
-    native=("cpu",),
-)
-
-for _op in ("append_kv", "decode_self_attention", "decode_cross_attention"):
+for _op in ("append_kv", "decode_self_attention"):
     register(backends.cpu(_op))
     if _op == "decode_self_attention":
         register(backends.cuda(_op, _cuda_cannot))

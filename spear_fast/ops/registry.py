@@ -58,6 +58,7 @@ def define(
     fake: Callable[..., Any],
     options: Callable[..., tuple] | None = None,
     native: tuple[str, ...] = (),
+    native_schema: str | None = None,
 ) -> Callable[..., Any]:
     """Defines `spear_fast::op`; returns the function that calls it with all of the schema's arguments, by position.
 
@@ -65,7 +66,8 @@ def define(
     check: raises ValueError unless the arguments fit each other; it looks at no numbers: those are for debug_ranges.py.
     fake: takes the same arguments, checked by it too, and returns empty tensors like the result.
     options: returns what a provider's `why_not` may want to know of the arguments, hashable.
-    native: providers whose functions are registered from C++, each as an overload of the op.
+    native: providers whose functions are registered from C++, each as an overload of the op. native_schema: theirs,
+        where they take the op's first arguments alone; `fake` is then called with those too.
     """
     memory = add_op(op)
 
@@ -88,7 +90,7 @@ def define(
             raise
 
     for name in (op, *(f"{op}.{provider}" for provider in native)):
-        LIBRARY.define(name + schema)
+        LIBRARY.define(name + (schema if name == op else native_schema or schema))
         torch.library.register_fake(f"spear_fast::{name}", fake, lib=LIBRARY)
         if "!" in schema:
             for bit in ("Negative", "Conjugate"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from ops_examples import EXAMPLES
+from ops_inputs import given
 from torch import Tensor
 
 from spear_fast import ops
@@ -100,6 +101,8 @@ def _of_op(chosen: random.Random) -> Case:
     )
     entry = chosen.choice(entries)
     function = public if entry == "python" else getattr(getattr(torch.ops.spear_fast, op), entry)
+    if entry != "python":
+        arguments = list(given(function, arguments))
     return Case(f"{op}.{entry}", function, arguments)
 
 

@@ -87,6 +87,8 @@ def decode_cross_attention(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    arrivals: Tensor | None,
+    split: int,
 ) -> tuple[Tensor, Tensor]:
     check_range(
         "decode_cross_attention", "lengths", lengths, key.shape[2], "pass each utterance's number of source positions"
