@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spear_fast.transfer import to_device
+
 # stands where a row's start vector will be
 _START = -1
 
@@ -124,9 +126,7 @@ def packed_batch(
         predicting,
         *offsets,
     ]
-    joined = torch.cat(parts)
-    if device.type == "cuda":
-        joined = joined.pin_memory().to(device, non_blocking=True)
+    joined = to_device(torch.cat(parts), device)
     ends = torch.tensor([len(part) for part in parts]).cumsum(0).tolist()
     moved = [joined[begin:end] for begin, end in pairwise([0, *ends])]
     rows = [

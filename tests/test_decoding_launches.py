@@ -13,8 +13,8 @@ from spear_fast.decoding.methods import Mix, step
 from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.packed.memory import ProjectedMemory
 from spear_fast.decoding.runner import Runner
-from spear_fast.decoding.transfer import packed, unpacked
 from spear_fast.ops import extension
+from spear_fast.transfer import packed, unpacked
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 

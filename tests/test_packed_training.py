@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
+from host_reads import DEVICE, NoHostReads
 from reference import build_pair, pad_rows, random_ids
 from tolerance import GRADIENTS, allowed_error
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from spear_fast import layers
+from spear_fast import layers, packing
 from spear_fast.objective import ObjectiveMixin
 from spear_fast.packing import PackedBatch, PackedRows, packed_batch, row_lengths
 
@@ -265,13 +266,43 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
     _, ours = build_pair(9, dtype=torch.float64, attn_dropout=0.2, ff_dropout=0.2, target_early_exit_layer=1)
     kwargs = dict(cond_drop_prob=0.5, return_early_exit_loss=True)
     plain = gradients(ours, source, target, types, **kwargs)
-    for transformer in (ours.source_transformer, ours.target_transformer):
-        transformer.checkpoint_activations = True
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        found = gradients(ours, source, target, types, **kwargs)
+    kept = [0, 0]
+    for again in (False, True):
+        for transformer in (ours.source_transformer, ours.target_transformer):
+            transformer.checkpoint_activations = again
+
+        def keep(tensor, again=again):
+            kept[again] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = gradients(ours, source, target, types, **kwargs)
+    assert kept[1] < 0.6 * kept[0], kept
     for name, value in plain.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+@pytest.mark.parametrize("types", DIRECTIONS, ids="-".join)
+def test_a_training_step_reads_nothing_back(types, early_exit, monkeypatch) -> None:
+    """From the batch on the host to the clipped gradients; what it sends goes in one copy."""
+    early_exit = early_exit and types == ("text", "speech")
+    _, ours = build_pair(12, target_early_exit_layer=1, ff_dropout=0.1, attn_dropout=0.1)
+    ours = ours.to(DEVICE).train()
+    source, target = batch(types)
+    guard, sent = NoHostReads(ours, list(ours.parameters()), list(ours.buffers())), []
+    monkeypatch.setattr(packing, "to_device", lambda *given: sent.append(given) or guard.send(*given))
+    with guard:
+        loss = ours(
+            source, target, source_type=types[0], target_type=types[1], return_loss=True, cond_drop_prob=0.3,
+            return_early_exit_loss=early_exit,
+        )  # fmt: skip
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(ours.parameters(), 0.5)
+        norm.isfinite()
+    assert len(sent) == 1
+    assert guard.made > 100
+    assert all(each.grad is not None for each in ours.target_transformer.parameters() if each.requires_grad)
 
 
 def test_the_model_compiles_without_a_graph_break() -> None:

@@ -25,8 +25,8 @@ from spear_fast.decoding.result import DecodingResult, backtrace
 from spear_fast.decoding.source_alignment import aligned
 from spear_fast.decoding.state import DecodeState
 from spear_fast.decoding.streaming import Streaming, send_final_tokens
-from spear_fast.decoding.transfer import to_device, to_host
 from spear_fast.ops.selection_params import SelectionMethod
+from spear_fast.transfer import to_device, to_host
 
 # steps between two looks at who is done, where a look makes the host wait: a sixteenth of those made
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 4, 32

@@ -12,9 +12,9 @@ from torch import Tensor
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.state import DecodeState
-from spear_fast.decoding.transfer import to_device
 from spear_fast.ops.reference.selection import follow_parents, record_step
 from spear_fast.ops.selection_params import FloatParam
+from spear_fast.transfer import to_device
 
 Filter = Callable[[Tensor], Tensor]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from spear_fast.decoding.options import DecodingOptions, PackedOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.memory import ProjectedMemory
-from spear_fast.decoding.transfer import to_device
 from spear_fast.ops.decode_cross_attention import arrivals_for, planned_split
 from spear_fast.ops.selection_params import FloatParam, IntParam, SelectionMethod
+from spear_fast.transfer import to_device
 
 # positions that the buffers hold at first; they double whenever they are full
 FIRST_CAPACITY = 64

@@ -15,8 +15,8 @@ import torch
 
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.state import DecodeState
-from spear_fast.decoding.transfer import to_device, to_host
 from spear_fast.ops.selection_params import SelectionMethod
+from spear_fast.transfer import to_device, to_host
 
 HISTORY_FIELDS = ("tokens", "parents")
 ROW_FIELDS = ("scores", "pool_scores", "pool_beams", "pool_ends")

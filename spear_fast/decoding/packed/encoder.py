@@ -11,7 +11,7 @@ from torch import Tensor
 from spear_fast import ops
 from spear_fast.decoding.packed.layout import EncoderLayer, ParameterWatch, read_encoder_layer
 from spear_fast.decoding.packed.linear import Weights, check_weights
-from spear_fast.decoding.transfer import to_device
+from spear_fast.transfer import to_device
 
 # source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
 ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spear_fast.decoding.transfer import to_device
+from spear_fast.transfer import to_device
 
 
 @dataclass(frozen=True)
