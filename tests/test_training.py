@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
@@ -297,6 +298,52 @@ def test_a_loss_that_is_no_number_stops_training_before_the_weights_are_lost(tmp
     with pytest.raises(FloatingPointError, match="the loss of step 0 is nan; lower lr"):
         trainer.train()
     assert torch.equal(trainer.model.token_emb["text"].weight, before)
+
+
+@pytest.mark.parametrize("clipped", [None, 0.5])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_no_number_between_two_lines_of_log_changes_no_weights(tmp_path, what, clipped):
+    """The host has not read the loss yet; the step sees for itself."""
+    trainer = SemanticToTextTrainer(model(), dataset=pairs(), max_grad_norm=clipped, **settings(tmp_path))
+    bad = False
+    trainer.model.start_token["text"].register_hook(lambda g: g * math.nan if bad and what == "gradient" else g)
+
+    def loss_of(wrapper, batch, plain=trainer.loss_of):
+        return plain(wrapper, batch) * (math.nan if bad and what == "loss" else 1)
+
+    trainer.loss_of = loss_of
+    changed = []
+    for number in range(4):
+        bad = number == 2
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train_step()
+        changed.append(any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items()))
+    assert changed == [True, True, False, True]
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    if what == "loss":
+        with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
+            trainer.train()
+
+
+TRAINERS = {
+    "pretrain": (SpeechSpeechPretrainer, speech),
+    "text to speech": (TextToSemanticTrainer, pairs),
+    "speech to text": (SemanticToTextTrainer, pairs),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_what_is_left_out_of_the_reduction_is_what_gets_no_gradient(tmp_path, kind):
+    """DistributedDataParallel would wait for the others, and keep what it leaves out from being alike."""
+    trainer, dataset = TRAINERS[kind]
+    trainer = trainer(model(), dataset=dataset(), **settings(tmp_path))
+    wrapper, left_out = trainer.train_wrapper, set(trainer.train_wrapper._ddp_params_and_buffers_to_ignore)
+    trainer.loss_of(wrapper, next(trainer.dl_iter)).backward()
+    names = dict(wrapper.named_parameters(remove_duplicate=False))
+    without = {name for name, each in names.items() if each.grad is None}
+    # what is frozen is waited for by nobody, left out or not
+    assert {name for name in without if names[name].requires_grad} <= left_out <= without
+    assert left_out
 
 
 def test_without_accelerate_the_extra_is_named(tmp_path, monkeypatch):

@@ -9,7 +9,16 @@ import pytest
 import torch
 from reference import load_reference
 from training_jobs import model, pairs, settings
-from training_processes import ALL_DROPPED, STEPS, gathered, in_two_processes, labelled, stepped_schedule, trained
+from training_processes import (
+    ALL_DROPPED,
+    STEPS,
+    gathered,
+    in_two_processes,
+    labelled,
+    spoiled,
+    stepped_schedule,
+    trained,
+)
 
 from spear_fast import SemanticToTextTrainer
 from spear_fast.losses.gather import all_gather, all_gather_rows
@@ -55,6 +64,14 @@ def test_training_and_going_on(tmp_path):
             torch.testing.assert_close(result["state"][name], tensor, rtol=1e-6, atol=1e-8)
     assert first["draw"] != second["draw"], "both would drop and delete the same"
     assert [log["valid_loss"] for log in logs[:1]] == pytest.approx([first["logs"][0]["valid_loss"]], rel=1e-5)
+
+
+def test_what_is_no_number_in_one_process_changes_no_weights_in_any(tmp_path):
+    first, second = in_two_processes(spoiled, tmp_path)
+    for changed, state in (first, second):
+        assert changed == [True, False, True]
+        for name, tensor in state.items():
+            assert torch.equal(tensor, first[1][name]), f"{name} differs between processes"
 
 
 def test_the_reference_s_schedule_runs_faster_with_more_processes(tmp_path):

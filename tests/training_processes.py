@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import math
 import os
 import shutil
 import socket
@@ -89,6 +91,20 @@ def trained(rank: int, folder: str):
         resumed=same_weights(whole.model, resumed.model),
         files=sorted(os.listdir(f"{folder}/run")),
     )
+
+
+def spoiled(rank: int, folder: str):
+    """Makes three steps without clipping, in the second of which one process' loss is no number."""
+    torch.manual_seed(5)
+    options = settings(f"{folder}/spoiled", batch_size=2, accelerate_kwargs={"cpu": True}, max_grad_norm=None)
+    trainer = SemanticToTextTrainer(model(), dataset=pairs(), **options)
+    whole, changed = trainer.loss_of, []
+    for number in range(3):
+        trainer.loss_of = lambda *given, number=number: whole(*given) * (math.nan if (rank, number) == (1, 1) else 1)
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train_step()
+        changed.append(any(not torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items()))
+    return changed, trainer.model.state_dict()
 
 
 def stepped_schedule(rank: int, folder: str):

@@ -209,10 +209,11 @@ class Trainer(Resumable):
             total += loss.detach()
         logs: dict[str, Any] = {"loss": total, "lr": self.optim.param_groups[0]["lr"]}
         self._unread.append((step, total, logs["lr"]))
-        norm = None
         if self.max_grad_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        skip_unless_finite(self.optim, total, norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        skip_unless_finite(self.optim, norm)
         self.optim.step()
         self.optim.zero_grad()
         self.scheduler.step()

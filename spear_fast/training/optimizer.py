@@ -26,16 +26,15 @@ def make_optimizer(parameters: list[nn.Parameter], lr: float, weight_decay: floa
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
 
 
-def skip_unless_finite(optimizer: Any, loss: Tensor, norm: Tensor | None) -> None:
-    """Makes the next step change nothing where the loss or the gradients' norm is no finite number.
+def skip_unless_finite(optimizer: Any, norm: Tensor) -> None:
+    """Makes the next step change nothing where the gradients' norm is no finite number.
 
-    The host does not wait for either: the fused step looks for itself. A gradient scaler does that already.
-    optimizer: of `make_optimizer`, prepared by accelerate. loss, norm: `[]`.
+    The host does not wait for it: the fused step looks for itself. A gradient scaler does that already.
+    optimizer: of `make_optimizer`, prepared by accelerate. norm: `[]`, of the gradients that the step takes, alike in
+        all processes.
     """
-    if optimizer.scaler is not None:
-        return
-    finite = loss.isfinite() if norm is None else loss.isfinite() & norm.isfinite()
-    optimizer.optimizer.found_inf = (~finite).float()
+    if optimizer.scaler is None:
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()
 
 
 def warmup_then_cosine(step: int, *, num_warmup_steps: int, num_train_steps: int, initial: float) -> float:
