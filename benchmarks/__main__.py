@@ -1,11 +1,11 @@
-"""`python -m benchmarks COMMAND`, one of op, generate, step, latency, label, train, compare, plots, pages and gpu."""
+"""`python -m benchmarks COMMAND`, where `COMMANDS` has them."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = ("op", "generate", "step", "latency", "label", "train", "compare", "plots", "pages", "gpu")
+COMMANDS = ("op", "generate", "step", "latency", "label", "train", "convergence", "compare", "plots", "pages", "gpu")
 
 
 def main(arguments: list[str]) -> int:

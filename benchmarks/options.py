@@ -66,10 +66,15 @@ def in_fresh_process(command: str, arguments: Sequence[str], skip: int, where: W
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say where to measure, in what, how long, and where the rows go."""
     add_skip(parser)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_where(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on the CPU, bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch and of peers on the CPU")
     parser.add_argument("--limit", type=float, default=None, help="seconds after which nothing further is begun")
+
+
+def add_where(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where to measure and where the rows go."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch and of peers on the CPU")
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file, or to the device's in a folder")
 
 
@@ -82,8 +87,8 @@ def resolved(chosen: argparse.Namespace) -> Where:
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device)
-    dtype = DTYPES[chosen.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+    dtype = DTYPES[getattr(chosen, "dtype", None) or ("float32" if device.type == "cpu" else "bfloat16")]
     out = chosen.out
     if out is not None and out.suffix != ".jsonl":
         out = results_file(device, out)
-    return Where(device, dtype, out, chosen.limit)
+    return Where(device, dtype, out, getattr(chosen, "limit", None))

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import latency, picture, predict
+from benchmarks import convergence, latency, picture, predict
 from benchmarks import rows as rowfile
 from benchmarks.cases import MODELS, STEP_TOKENS, STEPS, step_cases
 from benchmarks.label import table as label_table
@@ -38,7 +38,7 @@ def tables(folder: Path = RESULTS, only: str | None = None) -> str:
             continue
         sections = [
             section
-            for make in (_generation, _steps, _latency, _labelling, _memory, _ops, _training)
+            for make in (_generation, _steps, _latency, _labelling, _memory, _ops, _training, _convergence)
             for section in make(rows)
         ]
         if sections:
@@ -125,6 +125,11 @@ def _labelling(rows: Sequence[rowfile.Row]) -> list[str]:
 def _latency(rows: Sequence[rowfile.Row]) -> list[str]:
     found = _of(rows, "latency")
     return [rowfile.table(latency.HEADER, map(latency.line, found))] if found else []
+
+
+def _convergence(rows: Sequence[rowfile.Row]) -> list[str]:
+    found = _of(rows, "convergence")
+    return [rowfile.table(convergence.HEADER, map(convergence.line, found))] if found else []
 
 
 def _memory(rows: Sequence[rowfile.Row]) -> list[str]:

@@ -3,8 +3,9 @@
     python -m benchmarks train --threads 2
     python -m benchmarks train --predict
 
-Each steps as its own trainers do: this package's packs the batch, and its AdamW is one pass over the weights. Memory
-is the most that a fresh process holds in two steps.
+Each steps as its own trainers do: this package's packs the batch, and its AdamW is one pass over the weights; also with
+each layer computed a second time for the gradients (`checkpoint_activations`). Memory is the most that a fresh process
+holds in two steps.
 
 The gate: in float32 both have the same loss, and gradients that differ by rounding alone; where the reference is
 not installed, ours on the plain-torch ops. On a GPU the gate looks at the first rows, since float64 takes long there.
@@ -35,10 +36,12 @@ from benchmarks.options import add_common, device_lost, in_fresh_process, resolv
 from benchmarks.peers import lively_, pair, reference
 from benchmarks.timing import interleaved, quantiles
 from spear_fast import TextToSemantic, ops
+from spear_fast.training.accelerated import use_half_residual
 from spear_fast.training.optimizer import make_optimizer
 
 # rows of a batch that the gate looks at on a GPU
 CHECKED = 4
+CHECKPOINTED = f"{OURS}, checkpointed"
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def stepper(model: Any, source: Tensor, target: Tensor, dtype: torch.dtype) -> C
     model.train()
     parameters = list(model.parameters())
     if isinstance(model, TextToSemantic):
+        use_half_residual(model, "bf16" if dtype == torch.bfloat16 else "no")
         optimizer = make_optimizer(parameters, 1e-4, 1e-2)
     else:
         matrices, others = ([each for each in parameters if (each.ndim >= 2) is wide] for wide in (True, False))
@@ -176,6 +180,13 @@ def stepper(model: Any, source: Tensor, target: Tensor, dtype: torch.dtype) -> C
     return step
 
 
+def checkpointed(model: Any) -> Any:
+    """Returns the model, which from now on keeps each layer's input alone."""
+    for transformer in (model.source_transformer, model.target_transformer):
+        transformer.checkpoint_activations = True
+    return model
+
+
 def variant_stepper(case: Training, variant: str, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     """Returns a training step of one variant alone, for its memory."""
     if variant == REFERENCE:
@@ -183,6 +194,8 @@ def variant_stepper(case: Training, variant: str, device: torch.device, dtype: t
     else:
         with device:
             model = lively_(TextToSemantic(**case.model.model_arguments()))
+        if variant == CHECKPOINTED:
+            checkpointed(model)
     return stepper(model, *case.ids(), dtype)
 
 
@@ -197,7 +210,8 @@ def launches(model: Any, source: Tensor, target: Tensor, dtype: torch.dtype) -> 
 def measure(case: Training, rounds: int, *, device: torch.device, dtype: torch.dtype, quick: bool) -> list[rowfile.Row]:
     """Returns a row for each model, timed in turn."""
     other, ours = pair(case.model, device=device)
-    models = {OURS: ours} | ({} if other is None else {REFERENCE: other})
+    models = {OURS: ours, CHECKPOINTED: checkpointed(copy.deepcopy(ours))}
+    models |= {} if other is None else {REFERENCE: other}
     source, target = case.ids()
     few = slice(None if device.type == "cpu" else CHECKED)
     share = round(check(models[OURS], models.get(REFERENCE), source[few], target[few]), 3)

@@ -22,7 +22,8 @@ ALIGNMENT = 64
 class RMSNorm(nn.Module):
     """`x / max(||x||, 1e-12) * sqrt(dim) * gamma`, over the last dimension (reference line 140).
 
-    x: `[..., dim]`, floating point; where its type differs from gamma's, the result has the larger of both.
+    x: `[..., dim]`, floating point; where its type differs from gamma's, the result has the larger of both, but x's
+    under autocast.
     """
 
     def __init__(self, dim: int) -> None:
@@ -31,8 +32,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # under autocast x may be of another precision than the weights
-        dtype = torch.promote_types(x.dtype, self.gamma.dtype)
+        dtype = self._dtype(x, x.dtype)
         return ops.rms_norm(x.to(dtype), self.gamma.to(dtype))
 
     def after_sum(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,18 @@ class RMSNorm(nn.Module):
         """
         if added is None:
             return self(x), x
-        dtype = torch.promote_types(torch.promote_types(x.dtype, added.dtype), self.gamma.dtype)
+        dtype = self._dtype(x, torch.promote_types(x.dtype, added.dtype))
         return ops.rms_norm(added.to(dtype), self.gamma.to(dtype), x.to(dtype))  # type: ignore[no-any-return]
+
+    def _dtype(self, x: Tensor, stream: torch.dtype) -> torch.dtype:
+        return torch.promote_types(stream, self.gamma.dtype) if autocast_dtype(x) is None else stream
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Returns the type that autocast multiplies in where x is; None where it is off."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 class GEGLU(nn.Module):

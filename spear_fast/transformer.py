@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spear_fast.layers import GEGLU, Attention, FeedForward, Residual, RMSNorm, RotaryEmbedding
+from spear_fast.layers import GEGLU, Attention, FeedForward, Residual, RMSNorm, RotaryEmbedding, autocast_dtype
 from spear_fast.packing import Reads
 
 
@@ -54,6 +54,8 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(dim)
         # whether training keeps each layer's input alone and computes the rest again for the gradients
         self.checkpoint_activations = False
+        # whether under autocast the residual stream has autocast's type, as the matmuls, instead of the weights'
+        self.half_residual = False
 
     def forward(
         self,
@@ -81,6 +83,8 @@ class Transformer(nn.Module):
         reads = Reads(key_mask=mask) if reads is None else reads
         context_reads = Reads(key_mask=context_mask) if context_reads is None else context_reads
         as_modules = unpackable(self) is not None
+        half = autocast_dtype(x) if self.half_residual else None
+        x = x if half is None else x.to(half)
         hiddens: list[Tensor] = []
         added: Tensor | None = None
         layers: Any = self.layers

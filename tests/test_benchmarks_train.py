@@ -13,7 +13,7 @@ def test_training_is_measured_beside_the_reference(tmp_path):
     assert cli.main(["bench", "train", "--set", "tiny", "--rounds", "1", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.jsonl")
     found = {row["variant"]: row for row in rows.read(file)}
-    assert set(found) == {"reference", "spear_fast"}
+    assert set(found) == {"reference", "spear_fast", "spear_fast, checkpointed"}
     assert 0 < found["spear_fast"]["error_of_allowed"] <= 1
 
 
@@ -22,8 +22,8 @@ def test_without_the_reference_the_gate_is_plain_torch(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "pair", lambda case, **options: (None, pair(case, **options)[1]))
     assert cli.main(["bench", "train", *OPTIONS, "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.jsonl")
-    (row,) = rows.read(file)
-    assert row["variant"] == "spear_fast"
+    row, again = rows.read(file)
+    assert [row["variant"], again["variant"]] == ["spear_fast", "spear_fast, checkpointed"]
     assert 0 < row["error_of_allowed"] <= 1
     # a provider that is off is seen
     right = providers.get("rms_norm", "reference").function

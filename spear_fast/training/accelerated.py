@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from spear_fast.model import TextToSemantic
 from spear_fast.training.trainer_arguments import check_accelerate_arguments
 
 
-def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> Any:
-    """Returns an `accelerate.Accelerator`; raises ValueError for arguments that it would take and the loop not obey."""
+def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any], model: nn.Module) -> Any:
+    """Returns an `accelerate.Accelerator`; raises ValueError for arguments that it would take and the loop not obey.
+
+    Where nothing is said of precision, a GPU that multiplies bfloat16 does so with a float32 model.
+    """
     check_accelerate_arguments(accelerate_kwargs)
     try:
         from accelerate import Accelerator
@@ -23,8 +27,32 @@ def make_accelerator(split_batches: bool, accelerate_kwargs: dict[str, Any]) -> 
             f"training needs the package accelerate: pip install 'spear_fast[train]' ({error})."
         ) from error
     arguments = dict(accelerate_kwargs)
+    if multiplies_bfloat16(arguments, model):
+        arguments["mixed_precision"] = "bf16"
     arguments["dataloader_config"] = DataLoaderConfiguration(split_batches=split_batches)
     return Accelerator(**arguments)
+
+
+def multiplies_bfloat16(arguments: Mapping[str, Any], model: nn.Module) -> bool:
+    """Returns whether a model trains in bfloat16 though nobody has asked for any precision.
+
+    arguments: of `accelerate.Accelerator`; they, what `accelerate launch` says, and the precision that an accelerator
+        has chosen for this process before, come first.
+    """
+    from accelerate.state import is_initialized
+
+    if "mixed_precision" in arguments or "ACCELERATE_MIXED_PRECISION" in os.environ or arguments.get("cpu"):
+        return False
+    if is_initialized():
+        return False
+    whole = all(each.dtype == torch.float32 for each in model.parameters() if each.requires_grad)
+    return whole and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def use_half_residual(model: TextToSemantic, mixed_precision: str) -> None:
+    """Keeps the residual stream in bfloat16 where matmuls are; float16 would overflow."""
+    for transformer in (model.source_transformer, model.target_transformer):
+        transformer.half_residual = mixed_precision == "bf16"
 
 
 def leave_out_of_reduction(module: nn.Module, prefixes: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, random_split
 
 from spear_fast.evaluation import evaluation_mode
 from spear_fast.model import TextToSemantic
-from spear_fast.training.accelerated import leave_out_of_reduction, make_accelerator
+from spear_fast.training.accelerated import leave_out_of_reduction, make_accelerator, use_half_residual
 from spear_fast.training.batches import EndlessBatches, batch_sampler
 from spear_fast.training.data import Collate, speech_ids
 from spear_fast.training.optimizer import make_optimizer, skip_unless_finite, warmup_then_cosine
@@ -40,14 +40,15 @@ class Trainer(Resumable):
     valid_frac: fraction of the rows for validation, drawn by random_split_seed; 0 validates on the training rows.
     num_valid_batches: how many batches a validation takes, the same each time and with the same random draws.
     log_every, save_results_every, save_model_every: steps between lines of log, validations and checkpoints.
-    results_folder: where checkpoints go. accelerate_kwargs: of `accelerate.Accelerator`.
+    results_folder: where checkpoints go. accelerate_kwargs: of `accelerate.Accelerator`. Without a mixed_precision a
+        float32 model is multiplied in bfloat16 on a GPU that has it.
     force_clear_prev_results: True deletes a results folder that is not empty, False keeps what is there.
     resume: continues from the newest checkpoint in the results folder, if there is one.
         With neither, a folder that is not empty is an error: nothing is ever asked.
     input_sample_hz: sample rate of raw audio in Hz, passed on to `wav2vec`. num_workers: processes that read the
         dataset, batches ahead of the training.
     checkpoint_activations: keeps each layer's input alone and computes the rest again for the gradients: less memory,
-        about a third more time.
+        more time.
     unused: begin the names of the model's parameters that this kind of trainer never gives a gradient.
 
     Raises ValueError, one sentence, for arguments that are of no use or would not be obeyed, for a dataset of another
@@ -99,7 +100,7 @@ class Trainer(Resumable):
         collate = Collate(pad_ids)
         # a dataset of another form is better found now than in the first step
         collate([dataset[0]])
-        self.accelerator = make_accelerator(split_batches, accelerate_kwargs)
+        self.accelerator = make_accelerator(split_batches, accelerate_kwargs, model)
         self.model = model
         self.wav2vec = wav2vec
         if wav2vec is not None:
@@ -131,6 +132,7 @@ class Trainer(Resumable):
         self.valid_dl = DataLoader(self.valid_ds, batch_sampler=mine, generator=torch.Generator(), **loading)
         for transformer in (model.source_transformer, model.target_transformer):
             transformer.checkpoint_activations = checkpoint_activations
+        use_half_residual(model, self.accelerator.mixed_precision)
         leave_out_of_reduction(train_wrapper, unused)
         self.train_wrapper, self.optim = self.accelerator.prepare(train_wrapper, optim)
         # losses of the latest steps, which nobody has read yet: step, loss, learning rate
