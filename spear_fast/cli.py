@@ -72,7 +72,8 @@ def _run(argv: list[str]) -> tuple[argparse.Namespace | None, int]:
 
 def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"this command needs the package {error.name}; install it with: pip install 'spear-fast[label]'."
+        extra = "ray" if (error.name or "").partition(".")[0] == "ray" else "label"
+        return f"this command needs the package {error.name}; install it with: pip install 'spear-fast[{extra}]'."
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, FileNotFoundError)) and text:
         return text

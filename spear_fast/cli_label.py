@@ -38,6 +38,17 @@ def add_label(parser: argparse.ArgumentParser) -> None:
         help="without SOURCE: shards I, I + N, … of what spear-fast plan wrote to DIR (by default what Slurm's arrays "
         "or RANK and WORLD_SIZE say, else all)",
     )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="label on a Ray cluster, by default that of RAY_ADDRESS or of this machine; give SOURCE before it",
+    )
+    parser.add_argument(
+        "--ray-actors", type=positive, metavar="N", help="processes there (as many as there is room for)"
+    )
+    parser.add_argument("--ray-gpus", type=finite, metavar="X", help="GPUs of each (1 for a plan for GPUs, else 0)")
     parser.add_argument("--threads", type=threads, metavar="N", help="threads of torch on the CPU")
     parser.add_argument("--workers", type=threads, metavar="N", help="threads that read and tokenize audio")
     parser.add_argument("--retry-failed", action="store_true", help="label the shards that hold failed rows again")
@@ -120,24 +131,25 @@ def run_label(arguments: argparse.Namespace) -> int:
     import torch
 
     from spear_fast.checkpoints.load import load_model
-    from spear_fast.cli_parts import part_job, sources_on_devices
+    from spear_fast.cli_parts import part_job, planned_device, sources_on_many
     from spear_fast.labelling import Interrupted, label
     from spear_fast.labelling.errors import readable
     from spear_fast.labelling.progress import make_reporter
     from spear_fast.labelling.stopping import StopSignal
 
     _check_complete(arguments)
+    on_ray = arguments.ray is not None
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     run: Callable[..., Any]
     if arguments.sources:
         if arguments.shard is not None:
             raise ValueError("--shard is for a job that was planned; write spear-fast plan SOURCE... --out DIR first.")
-        devices = devices_of(arguments.device)
+        devices = [planned_device(arguments)] if on_ray else devices_of(arguments.device)
         options = options_of(arguments, devices[0])
         about = {"model": readable(str(Path(arguments.model).resolve())), "device": ",".join(map(str, devices))}
         model = load_model(arguments.model)
-        label_all = label if len(devices) == 1 else sources_on_devices(arguments, devices)
+        label_all = label if len(devices) == 1 and not on_ray else sources_on_many(arguments, devices)
         run = partial(label_all, arguments.sources, model, arguments.out, options, about=about)
     else:
         run = part_job(arguments)

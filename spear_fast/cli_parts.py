@@ -43,6 +43,10 @@ def part_job(arguments: argparse.Namespace) -> Callable[..., Any]:
     path = arguments.model or planned.model
     if path is None:
         raise ValueError("the plan does not say where the model is; give it with --model.")
+    if arguments.ray is not None:
+        if arguments.shard is not None or arguments.device != "auto":
+            raise ValueError("--shard and --device are not for --ray: its actors do all shards, on the plan's device.")
+        return partial(_label_on_ray(arguments), arguments.out, path)
     part = part_of(arguments.shard, os.environ)
     named = _device_name(planned.options.device) if arguments.device == "auto" else arguments.device
     devices = [str(device) for device in devices_of(named)]
@@ -53,12 +57,21 @@ def part_job(arguments: argparse.Namespace) -> Callable[..., Any]:
     return partial(label_on_devices, arguments.out, path, devices, part, threads=arguments.threads)
 
 
-def sources_on_devices(arguments: argparse.Namespace, devices: Sequence[Any]) -> Callable[..., Any]:
-    """Returns what does as `spear_fast.labelling.label`, with a process for each device."""
+def _label_on_ray(arguments: argparse.Namespace) -> Callable[..., Any]:
+    from spear_fast.ray import label_on_ray
+
+    there = {"actors": arguments.ray_actors, "gpus": arguments.ray_gpus, "cpus": arguments.threads or 1}
+    return partial(label_on_ray, address=arguments.ray or None, **there)
+
+
+def sources_on_many(arguments: argparse.Namespace, devices: Sequence[Any]) -> Callable[..., Any]:
+    """Returns what does as `spear_fast.labelling.label`, on a Ray cluster or with a process for each device."""
+    path = str(Path(arguments.model).resolve())
+    if arguments.ray is not None:
+        return planned_and_finished(partial(_label_on_ray(arguments), model=path), path)
     from spear_fast.labelling.devices import label_on_devices
 
     names = [str(device) for device in devices]
-    path = str(Path(arguments.model).resolve())
     return planned_and_finished(partial(label_on_devices, model=path, devices=names, threads=arguments.threads), path)
 
 
@@ -87,19 +100,24 @@ def _device_name(planned: str) -> str:
     return f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
-def run_plan(arguments: argparse.Namespace) -> int:
-    """Plans; see `spear_fast.labelling.plan`."""
+def planned_device(arguments: argparse.Namespace) -> Any:
+    """Returns the device that is planned for; the machine that plans need not have the workers' own."""
     import torch
 
-    from spear_fast.checkpoints.load import load_model
-    from spear_fast.labelling.errors import readable
-    from spear_fast.labelling.parts import plan
-
-    # the machine that plans need not have the workers' device
     name = arguments.device.partition(",")[0]
     device = device_of("auto") if name in ("auto", "all") else torch.device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {arguments.device} cannot be planned for: it must be cpu or cuda.")
+    return device
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Plans; see `spear_fast.labelling.plan`."""
+    from spear_fast.checkpoints.load import load_model
+    from spear_fast.labelling.errors import readable
+    from spear_fast.labelling.parts import plan
+
+    device = planned_device(arguments)
     path = str(Path(arguments.model).resolve())
     planned = plan(
         arguments.sources,
