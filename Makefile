@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help demo test tests interpreted audit asan fuzz lint format recipe bench benchtests pages docs gpu gpu-proof gpu-measure gpu-kit wheel clean
+.PHONY: help demo test tests interpreted scale audit asan fuzz lint format recipe bench benchtests pages docs gpu gpu-proof gpu-measure gpu-kit wheel clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ interpreted: $(VENV)/.dev ## the Triton kernels' tests on the CPU, in Triton's i
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" -k triton \
 	    $(wildcard tests/test_ops_*.py tests/test_triton_*.py) $(ARGS); \
 	else echo "Triton is not installed here: its kernels are not tested"; fi
+
+scale: $(VENV)/.scale ## tests of labelling by datatrove and on a local Ray cluster, with workers killed; minutes, not part of `test`
+	$(BIN)/python -m pytest -q -n 0 tests/test_label_datatrove.py tests/test_label_ray.py $(ARGS)
 
 # a build of its own, which is found before the installed one; the sanitizer must be there before anybody allocates, and
 # libstdc++ with it, or exceptions pass it by
@@ -115,6 +118,10 @@ $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES) tests/requirements-reference.txt
 	SPEAR_FAST_BUILD=require $(INSTALL) -e ".[dev]"
 	$(PIP) install --no-deps -r tests/requirements-reference.txt
+	touch $@
+
+$(VENV)/.scale: $(VENV)/.dev
+	SPEAR_FAST_BUILD=require $(INSTALL) -e ".[datatrove,ray]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch $(SOURCES)
