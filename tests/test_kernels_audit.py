@@ -15,7 +15,7 @@ tl = pytest.importorskip("triton.language")
 
 from spear_fast.kernels import tiles  # noqa: E402
 from spear_fast.kernels.audit import __main__ as audit  # noqa: E402
-from spear_fast.kernels.audit import triton_kernels  # noqa: E402
+from spear_fast.kernels.audit import occupancy, triton_kernels  # noqa: E402
 from spear_fast.kernels.declaration import Declaration  # noqa: E402
 from spear_fast.kernels.tiles import Entry  # noqa: E402
 
@@ -145,11 +145,20 @@ def run(*arguments, **environment):
 def test_the_exit_status_is_that_of_the_worst_kernel(monkeypatch, capsys, tmp_path):
     jobs = [Job("copy", str(i), replace(GOOD, spilled=8 * i), lambda: {}, ()) for i in range(2)]
     monkeypatch.setattr(audit, "SECTIONS", [lambda: jobs])
+    monkeypatch.setattr(occupancy, "ONE_BLOCK", ())
     assert audit.main(["--jobs", "1", "--cache", str(tmp_path)]) == 1
     assert "copy sm_90 bf16 64: 16: spills 8 bytes" in capsys.readouterr().err
     jobs.pop()
     assert audit.main(["--jobs", "1", "--cache", str(tmp_path)]) == 0
     assert "1 compiled kernels, 0 faults" in capsys.readouterr().out
+    # one block of a kernel that must have two, and an exception that nothing needs
+    jobs[0] = replace(jobs[0], key="alone", row=replace(GOOD, kernel="decode_copy", registers=200, threads=256))
+    assert audit.main(["--jobs", "1", "--cache", str(tmp_path)]) == 1
+    assert "decode_copy sm_90 bf16 64: 16: 1 block of 256 threads a multiprocessor" in capsys.readouterr().err
+    monkeypatch.setattr(occupancy, "ONE_BLOCK", (occupancy.OneBlock("copy", "because"),))
+    jobs[0] = replace(jobs[0], key="0", row=GOOD, name="copy")
+    assert audit.main(["--jobs", "1", "--cache", str(tmp_path)]) == 1
+    assert "no kernel that an exception for copy covers" in capsys.readouterr().err
 
 
 def test_wrong_calls_are_answered_in_a_sentence():

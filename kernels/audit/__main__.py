@@ -2,8 +2,9 @@
 
     python -m spear_fast.kernels.audit [--only WORD] [--jobs N] [--cache FOLDER]
 
-Prints registers, spilled bytes, shared memory and matrix instruction for each kernel, architecture, dtype and tile, and
-fails where registers are spilled, shared memory is above the architecture's or a wanted matrix instruction is missing.
+Prints registers, spilled bytes, shared memory, blocks a multiprocessor and matrix instruction for each kernel,
+architecture, dtype and tile, and fails where registers are spilled, shared memory is above the architecture's, a
+multiprocessor holds fewer than two blocks and occupancy.py does not say why, or a wanted matrix instruction is missing.
 Results are kept by a hash of sources, settings and compiler, so that a second run takes seconds.
 
 Triton's kernels declare themselves (declaration.py); another compiler's jobs are added to SECTIONS.
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from ..tiles import SHARED_MEMORY
 from . import nvcc, triton_kernels
+from .occupancy import occupancy, stale, too_few
 from .rows import AuditRow, Job, remembered
 
 # each returns what is to be compiled: a name, a hash, and the function that compiles it
@@ -32,7 +34,7 @@ def faults(row: AuditRow) -> list[str]:
     """Returns what is wrong with a compiled kernel, in words; nothing if all is well."""
     found = []
     if row.error:
-        found.append(f"does not compile: {row.error}")
+        return [f"does not compile: {row.error}"]
     if row.spilled:
         found.append(f"spills {row.spilled} bytes of registers; take a smaller tile or more warps")
     limit = SHARED_MEMORY[row.architecture]
@@ -40,6 +42,8 @@ def faults(row: AuditRow) -> list[str]:
         found.append(
             f"takes {row.shared} bytes of shared memory and sm_{row.architecture} has {limit}; take fewer stages"
         )
+    elif few := too_few(row):
+        found.append(few)
     if row.wanted and not set(row.wanted) & set(row.matrix):
         found.append(f"has no {' or '.join(row.wanted)}; blocks are too small or the dtype has none")
     return found
@@ -47,9 +51,9 @@ def faults(row: AuditRow) -> list[str]:
 
 def table(rows: Sequence[AuditRow]) -> str:
     """Returns the rows as text, columns aligned."""
-    lines = [("kernel", "variant", "sm", "dtype", "tile", "registers", "spilled", "shared", "matrix")]
+    lines = [("kernel", "variant", "sm", "dtype", "tile", "registers", "spilled", "shared", "blocks", "matrix")]
     for row in rows:
-        numbers = (str(row.registers), str(row.spilled), str(row.shared))
+        numbers = (str(row.registers), str(row.spilled), str(row.shared), str(occupancy(row)))
         lines.append(
             (row.kernel, row.variant, str(row.architecture), row.dtype, row.tile, *numbers, " ".join(row.matrix) or "-")
         )
@@ -89,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("kernels are not compiled under TRITON_INTERPRET=1; unset it")
     if find_spec("triton") is None:
         parser.error("Triton must be there to compile its kernels; pip install triton")
-    jobs = [job for section in SECTIONS for job in section() if options.only in job.name]
+    everything = [job for section in SECTIONS for job in section()]
+    jobs = [job for job in everything if options.only in job.name]
     if not jobs:
         parser.error(f"--only must be part of a kernel's name, got {options.only!r}; leave it out to see them all")
     options.cache.mkdir(parents=True, exist_ok=True)
@@ -99,8 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row, fault in wrong:
         name = " ".join(filter(None, (row.kernel, row.variant, f"sm_{row.architecture}", row.dtype, row.tile)))
         print(f"{name}: {fault}", file=sys.stderr)
-    print(f"{len(rows)} compiled kernels, {len(wrong)} faults")
-    return 1 if wrong else 0
+    names = {job.name for job in everything} | {kernel.name for kernel in nvcc.KERNELS}
+    unneeded = stale(rows, names)
+    for fault in unneeded:
+        print(f"kernels/audit/occupancy.py: {fault}; take it out", file=sys.stderr)
+    print(f"{len(rows)} compiled kernels, {len(wrong) + len(unneeded)} faults")
+    return 1 if wrong or unneeded else 0
 
 
 if __name__ == "__main__":

@@ -70,6 +70,23 @@ def compile_kernel(kernel: CudaKernel, architecture: int) -> dict[str, Any]:
     return {"registers": int(registers[0]), "spilled": max(map(int, spilled)), "shared": int((shared or [0])[0])}
 
 
+def threads_of(kernel: CudaKernel) -> int:
+    """Returns the threads of a kernel's blocks, as its source bounds them; launches use the same constant.
+
+    Raises ValueError where the source has no bound.
+    """
+    headers = [path.read_text() for path in sorted(FOLDER.parent.rglob("*.h"))]
+    text = "\n".join([(FOLDER / kernel.source).read_text(), *headers])
+    bound = re.search(rf"__launch_bounds__\((\w+)[^;{{]*?\)\s+{kernel.name}\(", text)
+    number = bound and (bound[1] if bound[1].isdecimal() else None)
+    if bound and number is None:
+        constant = re.search(rf"constexpr int {bound[1]} = (\d+);", text)
+        number = constant and constant[1]
+    if not number:
+        raise ValueError(f"{kernel.source} must give {kernel.name} __launch_bounds__ with a constant; add them")
+    return int(number)
+
+
 def jobs() -> Iterator[Job]:
     """Returns a job for each kernel and architecture; none where there is no nvcc or no checkout."""
     if shutil.which("nvcc") is None or not FOLDER.is_dir():
@@ -77,9 +94,10 @@ def jobs() -> Iterator[Job]:
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False).stdout
     headers = [path.read_text() for path in sorted(FOLDER.parent.rglob("*.h"))]
     for kernel in KERNELS:
+        threads = threads_of(kernel)
         text = [version, *headers, (FOLDER / kernel.source).read_text(), *kernel]
         for architecture in ARCHITECTURES:
             key = hashlib.sha256("\0".join([*text, str(architecture)]).encode()).hexdigest()[:32]
             dtype, _, tile = kernel.arguments.partition(", ")
-            row = AuditRow(kernel.name, "nvcc", architecture, dtype.lower(), tile or "-")
+            row = AuditRow(kernel.name, "nvcc", architecture, dtype.lower(), tile or "-", threads=threads)
             yield Job(kernel.name, key, row, compile_kernel, (kernel, architecture))

@@ -12,7 +12,7 @@ from pathlib import Path
 class AuditRow:
     """One kernel, compiled for one architecture at one tile.
 
-    registers: of a thread. spilled, shared: bytes.
+    registers: of a thread. spilled, shared: bytes. threads: of a block.
     matrix: the kinds of matrix instruction found. wanted: any of these must be found; empty: none is asked for.
     error: the compiler's words where it failed.
     """
@@ -27,6 +27,7 @@ class AuditRow:
     spilled: int = 0
     shared: int = 0
     matrix: tuple[str, ...] = ()
+    threads: int = 128
     error: str = ""
 
 

@@ -72,7 +72,8 @@ def _job(declaration: Declaration, entry: Entry, variant: str) -> Job:
     key = hashlib.sha256((text + repr((entry.architecture, options))).encode()).hexdigest()[:32]
     blocks = "×".join(map(str, entry.blocks.values()))
     tile = f"{entry.size}: {blocks}, {entry.num_warps} warps, {entry.num_stages} stages"
-    row = AuditRow(kernel.__name__, variant, entry.architecture, dtype, tile, _wanted(declaration, entry))
+    wanted, threads = _wanted(declaration, entry), 32 * entry.num_warps
+    row = AuditRow(kernel.__name__, variant, entry.architecture, dtype, tile, wanted, threads=threads)
     return Job(kernel.__name__, key, row, compile_kernel, arguments)
 
 
