@@ -5,19 +5,22 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
-Index threadIdx, blockIdx, blockDim, gridDim;
+__thread Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
 constexpr size_t kStack = 64 * 1024;
-enum class Waits { kNothing, kWarp, kBlock, kEnded };
+enum class Waits { kNothing, kWarp, kBlock, kGrid, kEnded };
 
 struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
@@ -29,12 +32,21 @@ struct Fiber {
   unsigned word[2];
 };
 
-std::vector<Fiber> fibers;
-int current;
-ucontext_t scheduler_entry;
-jmp_buf scheduler_place;
+// of the block that this host thread plays
+thread_local std::vector<Fiber> fibers;
+thread_local int current;
+thread_local ucontext_t scheduler_entry;
+thread_local jmp_buf scheduler_place;
 void (*body)(const void*);
 const void* arguments;
+
+// whose turn it is among blocks that run together
+std::mutex turns;
+std::condition_variable turn_changed;
+int turn;
+std::vector<int> unfinished;
+// rounds one after the other in which all that ran looked in vain for what other blocks write
+long long idle_rounds;
 
 // jumps, not swapcontext: that asks the kernel for the signal mask each time
 void leave() {
@@ -84,8 +96,10 @@ void release(Range begin, Range end, Waits what) {
   }
 }
 
-// a warp goes on when all of its lanes wait for each other, a block when all threads that have not ended do
+// a warp goes on when all of its lanes wait for each other, a block when all threads that have not ended do; whoever
+// waits for other blocks looks again
 void release() {
+  release(fibers.begin(), fibers.end(), Waits::kGrid);
   for (size_t warp = 0; warp < fibers.size(); warp += 32) {
     const auto begin = fibers.begin() + warp, end = fibers.begin() + std::min(warp + 32, fibers.size());
     if (std::all_of(begin, end, [](const Fiber& fiber) { return fiber.waits == Waits::kWarp; })) {
@@ -99,15 +113,31 @@ void release() {
   }
 }
 
-void run_block(std::mt19937& random, std::vector<int>& order) {
+// gives the turn to any block that has not ended, this one included, and waits until it comes back
+void give_turn(std::mt19937& random, int block) {
+  std::unique_lock<std::mutex> lock(turns);
+  if (unfinished.empty()) {
+    return;
+  }
+  turn = unfinished[random() % unfinished.size()];
+  turn_changed.notify_all();
+  const bool ended = std::find(unfinished.begin(), unfinished.end(), block) == unfinished.end();
+  turn_changed.wait(lock, [&] { return ended || turn == block; });
+}
+
+void run_block(std::mt19937& random, int threads, int block, bool together) {
+  blockIdx = {static_cast<unsigned>(block), 0, 0};
+  std::vector<int> order(threads);
+  std::iota(order.begin(), order.end(), 0);
   prepare();
   for (;;) {
     std::shuffle(order.begin(), order.end(), random);
-    bool moved = false, ended = true;
+    bool moved = false, ended = true, idle = true;
     for (const int thread : order) {
       if (fibers[thread].waits == Waits::kNothing) {
         moved = true;
         enter(thread);
+        idle = idle && fibers[thread].waits == Waits::kGrid;
       }
       ended = ended && fibers[thread].waits == Waits::kEnded;
     }
@@ -117,7 +147,41 @@ void run_block(std::mt19937& random, std::vector<int>& order) {
     if (!moved) {
       emulated_failure("a barrier or an exchange in a warp is not reached by all of its threads");
     }
+    idle_rounds = idle ? idle_rounds + 1 : 0;
+    if (idle_rounds > 1000 * static_cast<long long>(gridDim.x)) {
+      emulated_failure("a barrier of the grid is not reached by all of its blocks");
+    }
     release();
+    if (together && (idle || random() % 2)) {
+      give_turn(random, block);
+    }
+  }
+}
+
+// as a cooperative launch: all blocks are there at once. Each has a host thread, and so its own __shared__ memory, but
+// only the one whose turn it is runs
+void run_together(std::mt19937& random, int threads, const std::vector<int>& order) {
+  unfinished = order;
+  turn = order.front();
+  const Index block_size = blockDim, grid_size = gridDim;
+  std::vector<std::thread> hosts;
+  for (const int block : order) {
+    hosts.emplace_back([&, block] {
+      blockDim = block_size;
+      gridDim = grid_size;
+      fibers = std::vector<Fiber>(threads);
+      {
+        std::unique_lock<std::mutex> lock(turns);
+        turn_changed.wait(lock, [&] { return turn == block; });
+      }
+      run_block(random, threads, block, true);
+      idle_rounds = 0;
+      unfinished.erase(std::find(unfinished.begin(), unfinished.end(), block));
+      give_turn(random, block);
+    });
+  }
+  for (std::thread& host : hosts) {
+    host.join();
   }
 }
 
@@ -133,6 +197,11 @@ void emulated_barrier(bool whole_block) {
   leave();
 }
 
+void emulated_look_again() {
+  fibers[current].waits = Waits::kGrid;
+  leave();
+}
+
 // two words in turn, so that no lane overwrites what another has yet to read
 unsigned emulated_exchange(unsigned bits, int source) {
   const int side = fibers[current].exchanges++ % 2;
@@ -141,20 +210,24 @@ unsigned emulated_exchange(unsigned bits, int source) {
   return fibers[current / 32 * 32 + source].word[side];
 }
 
-// calls body(arguments) as each thread of each block
-void emulate(long long blocks, int threads, unsigned seed, void (*called)(const void*), const void* with) {
+// calls body(arguments) as each thread of each block; together: blocks may wait for each other
+void emulate(
+    long long blocks, int threads, unsigned seed, bool together, void (*called)(const void*), const void* with) {
   body = called;
   arguments = with;
+  idle_rounds = 0;
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
-  fibers = std::vector<Fiber>(threads);
   std::mt19937 random(seed);
-  std::vector<int> order(threads), block_order(blocks);
+  std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
-  std::iota(block_order.begin(), block_order.end(), 0);
-  std::shuffle(block_order.begin(), block_order.end(), random);
-  for (const int block : block_order) {
-    blockIdx = {static_cast<unsigned>(block), 0, 0};
-    run_block(random, order);
+  std::shuffle(order.begin(), order.end(), random);
+  if (together) {
+    run_together(random, threads, order);
+    return;
+  }
+  fibers = std::vector<Fiber>(threads);
+  for (const int block : order) {
+    run_block(random, threads, block, false);
   }
 }

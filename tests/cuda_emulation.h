@@ -2,6 +2,8 @@
 //
 // The order in which they run is drawn anew at each barrier, so that a result that hangs on an order, because a barrier is
 // missing, differs between seeds; so is the order of the blocks. A barrier that not all threads reach ends the run.
+// Blocks run one after the other, or, where the launch is cooperative, in turns that are drawn as well, so that they can
+// wait for what another one writes; each block then has its own copy of what is __shared__.
 #pragma once
 
 #include <math.h>
@@ -10,7 +12,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 #define __forceinline__ inline
 
@@ -22,11 +24,13 @@ struct Index {
 };
 
 // cuda_emulation.cpp
-extern Index threadIdx, blockIdx, blockDim, gridDim;
+extern __thread Index threadIdx, blockIdx, blockDim, gridDim;
 void emulated_barrier(bool whole_block);
+void emulated_look_again();
 unsigned emulated_exchange(unsigned bits, int source);
 [[noreturn]] void emulated_failure(const char* what);
-void emulate(long long blocks, int threads, unsigned seed, void (*body)(const void*), const void* arguments);
+void emulate(
+    long long blocks, int threads, unsigned seed, bool together, void (*body)(const void*), const void* arguments);
 
 template <typename to_t, typename from_t>
 inline to_t emulated_bits(from_t x) {
@@ -38,6 +42,13 @@ inline to_t emulated_bits(from_t x) {
 
 inline void __syncthreads() { emulated_barrier(true); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulated_barrier(false); }
+// one thread runs at a time, and what it writes is there for all others
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned more) {
+  const unsigned before = *at;
+  *at += more;
+  return before;
+}
 
 template <typename value_t>
 inline value_t __shfl_sync(unsigned, value_t x, int source) {

@@ -23,7 +23,7 @@ from spear_fast.ops.cuda.runtime import Launch
 
 TESTS = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / f"spear_fast_emulated_{os.getuid()}"
-OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+OPTIONS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-unknown-pragmas"]
 # `make asan`; what it says of makecontext is about the scheduler's fibers
 if os.environ.get("SPEAR_FAST_TEST_SANITIZED"):
     OPTIONS += ["-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
@@ -31,12 +31,12 @@ PROGRAM = """
 #define SPEAR_FAST_EMULATE
 #include "{source}"
 static_assert(sizeof(spear_fast::{struct}) == 8 * {fields}, "a field does not take eight bytes");
-extern "C" void run(const void* fields, long long blocks, int threads, unsigned seed) {{
+extern "C" void run(const void* fields, long long blocks, int threads, unsigned seed, bool together) {{
   using namespace spear_fast;
   {struct} arguments;
   memcpy(&arguments, fields, sizeof(arguments));
   const auto body = [](const void* with) {{ {kernel}(*static_cast<const {struct}*>(with)); }};
-  emulate(blocks, threads, seed, body, &arguments);
+  emulate(blocks, threads, seed, together, body, &arguments);
 }}
 """
 
@@ -97,7 +97,8 @@ class Emulator:
             numbers = [values[name] for name in sources.fields(what.source, what.struct)]
             fields = (ctypes.c_int64 * len(numbers))(*numbers)
             run = _kernel(what.source, what.kernel, what.struct).run
-            run(fields, ctypes.c_longlong(what.blocks), what.threads, ctypes.c_uint(self.seed))
+            seed, together = ctypes.c_uint(self.seed), ctypes.c_bool(what.cooperative)
+            run(fields, ctypes.c_longlong(what.blocks), what.threads, seed, together)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ class Launch(NamedTuple):
 
     source: the file of csrc/cuda. kernel: the C++ expression that names the kernel, template arguments included.
     struct: the type of its one argument. blocks, threads: the sizes of the grid and of a block, both one-dimensional.
+    cooperative: whether blocks wait for each other, so that all must be there at once.
     """
 
     source: str
@@ -27,6 +28,7 @@ class Launch(NamedTuple):
     struct: str
     blocks: int
     threads: int
+    cooperative: bool = False
 
 
 @functools.cache
@@ -75,4 +77,9 @@ def launch(what: Launch, values: Mapping[str, int], device: torch.device) -> Non
     argument = numpy.array([tuple(values[name] for name in layout.names)], dtype=layout)
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
-        _built(what.source, what.kernel)((what.blocks,), (what.threads,), (argument,))
+        kernel = _built(what.source, what.kernel)
+        if what.cooperative:
+            # a module built for it would be linked with CUDA's library for such kernels, which none needs here
+            kernel.kernel((what.blocks,), (what.threads,), (argument,), enable_cooperative_groups=True)
+        else:
+            kernel((what.blocks,), (what.threads,), (argument,))
