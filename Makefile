@@ -75,7 +75,7 @@ bench: $(VENV)/.dev ## measure this machine: ARGS="op --ops rms_norm", "generate
 benchtests: $(VENV)/.dev ## the cases of the ops under pytest-benchmark; ARGS="--benchmark-compare" and the like go to it
 	$(BIN)/python -m pytest -q -n 0 benchmarks/test_operations.py $(ARGS)
 
-pages: $(VENV)/.dev ## write the tables of README.md and docs/benchmarks.md, and the picture, from the committed rows
+pages: $(VENV)/.dev ## write the tables of README.md and docs, and the picture, from the committed rows
 	$(BIN)/python -m benchmarks pages
 
 docs: $(VENV)/.docs ## build the documentation into build/docs; a warning is an error

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS = ("op", "generate", "step", "latency", "label", "train", "convergence", "compare", "plots", "pages", "gpu")
+COMMANDS = (
+    *("op", "generate", "step", "latency", "label", "train", "convergence"),
+    *("compare", "scale", "plots", "pages", "gpu"),
+)
 
 
 def main(arguments: list[str]) -> int:

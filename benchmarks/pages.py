@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and the picture, from the committed rows.
+"""Writes the tables of README.md and docs, and the picture, from the committed rows.
 
     python -m benchmarks pages [--check]
 
@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import convergence, latency, picture, predict
+from benchmarks import convergence, latency, picture, predict, scale
 from benchmarks import rows as rowfile
 from benchmarks.cases import MODELS, STEP_TOKENS, STEPS, step_cases
 from benchmarks.label import table as label_table
@@ -19,6 +19,7 @@ from benchmarks.machine import REPOSITORY, RESULTS
 
 README = REPOSITORY / "README.md"
 BENCHMARKS = REPOSITORY / "docs" / "benchmarks.md"
+LABELLING = REPOSITORY / "docs" / "labelling.md"
 # kernels that are shown of a step, and how much of their names
 KERNELS, NAME = 6, 40
 # the README's column → the peer that it is of, and that peer with 8-bit weights
@@ -292,6 +293,7 @@ def written(text: str, part: str, name: str) -> str:
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
     """Returns the pages with tables as they should be."""
     parts = {README: f"{summary(folder)}\n\n{predictions(folder)}", BENCHMARKS: tables(folder)}
+    parts[LABELLING] = scale.tables(folder)
     return {path: written(path.read_text(), part, path.name) for path, part in parts.items()}
 
 

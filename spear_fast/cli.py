@@ -20,7 +20,7 @@ from spear_fast.cli_streams import quiet_streams, say_stopped
 
 EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 # what `bench` measures
-BENCHMARKS = ("op", "generate", "step", "latency", "label", "train", "compare")
+BENCHMARKS = ("op", "generate", "step", "latency", "label", "train", "scale", "compare")
 
 
 class _Parser(argparse.ArgumentParser):
