@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks import rows as rowfile
 from benchmarks.cases import Case
+from spear_fast.decoding import KvDtype
 from spear_fast.decoding.packed.linear import ALIGNMENT
 
 
@@ -45,16 +46,18 @@ class Predicted:
         return max(self.bytes / device.gbs, self.flops / device.gflops) / 1e9 + self.launches * device.launch
 
 
-def predicted(case: Case, generated: int, size: int = 2) -> list[Predicted]:
+def predicted(case: Case, generated: int, size: int = 2, source_size: int | None = None) -> list[Predicted]:
     """Returns the kernels of the step after `generated` tokens, in their order in a layer.
 
-    size: bytes of a number.
+    size: bytes of a number. source_size: of one of cross-attention's keys and values, where they are held otherwise.
     """
     layers, rows, dim = case.target_layers, case.batch * case.beam, case.dim
     attention, shared = case.heads * case.head_dim, 2 * case.kv_heads * case.head_dim
     # with the column that holds the last bias
     inner = -(-(case.inner + 1) // ALIGNMENT) * ALIGNMENT
     work = case.step(generated, size)
+    # scales, one for each head of a source, are left out
+    cross = work.cross if source_size is None else work.cross * source_size / size
 
     def matmul(name: str, inputs: int, outputs: int, *, adds: bool = False, count: int = layers) -> Predicted:
         moved = inputs * outputs + rows * (inputs + outputs * (2 if adds else 1))
@@ -80,7 +83,7 @@ def predicted(case: Case, generated: int, size: int = 2) -> list[Predicted]:
         Predicted(
             "decode_cross_attention",
             layers,
-            work.cross + size * layers * rows * 2 * attention,
+            cross + size * layers * rows * 2 * attention,
             heads * (case.source + 1),
         ),
         matmul("matmul: cross-attention's output", attention, dim, adds=True),
@@ -98,12 +101,13 @@ def seconds(kernels: Sequence[Predicted], device: Device = H100) -> float:
     return sum(kernel.seconds(device) for kernel in kernels)
 
 
-def report(case: Case, generated: int, device: Device = H100) -> str:
-    """Returns the prediction in words and, kernel by kernel, as a Markdown table."""
-    kernels = predicted(case, generated)
+def report(case: Case, generated: int, device: Device = H100, kv_dtype: KvDtype = "exact") -> str:
+    """Returns the prediction in words and, kernel by kernel, as a Markdown table; the roofline is that of bfloat16."""
+    held = "" if kv_dtype == "exact" else f", keys and values of the source in {kv_dtype}"
+    kernels = predicted(case, generated, source_size=None if kv_dtype == "exact" else 1)
     total, floor = seconds(kernels, device), case.step(generated).floor(device.gbs, device.gflops)
     launches = sum(kernel.launches for kernel in kernels)
-    said = f"{case.name}, bfloat16, after {generated} tokens, predicted for one {device.name} and not measured: "
+    said = f"{case.name}, bfloat16{held}, after {generated} tokens, predicted for one {device.name} and not measured: "
     said += f"{rowfile.seconds(total)} a step, {100 * floor / total:.0f} % of the roofline's {rowfile.seconds(floor)}; "
     said += f"{launches} launches, {100 * launches * device.launch / total:.0f} % of the time"
     lines = []

@@ -215,13 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--predict", action="store_true", help="measure nothing: print what a step should take on an H100, by a model"
     )
+    parser.add_argument(
+        "--kv-dtype", choices=("exact", "fp8"), default="exact", help="of the source's keys and values, with --predict"
+    )
     add_common(parser)
     given = list(sys.argv[1:] if arguments is None else arguments)
     chosen = parser.parse_args(given)
     if chosen.predict:
         asked = [cases[name] for name in chosen.cases or ()] or [each for each in cases.values() if "gpu" in each.sets]
         for case in asked:
-            print(predict.report(case, sum(tokens_of(case)) // 2), flush=True)
+            print(predict.report(case, sum(tokens_of(case)) // 2, kv_dtype=chosen.kv_dtype), flush=True)
         return 0
     where = resolved(chosen)
     kind = chosen.kind or ("cpu" if where.device.type == "cpu" else "gpu")

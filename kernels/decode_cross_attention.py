@@ -3,6 +3,9 @@
 A program takes one head of one utterance and one split of the source, and reads each key and value once for all beams.
 The last program of an utterance and head to finish merges its splits, in their order. Their size is an argument, so
 that an utterance's result has the same bits whatever else is in the batch.
+
+Keys and values may be bytes of e4m3 with a scale for each head of an utterance: they are multiplied as they are, which
+is exact, and the scales multiply scores and sums.
 """
 
 from __future__ import annotations
@@ -20,6 +23,28 @@ from .tiles import tile
 
 
 @triton.jit
+def power_of_two(b_numbers):
+    """Returns the power of two at or below each of some positive numbers, float32; 1 for 0 and what is smaller yet."""
+    b_bits = b_numbers.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(b_bits == 0, 1.0, b_bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def from_e4m3(b_bits, CONVERTS: tl.constexpr):
+    """Returns the numbers of a block of bytes in float16, exactly, but without CONVERTS 256 times too small.
+
+    float16 has the same layout with a wider mantissa and another bias, subnormal numbers included: the bits need only
+    be moved, which takes NaN for a number, where the processor does not convert them itself.
+    """
+    if CONVERTS:
+        b_half = b_bits.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        # the sign's copies go, but for one
+        b_half = ((b_bits.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4080).to(tl.float16, bitcast=True)
+    return b_half
+
+
+@triton.jit
 def decode_cross_attention_kernel(
     query,
     key,
@@ -27,6 +52,7 @@ def decode_cross_attention_kernel(
     null_key,
     null_value,
     lengths,
+    scales,
     out,
     partial,
     log_sums,
@@ -51,15 +77,19 @@ def decode_cross_attention_kernel(
     s_null_key_head,
     s_null_value_head,
     s_length,
+    s_scale_kind,
+    s_scale_utterance,
     HEAD_DIM: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    CONVERTS: tl.constexpr = 0,
 ):
     """A program computes ROWS beams of one head and utterance over one split; the null position is the first split's.
 
+    scales: `[2, utterances, heads]`, float32, of keys and values that are bytes of e4m3; None of others.
     out: `[utterances, beams, heads, HEAD_DIM]`.
     partial, log_sums: `[splits, utterances, beams, heads, HEAD_DIM]` and without HEAD_DIM, float32; see `merged`.
     arrivals: `[programs of a split]`, int32, see `arrived_last`. The three are None without SPLIT.
@@ -93,6 +123,23 @@ def decode_cross_attention_kernel(
         if i_split >= splits:
             return
 
+    b_asked = b_query
+    b_scale = tl.full([ROWS], 1.0, tl.float32) * scale
+    value_scale = 1.0
+    if scales is not None:
+        p_scale = scales + i_utterance * s_scale_utterance + i_head
+        value_scale = tl.load(p_scale + s_scale_kind)
+        b_scale *= tl.load(p_scale)
+        if not CONVERTS:
+            # what `from_e4m3` leaves out
+            value_scale *= 256.0
+            b_scale *= 256.0
+        if query.dtype.element_ty != tl.float32:
+            # bytes become float16 in fewer instructions than bfloat16, into whose range the queries are brought
+            b_power = power_of_two(tl.max(tl.abs(b_query.to(tl.float32)), 1))
+            b_asked = (b_query.to(tl.float32) / b_power[:, None]).to(tl.float16)
+            b_scale *= b_power
+
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_out = tl.zeros([ROWS, SIZE], tl.float32)
@@ -101,6 +148,8 @@ def decode_cross_attention_kernel(
         b_max = tl.sum(b_query.to(tl.float32) * b_null[None, :], 1) * scale
         b_sum += 1.0
         b_null = tl.load(null_value + i_head * s_null_value_head + o_size, mask=m_size, other=0.0).to(tl.float32)
+        if scales is not None:
+            b_null /= value_scale
         b_out += b_null[None, :]
         if scores is not None:
             tl.store(scores + o_row * (source + 1), b_max, mask=m_beam)
@@ -115,7 +164,10 @@ def decode_cross_attention_kernel(
         # all of it is read once a step, and a step's sources are together larger than the cache
         b_key = tl.load(p_key + o_wide * s_key_position, mask=m_block, other=0.0, eviction_policy="evict_first")
         b_value = tl.load(p_value + o_wide * s_value_position, mask=m_block, other=0.0, eviction_policy="evict_first")
-        b_scores = product(b_query, tl.trans(b_key), INTERPRETED) * scale
+        if scales is not None:
+            b_key = from_e4m3(b_key, CONVERTS).to(b_asked.dtype)
+            b_value = from_e4m3(b_value, CONVERTS).to(b_asked.dtype)
+        b_scores = product(b_asked, tl.trans(b_key), INTERPRETED) * b_scale[:, None]
         b_scores = tl.where(m_position[None, :], b_scores, float("-inf"))
         if scores is not None:
             p_scores = scores + o_row[:, None] * (source + 1) + 1 + o_position[None, :]
@@ -126,6 +178,8 @@ def decode_cross_attention_kernel(
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
+    if scales is not None:
+        b_out *= value_scale
     p_out = out + o_row[:, None] * HEAD_DIM + o_size[None, :]
     if SPLIT:
         rows = utterances.to(tl.int64) * beams * heads
@@ -170,6 +224,7 @@ def decode_cross_attention(
     return_weights: bool,
     arrivals: Tensor | None,
     split: int,
+    scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns `[utterances, beams, heads, head_dim]`, and `[utterances, beams, heads, source + 1]` or `[0]`."""
     utterances, beams, heads, size = query.shape
@@ -180,7 +235,13 @@ def decode_cross_attention(
     if out.numel() == 0:
         return out, weights
     query, key, value, null_key, null_value = map(rows_apart, (query, key, value, null_key, null_value))
-    few, many = (tile(name, query.device, size, query.dtype) for name in (_FEW, _MANY))
+    scale_strides = 0, 0
+    if scales is not None:
+        scales = rows_apart(scales)
+        scale_strides = scales.stride(0), scales.stride(1)
+        key, value = key.view(torch.uint8), value.view(torch.uint8)
+    names = (_FEW, _MANY) if scales is None else (_FEW_FP8, _MANY_FP8)
+    few, many = (tile(name, query.device, size, query.dtype) for name in names)
     blocks = few if beams <= few["ROWS"] else many
     tiles = triton.cdiv(beams, blocks["ROWS"])
     programs = utterances * heads * tiles
@@ -204,6 +265,7 @@ def decode_cross_attention(
         null_key,
         null_value,
         lengths,
+        scales,
         out,
         partial,
         log_sums,
@@ -222,6 +284,7 @@ def decode_cross_attention(
         null_key.stride(0),
         null_value.stride(0),
         lengths.stride(0),
+        *scale_strides,
         HEAD_DIM=size,
         SIZE=padded(size),
         SPLIT=splits > 1,
@@ -239,6 +302,8 @@ def decode_cross_attention(
 
 _FEW = "decode_cross_attention"
 _MANY = "decode_cross_attention_many"
+_FEW_FP8 = "decode_cross_attention_fp8"
+_MANY_FP8 = "decode_cross_attention_fp8_many"
 _STRIDES = (
     "s_query_utterance s_query_beam s_query_head s_key_utterance s_key_head s_key_position "
     "s_value_utterance s_value_head s_value_position s_null_key_head s_null_value_head"
@@ -248,27 +313,34 @@ _VARIANTS: dict[str, dict[str, bool | None]] = {
     "split": {"SPLIT": True, "totals": None, "scores": None},
     "weights": {"SPLIT": False, **dict.fromkeys(("partial", "log_sums", "arrivals"))},
 }
+_EXACT = {"scales": None, "CONVERTS": 0}
 AUDIT = [
     *(
         Declaration(
             kernel=decode_cross_attention_kernel,
             tile=name,
             signature={
-                **dict.fromkeys(("query", "key", "value", "null_key", "null_value"), "*T:16"),
+                **dict.fromkeys(("query", "null_key", "null_value"), "*T:16"),
+                **dict.fromkeys(("key", "value"), "*u8:16" if name in (_FEW_FP8, _MANY_FP8) else "*T:16"),
                 "lengths": "*i64:16",
+                "scales": "*fp32",
                 "out": "*T:16",
                 **dict.fromkeys(("partial", "log_sums", "totals", "scores"), "*fp32:16"),
                 "arrivals": "*i32:16",
                 "scale": "fp32",
                 "split": "i32:16",
                 **dict.fromkeys(("beams", "heads", "source", "tiles", "s_length"), "i32"),
+                **dict.fromkeys(("s_scale_kind", "s_scale_utterance"), "i32"),
                 **dict.fromkeys(_STRIDES, "i32:16"),
             },
             constants=lambda size: {"HEAD_DIM": size, "SIZE": padded(size), "INTERPRETED": False},
-            variants=_VARIANTS,
-            matrix=name == _MANY,
+            variants={
+                variant: constants | ({} if name in (_FEW_FP8, _MANY_FP8) else _EXACT)
+                for variant, constants in _VARIANTS.items()
+            },
+            matrix=name in (_MANY, _MANY_FP8),
         )
-        for name in (_FEW, _MANY)
+        for name in (_FEW, _MANY, _FEW_FP8, _MANY_FP8)
     ),
     Declaration(
         kernel=decode_cross_weights_kernel,

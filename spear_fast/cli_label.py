@@ -120,6 +120,12 @@ def add_job(parser: argparse.ArgumentParser, *, needed: bool) -> None:
         "process for each",
     )
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32")
+    machine.add_argument(
+        "--kv-dtype",
+        choices=("exact", "fp8"),
+        default="exact",
+        help="of cross-attention's keys and values: fp8 takes 8 bits for each, for GPUs (exact)",
+    )
     own = {action.dest: action for action in parser._actions if action.dest not in before}
     # what a plan says
     planned = {name: action for name, action in own.items() if name not in ("sources", "model", "out", "device")}
@@ -207,6 +213,7 @@ def options_of(arguments: argparse.Namespace, device: Any) -> Any:
         rows_per_shard=arguments.rows_per_shard or DEFAULT_ROWS_PER_SHARD[device.type],
         device=str(device),
         dtype=arguments.dtype,
+        kv_dtype=arguments.kv_dtype,
     )
 
 

@@ -19,6 +19,7 @@ from spear_fast.decoding import (
     Encoder,
     Engine,
     EngineConfig,
+    KvDtype,
     Weights,
     decode,
     decode_ids,
@@ -93,6 +94,7 @@ class GenerationMixin(InputMixin):
         deterministic: bool = False,
         weights: Weights = "exact",
         workers: int | None = None,
+        kv_dtype: KvDtype = "exact",
         budget: int | None = None,
     ) -> Engine:
         """Returns an engine that decodes many requests at once with this model's weights as they are now.
@@ -100,9 +102,10 @@ class GenerationMixin(InputMixin):
         slots: utterances in flight; beams, max_length, max_source: the most that a request may want; memory_budget:
         bytes for the buffers; see `EngineConfig.for_decoder`. guided, deterministic: see `Engine`. weights: "int8"
         makes the matmuls of 8 bits, on x86 CPUs: faster, and no longer exact. workers: on a CPU, that share slots and
-        threads, see `EngineConfig.for_decoder`. budget: the name of memory_budget in the last release. Sources are ids
-        `[n]`, with the end-of-sequence where the model sets one automatically: `encode` adds it, an engine takes them
-        as they are.
+        threads, see `EngineConfig.for_decoder`. kv_dtype: "fp8" holds cross-attention's keys and values in 8 bits: of
+        long sources they are most of what a step on a GPU reads. budget: the name of memory_budget in the last release.
+        Sources are ids `[n]`, with the end-of-sequence where the model sets one automatically: `encode` adds it, an
+        engine takes them as they are.
         """
         if budget is not None:
             warnings.warn("budget is now memory_budget.", DeprecationWarning, stacklevel=3)
@@ -116,6 +119,7 @@ class GenerationMixin(InputMixin):
             memory_budget=budget if memory_budget is None else memory_budget,
             guided=guided,
             workers=workers,
+            kv_dtype=kv_dtype,
         )
         return Engine(self.encoder(source_type, weights), decoder, config, guided=guided, deterministic=deterministic)
 

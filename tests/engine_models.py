@@ -11,6 +11,7 @@ import torch
 from spear_fast import DecodingOptions, DecodingResult, TextToSemantic
 from spear_fast.decoding.config import EngineConfig
 from spear_fast.decoding.engine import Engine
+from spear_fast.decoding.packed.memory import KvDtype
 from spear_fast.decoding.request import Request
 
 VOCABULARY = 20
@@ -36,10 +37,19 @@ def sources(count: int, seed: int = 0, longest: int = 30) -> list[torch.Tensor]:
 
 
 def engine_of(
-    model, *, slots: int, beams: int, max_length: int, max_source: int = 30, workers: int | None = None, **settings
+    model,
+    *,
+    slots: int,
+    beams: int,
+    max_length: int,
+    max_source: int = 30,
+    workers: int | None = None,
+    kv_dtype: KvDtype = "exact",
+    **settings,
 ) -> Engine:
     decoder = model.decoder("text")
     sizes = dict(slots=slots, beams=beams, max_length=max_length, max_source=max_source, workers=workers)
+    sizes |= dict(kv_dtype=kv_dtype)
     config = EngineConfig.for_decoder(decoder, guided=settings.get("guided", False), **sizes)
     return Engine(model.encoder("speech"), decoder, config, **settings)
 

@@ -26,8 +26,8 @@ def function_of(op: str, provider: str):
 def call(op: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
     """Calls the public function with what a provider takes by position."""
     if op == "decode_cross_attention":
-        *tensors, return_weights, arrivals, split = arguments
-        more = {"arrivals": arrivals, "split": split}
+        *tensors, return_weights, arrivals, split, scales = arguments
+        more = {"arrivals": arrivals, "split": split, "scales": scales}
         return ops.decode_cross_attention(*tensors, return_weights=return_weights, **more)
     return getattr(ops, op)(*arguments)
 
@@ -48,9 +48,9 @@ def frequencies(size: int) -> Tensor:
     return 10000.0 ** (-torch.arange(0, size, 2) / size)
 
 
-def _strided(tensor: Tensor) -> Tensor:
+def _strided(tensor: Tensor, between: float = torch.nan) -> Tensor:
     """Returns the same numbers at twice the distance in every dimension but the last."""
-    wide = torch.full([2 * size for size in tensor.shape[:-1]] + [tensor.shape[-1]], torch.nan, dtype=tensor.dtype)
+    wide = torch.full([2 * size for size in tensor.shape[:-1]] + [tensor.shape[-1]], between, dtype=tensor.dtype)
     view = wide[tuple(slice(None, None, 2) for _ in tensor.shape[:-1])]
     view.copy_(tensor)
     return view
@@ -107,6 +107,7 @@ def decode_cross_attention(
     return_weights=False,
     arrivals=None,
     split=0,
+    scaled=False,
 ):
     query = torch.randn(utterances, beams, heads, size, dtype=dtype)
     # as a projection leaves them: heads inside the positions
@@ -114,11 +115,20 @@ def decode_cross_attention(
     null_key, null_value = (torch.randn(heads, size, dtype=dtype) for _ in range(2))
     if lengths is None:
         lengths = torch.randint(source + 1, (utterances,))
+    scales = None
+    if scaled:
+        # of every size: each number near the largest of e4m3, or among its smallest
+        scales = 2.0 ** torch.randint(-12, 4, (2, utterances, heads)) * (1 + torch.rand(2, utterances, heads))
+        key, value = (each.to(torch.float8_e4m3fn) for each in (key * 100, value * 0.01))
     if strided:
-        query, key, value, null_key, null_value = map(_strided, (query, key, value, null_key, null_value))
+        query, null_key, null_value = map(_strided, (query, null_key, null_value))
+        if scaled:
+            key, value = (_strided(each.view(torch.uint8), 127).view(each.dtype) for each in (key, value))
+        else:
+            key, value = map(_strided, (key, value))
     if arrivals is not None:
         arrivals = torch.zeros(arrivals, dtype=torch.int32)
-    return query, key, value, null_key, null_value, lengths, return_weights, arrivals, split
+    return query, key, value, null_key, null_value, lengths, return_weights, arrivals, split, scales
 
 
 MAKE = {

@@ -135,3 +135,14 @@ def test_few_rows_are_bound_by_launches_and_many_by_bytes(capsys):
     share = [float(text.partition(" launches, ")[2].partition(" %")[0]) for text in (few, many)]
     assert share[0] > 80
     assert share[1] < 5
+
+
+def test_fewer_bytes_of_a_source_are_predicted_for_it_alone(capsys):
+    case = CASES["step 512x6 512x5"]
+    exact, held = predict.predicted(case, 100), predict.predicted(case, 100, source_size=1)
+    for one, other in zip(exact, held, strict=True):
+        saved = case.step(100).cross / 2 if one.name == "decode_cross_attention" else 0
+        assert one.bytes - other.bytes == pytest.approx(saved)
+        assert (one.launches, one.flops) == (other.launches, other.flops)
+    assert step.main(["--predict", "--kv-dtype", "fp8", "--cases", "step 512x6 512x5"]) == 0
+    assert "bfloat16, keys and values of the source in fp8, after" in capsys.readouterr().out

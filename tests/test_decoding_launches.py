@@ -31,11 +31,11 @@ METHODS = {
 }
 
 
-def counted(depth: int, options: DecodingOptions, guided: bool = False):
+def counted(depth: int, options: DecodingOptions, guided: bool = False, kv_dtype: str = "exact"):
     model = tiny_model(target_depth=depth).to(torch.bfloat16)
     decoder = model.decoder("text")
     assert decoder.fused is None
-    runner = Runner(decoder, slots=3, beams=4, positions=21, max_source=9, guided=guided)
+    runner = Runner(decoder, slots=3, beams=4, positions=21, max_source=9, guided=guided, kv_dtype=kv_dtype)
     with torch.inference_mode():
         memories = [torch.randn(n, decoder.dim, dtype=torch.bfloat16) for n in (3, 9, 1)]
         runner.admit(requests_of(memories, [options] * 3))

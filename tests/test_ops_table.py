@@ -26,8 +26,8 @@ PUBLIC = [op for op in OPS if not op.endswith("_backward")]
 # arguments of integers that address memory; rotary's positions are angles alone, and a seed may be any number
 ADDRESSES = {"ancestors", "cu_key", "cu_query", "ids", "labels", "lengths", "positions", "prefix", "tokens"}
 ANGLES = {("rotary", "positions")}
-# an op's last arguments that C++ on the CPU has no use for
-FOR_GPUS = {"decode_cross_attention": ["Optional[Tensor] arrivals", "int split"]}
+# an op's last arguments that C++ on the CPU has no use for, or does not see
+FOR_GPUS = {"decode_cross_attention": ["Optional[Tensor] arrivals", "int split", "Optional[Tensor] scales"]}
 
 
 def schema_of(op):

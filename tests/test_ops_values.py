@@ -55,6 +55,11 @@ SHAPES = {
         {"utterances": 1, "beams": 10, "heads": 2, "source": 64, "size": 80, "return_weights": True},
         {"utterances": 3, "beams": 2, "source": 131, "size": 16, "return_weights": True, "split": 32, "arrivals": 99},
         {"utterances": 2, "beams": 40, "heads": 2, "source": 33, "size": 35, "split": 17, "arrivals": 1},
+        {"scaled": True, "return_weights": True},
+        {"utterances": 3, "beams": 5, "source": 70, "size": 64, "split": 32, "arrivals": 12, "scaled": True},
+        {"utterances": 1, "beams": 40, "source": 67, "size": 35, "scaled": True, "strided": True},
+        {"scaled": True, "source": 0, "utterances": 1},
+        {"scaled": True, "utterances": 0},
         {"utterances": 2, "beams": 7, "heads": 2, "source": 0, "return_weights": True},
         {"utterances": 0, "return_weights": True},
         {"strided": True, "size": 16, "return_weights": True},
@@ -115,6 +120,7 @@ def test_any_shape(op, provider, data):
         shape |= {"heads": draw(1, 4), "source": draw(0, 140), "size": draw(1, 80)}
         shape |= {"utterances": draw(1, 4), "beams": draw(1, 11), "return_weights": data.draw(st.booleans())}
         shape |= {"split": draw(0, 70), "arrivals": data.draw(st.sampled_from([None, 1, 999]))}
+        shape |= {"scaled": data.draw(st.booleans())}
     assert_right(op, provider, MAKE[op](**shape))
 
 
@@ -254,9 +260,9 @@ def test_a_batch_is_its_utterances_one_by_one(op, provider):
             rows = slice(i * beams, (i + 1) * beams)
             one = query[i : i + 1], freqs, key[rows], value[rows], ancestors[i : i + 1], lengths[i : i + 1]
         else:
-            query, key, value, *null, lengths, return_weights, arrivals, split = arguments
+            query, key, value, *null, lengths, return_weights, arrivals, split, _ = arguments
             one = *(tensor[i : i + 1] for tensor in (query, key, value)), *null, lengths[i : i + 1], return_weights
-            one = *one, arrivals, split
+            one = *one, arrivals, split, None
         assert torch.equal(computed(op, provider, one)[0][0], whole[i])
 
 

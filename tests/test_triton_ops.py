@@ -83,11 +83,11 @@ def test_splits_are_counted_in_what_the_owner_keeps():
         found = run("decode_cross_attention", (query, *others))[0]
         for count in (4, 9, 3, 0):
             arrivals = torch.zeros(count, dtype=torch.int32, device=device_of(SELF))
-            again = run("decode_cross_attention", (query, *others[:-2], arrivals, 16))[0]
+            again = run("decode_cross_attention", (query, *others[:-3], arrivals, 16, None))[0]
             assert torch.equal(again, found)
             assert not arrivals.any()
             # the same buffer for the next layer
-            assert torch.equal(run("decode_cross_attention", (query, *others[:-2], arrivals, 16))[0], found)
+            assert torch.equal(run("decode_cross_attention", (query, *others[:-3], arrivals, 16, None))[0], found)
         # fewer utterances, as after some have left
         part = [each[1:] for each in (query, *others[:2])]
         alone = run("decode_cross_attention", (*part, *others[2:4], others[4][1:], *others[5:]))[0]

@@ -165,7 +165,7 @@ def cross_attention(
         key, value = (torch.randn(batch, heads, source, size, device=device, dtype=dtype) for _ in range(2))
         null_key, null_value = (torch.randn(heads, size, device=device, dtype=dtype) for _ in range(2))
         arrivals, split = arrivals_for(batch, heads, beams, device), planned_split(batch, heads)
-        return query, key, value, null_key, null_value, lengths.to(device), False, arrivals, split
+        return query, key, value, null_key, null_value, lengths.to(device), False, arrivals, split, None
 
     def with_null(null: Tensor, keys: Tensor) -> Tensor:
         return torch.cat((null[None, :, None].expand(batch, -1, -1, -1), keys), dim=2)

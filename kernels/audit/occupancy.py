@@ -69,6 +69,12 @@ ONE_BLOCK: tuple[OneBlock, ...] = (
         tiles=("64: 64×", "128: 64×"),
     ),
     OneBlock(
+        "decode_cross_attention_kernel",
+        "keys and values of 8 bits under a float32 model: what is converted stays in registers; four warps spill",
+        dtypes=("fp32",),
+        tiles=("128: 16×16×",),
+    ),
+    OneBlock(
         "decode_self_attention_kernel",
         "the tile that beams share, or 64 query rows: many beams or tokens of one utterance",
         dtypes=("bf16",),

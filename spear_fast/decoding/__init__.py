@@ -15,6 +15,7 @@ from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.encoder import Encoder
 from spear_fast.decoding.packed.linear import Weights
+from spear_fast.decoding.packed.memory import KvDtype
 from spear_fast.decoding.padded import decode, decode_ids
 from spear_fast.decoding.request import Request
 from spear_fast.decoding.result import DecodingResult
@@ -26,6 +27,7 @@ __all__ = [
     "Encoder",
     "Engine",
     "EngineConfig",
+    "KvDtype",
     "Request",
     "Weights",
     "decode",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.memory import KvDtype
 
 # slots where nobody says how many; on a CPU at least, and as many as every thread needs to be a worker of its own
 DEFAULT_SLOTS = {"cpu": 32, "cuda": 128}
@@ -24,7 +25,7 @@ class EngineConfig:
     """Sizes of an engine's buffers. slots: utterances in flight. beams: most hypotheses of each.
 
     max_length: most generated tokens. max_source: most source tokens. slot_bytes: what a slot takes, worked out.
-    workers: that share the slots and torch's threads, see `WorkerPool`.
+    workers: that share the slots and torch's threads, see `WorkerPool`. kv_dtype: of cross-attention's keys and values.
     """
 
     slots: int
@@ -33,6 +34,7 @@ class EngineConfig:
     max_source: int
     slot_bytes: int
     workers: int = 1
+    kv_dtype: KvDtype = "exact"
 
     @property
     def bytes(self) -> int:
@@ -51,13 +53,15 @@ class EngineConfig:
         memory_budget: int | None = None,
         guided: bool = False,
         workers: int | None = None,
+        kv_dtype: KvDtype = "exact",
     ) -> EngineConfig:
         """Returns the sizes for so many slots, or for as many as fit.
 
         memory_budget: bytes that the buffers may take; by default a share of a GPU's free memory, and no limit on a
         CPU. Buffers grow with what is decoded, up to these sizes. workers: on a CPU, by default as many as torch's
-        threads are best shared by. Raises ValueError for sizes below 1, for a budget that not even one slot, or not the
-        wanted `slots`, fits into, and for workers elsewhere.
+        threads are best shared by. kv_dtype: "fp8" holds cross-attention's keys and values in 8 bits, with a scale for
+        each utterance, layer and head. Raises ValueError for sizes below 1, for a budget that not even one slot, or not
+        the wanted `slots`, fits into, for workers elsewhere, and for another kv_dtype.
         """
         for name, value in (("slots", slots), ("beams", beams), ("max_length", max_length), ("max_source", max_source)):
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -67,7 +71,11 @@ class EngineConfig:
                 "workers must be 1 but for float32 models on a CPU with the C++ extension, there 1 or more, "
                 f"got {workers}."
             )
-        each = slot_bytes(decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided)
+        if kv_dtype not in get_args(KvDtype):
+            raise ValueError(f"kv_dtype must be one of {', '.join(get_args(KvDtype))}, got {kv_dtype!r}.")
+        each = slot_bytes(
+            decoder, beams=beams, max_length=max_length, max_source=max_source, guided=guided, kv_dtype=kv_dtype
+        )
         budget = free_bytes(decoder.device) if memory_budget is None else memory_budget
         wanted = slots or _default_slots(decoder.device, beams)
         fitting = wanted if budget is None else min(wanted, budget // each)
@@ -77,7 +85,8 @@ class EngineConfig:
                 f"{(slots or 1) * each:,} bytes, and the memory budget is {budget:,}; lower one of them or raise the "
                 "budget."
             )
-        return cls(fitting, beams, max_length, max_source, each, workers or _workers(decoder, fitting, beams))
+        workers = workers or _workers(decoder, fitting, beams)
+        return cls(fitting, beams, max_length, max_source, each, workers, kv_dtype)
 
     @classmethod
     def for_batch(
@@ -134,11 +143,21 @@ def free_bytes(device: torch.device) -> int | None:
     return int(SHARE * (torch.cuda.mem_get_info(device)[0] + idle))
 
 
-def slot_bytes(decoder: Decoder, *, beams: int, max_length: int, max_source: int, guided: bool = False) -> int:
+def slot_bytes(
+    decoder: Decoder,
+    *,
+    beams: int,
+    max_length: int,
+    max_source: int,
+    guided: bool = False,
+    kv_dtype: KvDtype = "exact",
+) -> int:
     """Returns the bytes of one utterance's slot: self-attention's and cross-attention's caches, and the histories."""
     size, positions, halves = decoder.embedding.element_size(), max_length + 1, 2 if guided else 1
     own = 2 * len(decoder.layers) * halves * beams * decoder.kv_heads * positions * decoder.head_dim * size
-    cross = 2 * len(decoder.layers) * decoder.heads * max_source * decoder.head_dim * size
+    # a head's numbers, and its scale
+    of_head = max_source * decoder.head_dim * size if kv_dtype == "exact" else max_source * decoder.head_dim + 4
+    cross = 2 * len(decoder.layers) * decoder.heads * of_head
     precise = max(size, 4)
     # ancestors; tokens, parents and log-probabilities; the forced prefix
     history = positions * (beams * (halves + 4 + 1 + precise) + 4)

@@ -113,6 +113,7 @@ class Engine:
             and self._scheduler.encoder is encoder
             and self._scheduler.guided == guided
             and own.beams == config.beams
+            and own.kv_dtype == config.kv_dtype
             and config.slots <= own.slots
             and config.max_length <= own.max_length
             and config.max_source <= own.max_source

@@ -20,6 +20,7 @@ from spear_fast.decoding.cuda_graphs import graphs_for, rounded_slots
 from spear_fast.decoding.methods import Failure, Mix, step
 from spear_fast.decoding.options import DecodingOptions
 from spear_fast.decoding.packed.decoder import Decoder
+from spear_fast.decoding.packed.memory import KvDtype
 from spear_fast.decoding.request import Request
 from spear_fast.decoding.result import DecodingResult, backtrace
 from spear_fast.decoding.source_alignment import aligned
@@ -84,13 +85,20 @@ class Runner:
         max_source: int,
         guided: bool = False,
         fixed: bool = False,
+        kv_dtype: KvDtype = "exact",
     ) -> None:
         self.decoder, self.slots, self.positions = decoder, slots, positions
         self.fixed = guided or (fixed and not decoder.batch_invariant)
         self._apart = fixed and not decoder.batch_invariant
         self.occupied: list[Slot | None] = []
         self.state = DecodeState.allocate(
-            decoder, slots=slots, beams=beams, positions=positions, max_source=max_source, guided=guided
+            decoder,
+            slots=slots,
+            beams=beams,
+            positions=positions,
+            max_source=max_source,
+            guided=guided,
+            kv_dtype=kv_dtype,
         )
         self._views: dict[int, DecodeState] = {slots: self.state}
         self._graphs = graphs_for(decoder.device)

@@ -134,6 +134,7 @@ class Scheduler:
                 max_source=config.max_source,
                 guided=self.guided,
                 fixed=self.deterministic,
+                kv_dtype=config.kv_dtype,
             )
             for begin, end in pairwise(bounds)
         ]

@@ -69,7 +69,7 @@ def attended(decoder: Decoder, hypotheses: Sequence[Tensor], memory: ProjectedMe
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     lengths = torch.tensor([length], device=device)
     x = decoder.embedding[inputs]
-    for layer, key, value in zip(decoder.layers, memory.keys, memory.values, strict=True):
+    for i, layer in enumerate(decoder.layers):
         projected = layer.query_key_value(normalize(x, layer.self_gamma)).unflatten(-1, (-1, decoder.head_dim))
         own_query, own_key, own_value = projected.split(split, dim=1)
         own = ops.attention(
@@ -78,15 +78,16 @@ def attended(decoder: Decoder, hypotheses: Sequence[Tensor], memory: ProjectedMe
         )  # fmt: skip
         x = layer.self_output.add_to(x, own.flatten(1))
         query = layer.cross_query(normalize(x, layer.cross_gamma)).view(1, -1, heads, decoder.head_dim)
-        source = key, value, layer.null_key, layer.null_value, lengths
+        source = memory.keys[i], memory.values[i], layer.null_key, layer.null_value, lengths
+        scales = memory.scales_of(i)
         if layer is decoder.layers[-1]:
             break
-        seen = ops.decode_cross_attention(query, *source)
+        seen = ops.decode_cross_attention(query, *source, scales=scales)
         x = layer.cross_output.add_to(x, seen.view(len(x), -1))
         x = layer.feed_forward.add_to(x, normalize(x, layer.feed_gamma))
     parts = []
-    for some in query.split(max(1, CHUNK // (heads * (key.shape[2] + 1))), dim=1):
-        weights = ops.decode_cross_attention(some.contiguous(), *source, return_weights=True)[1]
+    for some in query.split(max(1, CHUNK // (heads * (source[0].shape[2] + 1))), dim=1):
+        weights = ops.decode_cross_attention(some.contiguous(), *source, return_weights=True, scales=scales)[1]
         precise = torch.promote_types(weights.dtype, torch.float32)
         parts.append(weights[0, :, :, 1 : 1 + length].to(precise).mean(dim=1).float())
     for i, part in enumerate(torch.cat(parts).split(widths)):

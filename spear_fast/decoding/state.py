@@ -15,8 +15,7 @@ from torch import Tensor
 
 from spear_fast.decoding.options import DecodingOptions, PackedOptions
 from spear_fast.decoding.packed.decoder import Decoder
-from spear_fast.decoding.packed.memory import ProjectedMemory
-from spear_fast.ops.decode_cross_attention import arrivals_for, planned_split
+from spear_fast.decoding.packed.memory import KvDtype, ProjectedMemory
 from spear_fast.ops.selection_params import FloatParam, IntParam, SelectionMethod
 from spear_fast.transfer import to_device
 
@@ -61,7 +60,15 @@ class DecodeState:
 
     @classmethod
     def allocate(
-        cls, decoder: Decoder, *, slots: int, beams: int, positions: int, max_source: int, guided: bool
+        cls,
+        decoder: Decoder,
+        *,
+        slots: int,
+        beams: int,
+        positions: int,
+        max_source: int,
+        guided: bool,
+        kv_dtype: KvDtype = "exact",
     ) -> DecodeState:
         """Returns buffers of free slots, for up to `positions` inputs; they begin small and grow."""
         device, rows = decoder.device, slots * (2 if guided else 1)
@@ -79,16 +86,10 @@ class DecodeState:
         # what no utterance has written is never read: pages that are not needed are never touched
         cache = (rows * beams, decoder.kv_heads, capacity, decoder.head_dim)
         layers = range(len(decoder.layers))
-        memory = (len(layers), 2, slots, decoder.heads, max_source, decoder.head_dim)
         state = cls(
             keys=[empty(*cache) for _ in layers],
             values=[empty(*cache) for _ in layers],
-            memory=ProjectedMemory.over(
-                empty(*memory),
-                zeros(slots, dtype=torch.int64),
-                arrivals_for(slots, decoder.heads, beams, device),
-                planned_split(slots, decoder.heads),
-            ),
+            memory=ProjectedMemory.allocate(decoder, slots=slots, beams=beams, length=max_source, kv_dtype=kv_dtype),
             float_params=zeros(slots, len(FloatParam), dtype=precise),
             int_params=zeros(slots, len(IntParam), dtype=torch.int32),
             prefix=zeros(slots, positions, dtype=torch.int32),

@@ -27,7 +27,8 @@ def decode_step(decoder: Decoder, state: DecodeState) -> Tensor:
 
     Writes the inputs' keys and values at position `lengths` of each hypothesis' own beam; selection raises `lengths`.
     """
-    query = decoder.device, decoder.dtype, decoder.head_dim, (decoder.fused is not None,)
+    options = decoder.fused is not None, state.memory.scales is None
+    query = decoder.device, decoder.dtype, decoder.head_dim, options
     function = _CHOICES.get(query) or providers.choose("decode_step", providers.ProviderQuery(*query))
     return function(decoder, state)
 
@@ -49,6 +50,8 @@ def _layered(decoder: Decoder, state: DecodeState) -> Tensor:
 def _why_not_fused(query: providers.ProviderQuery) -> str | None:
     if not query.options[0]:
         return "the weights are not packed: that takes a float32 model and an extension built with vectors"
+    if not query.options[1]:
+        return "cross-attention's keys and values are held in 8 bits"
     for op in FUSED_OPS:
         if providers.choose(op, query._replace(options=())) is not providers.get(op, "cpu").function:
             return f"another provider is asked for {op}"
@@ -97,7 +100,7 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
         )
         attended = ops.decode_cross_attention(
             query, memory.keys[i], memory.values[i], layer.null_key, layer.null_value, memory.lengths,
-            arrivals=memory.arrivals, split=memory.split,
+            arrivals=memory.arrivals, split=memory.split, scales=memory.scales_of(i),
         )  # fmt: skip
         layer.cross_output.add_to(conditional, attended.reshape(-1, heads * size))
         if state.guided:

@@ -193,6 +193,7 @@ def _engine(model: Any, options: LabelOptions, wanted: int) -> Engine:
                 max_source=options.max_source_tokens + 1,
                 deterministic=True,
                 weights="int8" if options.dtype == "int8" else "exact",
+                kv_dtype=options.kv_dtype,
             )
         except ValueError as error:
             if wanted == 1:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from spear_fast.decoding import DecodingOptions
+from spear_fast.decoding import DecodingOptions, KvDtype
 from spear_fast.labelling.errors import LabellingError
 
 # by kind of device: source tokens that are worked on together (on a CPU 32 utterances: more gain little), and rows of a
@@ -36,6 +36,7 @@ class LabelOptions:
     batch_tokens: source tokens that are worked on together, taken as 256 an utterance: 8192 are 32 utterances, each of
         which leaves its slot to the next one as soon as it is done.
     dtype: of weights and activations; "int8" is float32 with the weights' matmuls made of 8 bits, on x86 CPUs.
+    kv_dtype: of cross-attention's keys and values; "fp8" holds them in 8 bits, see `TextToSemantic.engine`.
     num_shards: files to write; by default one for every `rows_per_shard` rows.
 
     Raises LabellingError.
@@ -48,6 +49,7 @@ class LabelOptions:
     rows_per_shard: int
     device: str
     dtype: Literal["float32", "bfloat16", "float16", "int8"]
+    kv_dtype: KvDtype
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class LabelOptions:
         rows_per_shard: int = 512,
         device: str = "cpu",
         dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+        kv_dtype: KvDtype = "exact",
         **decoding_fields: Any,
     ) -> None:
         values = dict(max_source_tokens=max_source_tokens, batch_tokens=batch_tokens, num_shards=num_shards)
@@ -70,6 +73,8 @@ class LabelOptions:
                 raise LabellingError(f"{name} must be a whole number from 1 to {LARGEST}, got {value!r}.")
         if dtype not in ("float32", "bfloat16", "float16", "int8"):
             raise LabellingError(f"dtype must be float32, bfloat16, float16 or int8, got {dtype!r}.")
+        if kv_dtype not in get_args(KvDtype):
+            raise LabellingError(f"kv_dtype must be {' or '.join(get_args(KvDtype))}, got {kv_dtype!r}.")
         try:
             decoding = replace(decoding, **decoding_fields)
         except ValueError as error:
@@ -80,6 +85,7 @@ class LabelOptions:
                     f"{name} must be {getattr(DECODING, name)!r} for labelling, got {getattr(decoding, name)!r}."
                 )
         fields_of_job: dict[str, Any] = {**values, "decoding": decoding, "device": device, "dtype": dtype}
+        fields_of_job["kv_dtype"] = kv_dtype
         for name, field_value in fields_of_job.items():
             object.__setattr__(self, name, field_value)
 
@@ -90,4 +96,7 @@ class LabelOptions:
             if getattr(self.decoding, each.name) != getattr(DECODING, each.name):
                 found[each.name] = getattr(self.decoding, each.name)
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "decoding"}
+        if self.kv_dtype == "exact":
+            # as in jobs from before there was another
+            del own["kv_dtype"]
         return {**found, **own, "device": self.device.partition(":")[0]}

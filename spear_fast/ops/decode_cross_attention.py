@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ def decode_cross_attention(
     return_weights: Literal[False] = False,
     arrivals: Tensor | None = None,
     split: int = 0,
+    scales: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -47,6 +48,7 @@ def decode_cross_attention(
     return_weights: Literal[True],
     arrivals: Tensor | None = None,
     split: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -61,11 +63,13 @@ def decode_cross_attention(
     return_weights: bool = False,
     arrivals: Tensor | None = None,
     split: int = 0,
+    scales: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns each hypothesis' attention over its utterance's source, `[utterances, beams, heads, head_dim]`.
 
     query: `[utterances, beams, heads, head_dim]`; beams may be beams times tokens.
-    key, value: `[utterances, heads, source, head_dim]`, shared by the beams; not read at or past `lengths`.
+    key, value: `[utterances, heads, source, head_dim]`, shared by the beams; not read at or past `lengths`; like query,
+        or with `scales` float8_e4m3fn.
     null_key, null_value: `[heads, head_dim]`; a learned position before the source that is always attended.
     lengths: `[utterances]`, int64, in 0..source.
     return_weights: whether to return the weights too, `[utterances, beams, heads, source + 1]`, like query, the null
@@ -75,12 +79,13 @@ def decode_cross_attention(
     split: source positions that a program on a GPU reads, 0 for all of them, as where weights are wanted. The same
         numbers added in another order: whoever wants the same bits gives the same split, whatever else is in the batch;
         see `planned_split`.
+    scales: `[2, utterances, heads]`, float32; what an utterance's keys, and then its values, are to be multiplied by.
 
     Raises ValueError where the arguments do not fit each other, or a length lies outside of the source.
     Source: attention of the reference over a context, with its null key (reference line 249).
     """
     out, weights = _decode_cross_attention(
-        query, key, value, null_key, null_value, lengths, return_weights, arrivals, split
+        query, key, value, null_key, null_value, lengths, return_weights, arrivals, split, scales
     )
     return (out, weights) if return_weights else out
 
@@ -108,6 +113,7 @@ def _check_decode_cross_attention(
     return_weights: bool,
     arrivals: Tensor | None,
     split: int,
+    scales: Tensor | None,
 ) -> None:
     """Raises ValueError unless the arguments of `decode_cross_attention` fit each other."""
     op, dtype, device = "decode_cross_attention", query.dtype, query.device
@@ -134,14 +140,26 @@ def _check_decode_cross_attention(
                 "lengths": (lengths, "utterances", (utterances,)),
             },
         )
+    held = dtype if scales is None else torch.float8_e4m3fn
     if not (
-        key.dtype == value.dtype == null_key.dtype == null_value.dtype == dtype
+        null_key.dtype == null_value.dtype == dtype
+        and key.dtype == value.dtype == held
         and key.device == value.device == null_key.device == null_value.device == lengths.device == device
         and lengths.dtype == torch.int64
         and dtype in FLOATS
     ):
-        tensors = {"query": query, "key": key, "value": value, "null_key": null_key, "null_value": null_value}
-        check_common(op, "query", tensors, None, {"lengths": (lengths, torch.int64)})
+        tensors = {"query": query, "null_key": null_key, "null_value": null_value}
+        others = {"lengths": (lengths, torch.int64)}
+        if scales is None:
+            tensors |= {"key": key, "value": value}
+        else:
+            others |= {"key": (key, held), "value": (value, held)}
+        check_common(op, "query", tensors, None, others)
+    if scales is not None and not (
+        scales.shape == (2, utterances, heads) and scales.dtype == torch.float32 and scales.device == device
+    ):
+        check_shapes(op, {"scales": (scales, "2, utterances, heads", (2, utterances, heads))})
+        check_common(op, "query", {"query": query}, None, {"scales": (scales, torch.float32)})
     if split < 0:
         refuse(op, "split", "0 or more", str(split), "pass 0 for whole sources, or what planned_split returns")
     if arrivals is not None and not (
@@ -161,8 +179,10 @@ def _fake_decode_cross_attention(
     return_weights: bool,
     arrivals: Tensor | None = None,
     split: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_decode_cross_attention(query, key, value, null_key, null_value, lengths, return_weights, arrivals, split)
+    given = query, key, value, null_key, null_value, lengths, return_weights, arrivals, split, scales
+    _check_decode_cross_attention(*given)
     weights = (*query.shape[:3], key.shape[2] + 1) if return_weights else (0,)
     return query.new_empty(query.shape), query.new_empty(weights)
 
@@ -173,18 +193,34 @@ _ARGUMENTS = (
 )
 _decode_cross_attention = define(
     "decode_cross_attention",
-    f"({_ARGUMENTS}, Tensor? arrivals, int split){_RETURNS}",
+    f"({_ARGUMENTS}, Tensor? arrivals, int split, Tensor? scales){_RETURNS}",
     check=_check_decode_cross_attention,
     fake=_fake_decode_cross_attention,
     native=("cpu",),
-    # how the work is divided is nothing to a CPU
+    # how the work is divided is nothing to a CPU, and what is scaled comes to it as floating point
     native_schema=f"({_ARGUMENTS}){_RETURNS}",
 )
 _native = torch.ops.spear_fast.decode_cross_attention.cpu
 
 
-def _by_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _native(*arguments[:7])
+def _by_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_key: Tensor,
+    null_value: Tensor,
+    lengths: Tensor,
+    return_weights: bool,
+    arrivals: Tensor | None,
+    split: int,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if scales is not None:
+        if lengths.numel() and not return_weights and int(lengths.min()) >= 0 and int(lengths.max()) < key.shape[2]:
+            # what nobody reads need not be converted
+            key, value = (each[:, :, : int(lengths.max())] for each in (key, value))
+        key, value = reference.dequantised(key, value, scales, query.dtype)
+    return _native(query, key, value, null_key, null_value, lengths, return_weights)
 
 
 register(

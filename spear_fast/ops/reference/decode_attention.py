@@ -79,6 +79,16 @@ def _attend_one(
     return out.masked_fill_(lengths[..., None, None] == 0, 0)
 
 
+def dequantised(key: Tensor, value: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns keys and values `[utterances, heads, source, head_dim]` in `dtype`, multiplied by their scales.
+
+    key, value: float8_e4m3fn. scales: `[2, utterances, heads]`, float32.
+    """
+    precision = torch.promote_types(torch.float32, dtype)
+    of_key, of_value = scales.to(precision)[..., None, None].unbind()
+    return (key.to(precision) * of_key).to(dtype), (value.to(precision) * of_value).to(dtype)
+
+
 def decode_cross_attention(
     query: Tensor,
     key: Tensor,
@@ -89,10 +99,13 @@ def decode_cross_attention(
     return_weights: bool,
     arrivals: Tensor | None,
     split: int,
+    scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_range(
         "decode_cross_attention", "lengths", lengths, key.shape[2], "pass each utterance's number of source positions"
     )
+    if scales is not None:
+        key, value = dequantised(key, value, scales, query.dtype)
     scaled = query.transpose(1, 2) * query.shape[-1] ** -0.5
     valid = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
     scores = (scaled @ key.mT).masked_fill_(~valid[:, None, None], torch.finfo(query.dtype).min)
