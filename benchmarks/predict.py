@@ -71,11 +71,11 @@ def predicted(case: Case, generated: int, size: int = 2, source_size: int | None
         moving("embedding", 2 * dim, 1),
         moving("rms_norm", 2 * dim, 3 * layers + 1),
         matmul("matmul: queries, keys, values", dim, attention + shared),
-        moving("append_kv", 2 * shared),
         Predicted(
             "decode_self_attention",
             layers,
-            work.own + size * layers * rows * 2 * attention,
+            # reads queries and what is new, writes that and the result
+            work.own + size * layers * rows * 2 * (attention + shared),
             heads * (generated + 1),
         ),
         matmul("matmul: self-attention's output", attention, dim, adds=True),

@@ -12,6 +12,11 @@ void append_kv_cpu(
     const at::Tensor& key, const at::Tensor& value, const at::Tensor& freqs, const at::Tensor& positions,
     at::Tensor& cache_key, at::Tensor& cache_value);
 
+// append_kv_cpu of keys and values that are multiplied by the inverse RMS of their rows of `residual`
+void append_normed_kv_cpu(
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& freqs, const at::Tensor& positions,
+    at::Tensor& cache_key, at::Tensor& cache_value, const std::optional<at::Tensor>& residual);
+
 std::tuple<at::Tensor, at::Tensor> attention_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& key_mask,
     const std::optional<at::Tensor>& cu_query, const std::optional<at::Tensor>& cu_key, int64_t max_query,
@@ -42,14 +47,18 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_backward_cpu(
     const at::Tensor& lse, int64_t ignore_index);
 
 at::Tensor decode_self_attention_cpu(
-    const at::Tensor& query, const at::Tensor& freqs, const at::Tensor& cache_key, const at::Tensor& cache_value,
-    const at::Tensor& ancestors, const at::Tensor& lengths);
+    const at::Tensor& query, const at::Tensor& freqs, at::Tensor& cache_key, at::Tensor& cache_value,
+    const at::Tensor& ancestors, const at::Tensor& lengths, const std::optional<at::Tensor>& key,
+    const std::optional<at::Tensor>& value, const std::optional<at::Tensor>& residual);
 
 std::tuple<at::Tensor, at::Tensor> decode_cross_attention_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& null_key,
-    const at::Tensor& null_value, const at::Tensor& lengths, bool return_weights);
+    const at::Tensor& null_value, const at::Tensor& lengths, bool return_weights,
+    const std::optional<at::Tensor>& residual = std::nullopt);
 
-at::Tensor geglu_cpu(const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t width);
+at::Tensor geglu_cpu(
+    const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t width,
+    const std::optional<at::Tensor>& residual = std::nullopt);
 
 std::tuple<at::Tensor, at::Tensor> geglu_backward_cpu(
     const at::Tensor& grad, const at::Tensor& x, const std::optional<at::Tensor>& bias);

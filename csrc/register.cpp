@@ -1,5 +1,5 @@
 // every C++ implementation on the CPU is registered here, and the native classes; the schemas are defined by the
-// families in spear_fast/ops, the CUDA implementations in cuda/register.cpp
+// families in spear_fast/ops, the CUDA implementations in cuda/selection.cpp
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

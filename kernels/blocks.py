@@ -52,6 +52,28 @@ def softmax_step(b_scores, b_max, b_sum):
 
 
 @triton.jit
+def inverse_rms(row, dim, root, WIDTH: tl.constexpr):
+    """Returns what a row of a matmul's result is multiplied by where the norm before the matmul was left out.
+
+    row: `[dim]`, what went into the matmul. root: the square root of dim. WIDTH: at least dim, a power of two.
+    """
+    o_width = tl.arange(0, WIDTH)
+    b_row = tl.load(row + o_width, mask=o_width < dim, other=0.0).to(tl.float32)
+    return root / tl.maximum(tl.sqrt(tl.sum(b_row * b_row, 0)), 1e-12)
+
+
+@triton.jit
+def inverse_rms_of_rows(p_row, m_row, dim, root, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr = 128):
+    """`inverse_rms` of several rows, `[ROWS]`. p_row: `[ROWS]`, where each begins; those past m_row are not read."""
+    b_squares = tl.zeros([ROWS, CHUNK], tl.float32)
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        o_width = start + tl.arange(0, CHUNK)
+        b_part = tl.load(p_row[:, None] + o_width[None, :], mask=m_row[:, None] & (o_width < dim)[None, :], other=0.0)
+        b_squares += b_part.to(tl.float32) * b_part.to(tl.float32)
+    return root / tl.maximum(tl.sqrt(tl.sum(b_squares, 1)), 1e-12)
+
+
+@triton.jit
 def merged(
     partial, log_sums, o_row, m_row, rows, splits, HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr
 ):

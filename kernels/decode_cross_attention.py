@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import INTERPRETED, arrived_last, merged, padded, product, rows_apart, softmax_step
+from .blocks import INTERPRETED, arrived_last, inverse_rms_of_rows, merged, padded, product, rows_apart, softmax_step
 from .declaration import Declaration
 from .tiles import tile
 
@@ -52,6 +52,7 @@ def decode_cross_attention_kernel(
     null_key,
     null_value,
     lengths,
+    residual,
     scales,
     out,
     partial,
@@ -60,9 +61,11 @@ def decode_cross_attention_kernel(
     totals,
     scores,
     scale,
+    root,
     beams,
     heads,
     source,
+    dim,
     tiles,
     split,
     s_query_utterance,
@@ -77,10 +80,12 @@ def decode_cross_attention_kernel(
     s_null_key_head,
     s_null_value_head,
     s_length,
+    s_residual,
     s_scale_kind,
     s_scale_utterance,
     HEAD_DIM: tl.constexpr,
     SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -89,6 +94,7 @@ def decode_cross_attention_kernel(
 ):
     """A program computes ROWS beams of one head and utterance over one split; the null position is the first split's.
 
+    residual: `[utterances * beams, dim]`, see `inverse_rms`, or None. root: the square root of dim.
     scales: `[2, utterances, heads]`, float32, of keys and values that are bytes of e4m3; None of others.
     out: `[utterances, beams, heads, HEAD_DIM]`.
     partial, log_sums: `[splits, utterances, beams, heads, HEAD_DIM]` and without HEAD_DIM, float32; see `merged`.
@@ -122,6 +128,10 @@ def decode_cross_attention_kernel(
         splits = tl.maximum(tl.cdiv(length, split), 1)
         if i_split >= splits:
             return
+    if residual is not None:
+        p_residual = residual + (i_utterance * beams + o_beam) * s_residual
+        b_inverse = inverse_rms_of_rows(p_residual, m_beam, dim, root, WIDTH, ROWS)
+        b_query = (b_query.to(tl.float32) * b_inverse[:, None]).to(query.dtype.element_ty)
 
     b_asked = b_query
     b_scale = tl.full([ROWS], 1.0, tl.float32) * scale
@@ -222,6 +232,7 @@ def decode_cross_attention(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    residual: Tensor | None,
     arrivals: Tensor | None,
     split: int,
     scales: Tensor | None,
@@ -242,6 +253,8 @@ def decode_cross_attention(
         key, value = key.view(torch.uint8), value.view(torch.uint8)
     names = (_FEW, _MANY) if scales is None else (_FEW_FP8, _MANY_FP8)
     few, many = (tile(name, query.device, size, query.dtype) for name in names)
+    residual = None if residual is None else rows_apart(residual)
+    dim = 1 if residual is None else residual.shape[1]
     blocks = few if beams <= few["ROWS"] else many
     tiles = triton.cdiv(beams, blocks["ROWS"])
     programs = utterances * heads * tiles
@@ -265,6 +278,7 @@ def decode_cross_attention(
         null_key,
         null_value,
         lengths,
+        residual,
         scales,
         out,
         partial,
@@ -273,9 +287,11 @@ def decode_cross_attention(
         totals,
         scores,
         size**-0.5 * math.log2(math.e),
+        dim**0.5,
         beams,
         heads,
         source,
+        dim,
         tiles,
         split,
         *query.stride()[:3],
@@ -284,9 +300,11 @@ def decode_cross_attention(
         null_key.stride(0),
         null_value.stride(0),
         lengths.stride(0),
+        0 if residual is None else residual.stride(0),
         *scale_strides,
         HEAD_DIM=size,
         SIZE=padded(size),
+        WIDTH=padded(dim, 128),
         SPLIT=splits > 1,
         INTERPRETED=INTERPRETED,
         **blocks,
@@ -306,12 +324,12 @@ _FEW_FP8 = "decode_cross_attention_fp8"
 _MANY_FP8 = "decode_cross_attention_fp8_many"
 _STRIDES = (
     "s_query_utterance s_query_beam s_query_head s_key_utterance s_key_head s_key_position "
-    "s_value_utterance s_value_head s_value_position s_null_key_head s_null_value_head"
+    "s_value_utterance s_value_head s_value_position s_null_key_head s_null_value_head s_residual"
 ).split()
 _VARIANTS: dict[str, dict[str, bool | None]] = {
+    "weights": {"SPLIT": False, **dict.fromkeys(("partial", "log_sums", "arrivals", "residual"))},
     "whole": {"SPLIT": False, **dict.fromkeys(("partial", "log_sums", "arrivals", "totals", "scores"))},
     "split": {"SPLIT": True, "totals": None, "scores": None},
-    "weights": {"SPLIT": False, **dict.fromkeys(("partial", "log_sums", "arrivals"))},
 }
 _EXACT = {"scales": None, "CONVERTS": 0}
 AUDIT = [
@@ -320,20 +338,20 @@ AUDIT = [
             kernel=decode_cross_attention_kernel,
             tile=name,
             signature={
-                **dict.fromkeys(("query", "null_key", "null_value"), "*T:16"),
+                **dict.fromkeys(("query", "null_key", "null_value", "residual"), "*T:16"),
                 **dict.fromkeys(("key", "value"), "*u8:16" if name in (_FEW_FP8, _MANY_FP8) else "*T:16"),
                 "lengths": "*i64:16",
                 "scales": "*fp32",
                 "out": "*T:16",
                 **dict.fromkeys(("partial", "log_sums", "totals", "scores"), "*fp32:16"),
                 "arrivals": "*i32:16",
-                "scale": "fp32",
+                **dict.fromkeys(("scale", "root"), "fp32"),
                 "split": "i32:16",
-                **dict.fromkeys(("beams", "heads", "source", "tiles", "s_length"), "i32"),
+                **dict.fromkeys(("beams", "heads", "source", "dim", "tiles", "s_length"), "i32"),
                 **dict.fromkeys(("s_scale_kind", "s_scale_utterance"), "i32"),
                 **dict.fromkeys(_STRIDES, "i32:16"),
             },
-            constants=lambda size: {"HEAD_DIM": size, "SIZE": padded(size), "INTERPRETED": False},
+            constants=lambda size: {"HEAD_DIM": size, "SIZE": padded(size), "WIDTH": 1024, "INTERPRETED": False},
             variants={
                 variant: constants | ({} if name in (_FEW_FP8, _MANY_FP8) else _EXACT)
                 for variant, constants in _VARIANTS.items()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import rows_apart
+from .blocks import inverse_rms_of_rows, padded, rows_apart
 from .column_sums import column_sums, parts_of
 from .declaration import Declaration
 from .tiles import tile
@@ -22,8 +22,26 @@ def _below(b_gate):
 
 
 @triton.jit
-def geglu_kernel(x, bias, out, rows, inner, width, s_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of ROWS rows and BLOCK columns a program. x: `[rows, 2 * inner]`. bias: `[2 * inner]` or None."""
+def geglu_kernel(
+    x,
+    bias,
+    residual,
+    out,
+    rows,
+    inner,
+    width,
+    dim,
+    root,
+    s_x,
+    s_residual,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Of ROWS rows and BLOCK columns a program. x: `[rows, 2 * inner]`. bias: `[2 * inner]` or None.
+
+    residual: `[rows, dim]`, see `inverse_rms`, or None. root: the square root of dim.
+    """
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_row = (o_row < rows)[:, None]
@@ -32,6 +50,10 @@ def geglu_kernel(x, bias, out, rows, inner, width, s_x, ROWS: tl.constexpr, BLOC
     p_value = x + o_row[:, None] * s_x + o_column[None, :]
     b_value = tl.load(p_value, mask=m_block, other=0.0).to(tl.float32)
     b_gate = tl.load(p_value + inner, mask=m_block, other=0.0).to(tl.float32)
+    if residual is not None:
+        b_inverse = inverse_rms_of_rows(residual + o_row * s_residual, o_row < rows, dim, root, WIDTH, ROWS)[:, None]
+        b_value = b_value * b_inverse
+        b_gate = b_gate * b_inverse
     if bias is not None:
         b_value += tl.load(bias + o_column, mask=m_inner, other=0.0).to(tl.float32)[None, :]
         b_gate += tl.load(bias + inner + o_column, mask=m_inner, other=0.0).to(tl.float32)[None, :]
@@ -80,7 +102,7 @@ def geglu_backward_kernel(
         tl.store(p_part + inner, tl.sum(b_part_gate, 0), mask=m_inner)
 
 
-def geglu(x: Tensor, bias: Tensor | None, width: int) -> Tensor:
+def geglu(x: Tensor, bias: Tensor | None, width: int, residual: Tensor | None = None) -> Tensor:
     """Returns `[..., width]`; see the op."""
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -88,8 +110,22 @@ def geglu(x: Tensor, bias: Tensor | None, width: int) -> Tensor:
     rows = prod(x.shape[:-1])
     x = rows_apart(x.reshape(rows, x.shape[-1]))
     blocks = tile("geglu", x.device, width, x.dtype)
+    residual = None if residual is None else rows_apart(residual)
+    dim = 1 if residual is None else residual.shape[1]
     geglu_kernel[(triton.cdiv(rows, blocks["ROWS"]), triton.cdiv(width, blocks["BLOCK"]))](
-        x, None if bias is None else bias.contiguous(), out, rows, x.shape[-1] // 2, width, x.stride(0), **blocks
+        x,
+        None if bias is None else bias.contiguous(),
+        residual,
+        out,
+        rows,
+        x.shape[-1] // 2,
+        width,
+        dim,
+        dim**0.5,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        WIDTH=padded(dim, 128),
+        **blocks,
     )
     return out
 
@@ -125,11 +161,13 @@ AUDIT = [
         kernel=geglu_kernel,
         tile="geglu",
         signature={
-            **dict.fromkeys(("x", "bias", "out"), "*T:16"),
+            **dict.fromkeys(("x", "bias", "residual", "out"), "*T:16"),
             "rows": "i32",
-            **dict.fromkeys(("inner", "width", "s_x"), "i32:16"),
+            "root": "fp32",
+            **dict.fromkeys(("inner", "width", "dim", "s_x", "s_residual"), "i32:16"),
         },
-        variants={"": {"bias": None}, "bias": {}},
+        constants=lambda size: {"WIDTH": 1024},
+        variants={"": {"bias": None, "residual": None}, "bias": {"residual": None}, "residual": {}},
     ),
     Declaration(
         kernel=geglu_backward_kernel,

@@ -26,10 +26,15 @@ def function_of(op: str, provider: str):
 def call(op: str, arguments: list[Any] | tuple[Any, ...]) -> Any:
     """Calls the public function with what a provider takes by position."""
     if op == "decode_cross_attention":
-        *tensors, return_weights, arrivals, split, scales = arguments
-        more = {"arrivals": arrivals, "split": split, "scales": scales}
+        *tensors, return_weights, residual, arrivals, split, scales = arguments
+        more = {"arrivals": arrivals, "split": split, "residual": residual, "scales": scales}
         return ops.decode_cross_attention(*tensors, return_weights=return_weights, **more)
     return getattr(ops, op)(*arguments)
+
+
+def attending(arguments: list[Any] | tuple[Any, ...]) -> list[Any]:
+    """Returns the arguments of `decode_self_attention` where nothing is new, from those up to the lengths."""
+    return [*arguments[:6], None, None, None]
 
 
 def given(overload: Any, arguments: list[Any] | tuple[Any, ...]) -> tuple[Any, ...]:
@@ -41,6 +46,8 @@ def made(op: str, result: Any, arguments: list[Any] | tuple[Any, ...]) -> list[T
     """Returns what an op makes: its results, or the caches that it wrote."""
     if op == "append_kv":
         return list(arguments[-2:])
+    if op == "decode_self_attention" and arguments[6] is not None:
+        return [result, *arguments[2:4]]
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -78,20 +85,40 @@ def decode_self_attention(
     dtype=torch.float32,
     strided=False,
     lengths=None,
+    append=False,
+    dim=None,
 ):
+    """append: whether there are new keys and values. dim: of the residual that they were projected from, if any."""
     query = torch.randn(utterances, beams, tokens, heads, size, dtype=dtype)
     caches = [torch.randn(utterances * beams, groups, length, size, dtype=dtype) for _ in range(2)]
     if lengths is None:
-        lengths = torch.randint(length + 1, (utterances, beams))
+        lengths = torch.randint(tokens if append else 0, length + 1, (utterances, beams))
     # a trunk that all hypotheses share, then histories of their own
     ancestors = torch.randint(max(beams, 1), (utterances, beams, length), dtype=torch.uint8)
     trunk = length // 3
     ancestors[:, :, :trunk] = ancestors[:, :1, :trunk]
     # what lies past the lengths is never read: not even the beam index
     ancestors[torch.arange(length) >= lengths[..., None]] = 255
+    new = [torch.randn(utterances, beams, tokens, groups, size, dtype=dtype) for _ in range(2)]
+    if append:
+        # the new positions are written under the own beam index, over what nobody may read before
+        own = torch.arange(beams, dtype=torch.uint8)[:, None].expand_as(ancestors)
+        fresh = (torch.arange(length) >= lengths[..., None] - tokens) & (torch.arange(length) < lengths[..., None])
+        ancestors = torch.where(fresh, own, ancestors)
+        # nor does anybody read under another's index what that one writes now
+        theirs = fresh.gather(1, ancestors.clamp(max=max(beams - 1, 0)).long())
+        ancestors = torch.where(theirs & (ancestors < 255), own, ancestors)
+        for cache in caches:
+            cache.masked_fill_(fresh.view(-1, 1, length, 1), torch.nan)
     if strided:
         query, *caches = (_strided(tensor) for tensor in (query, *caches))
-    return query, frequencies(size), *caches, ancestors, lengths
+        new = [_strided(tensor) for tensor in new]
+    arguments = query, frequencies(size), *caches, ancestors, lengths
+    # the projection of rows that were not normed: as large as they are
+    residual = None if dim is None else torch.randn(query[..., 0, 0].numel(), dim, dtype=dtype) * 30
+    for tensor in () if dim is None else (query, *new):
+        tensor.mul_(30)
+    return *arguments, *(new if append else (None, None)), residual
 
 
 def decode_cross_attention(
@@ -108,6 +135,7 @@ def decode_cross_attention(
     arrivals=None,
     split=0,
     scaled=False,
+    dim=None,
 ):
     query = torch.randn(utterances, beams, heads, size, dtype=dtype)
     # as a projection leaves them: heads inside the positions
@@ -128,7 +156,11 @@ def decode_cross_attention(
             key, value = map(_strided, (key, value))
     if arrivals is not None:
         arrivals = torch.zeros(arrivals, dtype=torch.int32)
-    return query, key, value, null_key, null_value, lengths, return_weights, arrivals, split, scales
+    # as in decode_self_attention
+    residual = None if dim is None else torch.randn(utterances * beams, dim, dtype=dtype) * 30
+    if dim is not None:
+        query.mul_(30)
+    return query, key, value, null_key, null_value, lengths, return_weights, residual, arrivals, split, scales
 
 
 MAKE = {

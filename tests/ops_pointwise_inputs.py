@@ -5,6 +5,8 @@ A maker a op, keyed by its name; it returns all of the schema's arguments, by po
 
 from __future__ import annotations
 
+import math
+
 import torch
 from ops_inputs import frequencies
 from torch import Tensor
@@ -34,16 +36,20 @@ def rms_norm_backward(shape=(2, 3, 8), *, dtype=torch.float32, residual=False, s
     return *grads, x, gamma, inverse
 
 
-def geglu(shape=(2, 3), inner=8, extra=0, *, dtype=torch.float32, bias=False, strided=False, scale=1.0):
+def geglu(shape=(2, 3), inner=8, extra=0, *, dtype=torch.float32, bias=False, strided=False, scale=1.0, dim=None):
     x = torch.randn(*shape, 2 * inner, dtype=dtype) * scale
     bias = torch.randn(2 * inner, dtype=dtype) if bias else None
     if strided:
         x, bias = spread(x), None if bias is None else spread(bias)
-    return x, bias, inner + extra
+    residual = None
+    if dim is not None:
+        # the projection of rows that were not normed: as large as they are
+        x, residual = x.mul_(30), torch.randn(math.prod(shape), dim, dtype=dtype) * 30
+    return x, bias, inner + extra, residual
 
 
 def geglu_backward(shape=(2, 3), inner=8, extra=0, *, dtype=torch.float32, bias=False, strided=False, scale=1.0):
-    x, bias, width = geglu(shape, inner, dtype=dtype, bias=bias, strided=strided, scale=scale)
+    x, bias, width, _ = geglu(shape, inner, dtype=dtype, bias=bias, strided=strided, scale=scale)
     grad = torch.randn(*shape, width + extra, dtype=dtype)
     return spread(grad) if strided else grad, x, bias
 

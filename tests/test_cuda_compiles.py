@@ -9,12 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-from cuda_emulator import library
 from spear_fast.kernels.audit import nvcc
 
 from spear_fast.ops.cuda import sources
-from spear_fast.ops.cuda.decode_self_attention import plan
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
@@ -40,8 +37,6 @@ def nvrtc():
 @pytest.mark.parametrize(
     ("source", "kernel", "architecture"),
     [
-        ("decode_self_attention.cu", "decode_self_attention<spear_fast::BFloat16, 8, 5, true>", 80),
-        ("decode_self_attention.cu", "merge_self_attention<float>", 90),
         ("beam_step.cu", "beam_step<spear_fast::Half>", 90),
         ("sample_step.cu", "sample_step<spear_fast::BFloat16>", 80),
     ],
@@ -60,28 +55,3 @@ def test_nvrtc(source, kernel, architecture):
     lowered = ctypes.c_char_p()
     assert compiler.nvrtcGetLoweredName(program, name, ctypes.byref(lowered)) == 0
     assert kernel.partition("<")[0].encode() in lowered.value
-
-
-PLANS = """
-#include "plan.h"
-extern "C" void plan(const long long* sizes, long long itemsize, bool aligned, long long* out) {
-  const auto* s = sizes;
-  const auto p = spear_fast::plan_self_attention(s[0], s[1], s[2], s[3], s[4], s[5], s[6], itemsize, aligned);
-  const long long found[] = {p.lanes, p.rows, p.splits, p.tiles, p.blocks, p.partial};
-  for (int i = 0; i < 6; ++i) out[i] = found[i];
-}
-"""
-
-
-def test_python_and_cpp_cut_calls_up_alike():
-    found = library(PLANS)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        draw = [int(torch.randint(1, high, (), generator=generator)) for high in (600, 9, 5, 6, 5, 65, 600)]
-        utterances, beams, tokens, members, groups, half, buffer = draw
-        for itemsize in (2, 4):
-            aligned = half % 4 == 0
-            sizes = (utterances, beams, tokens, members * groups, groups, 2 * half, buffer)
-            out = (ctypes.c_longlong * 6)()
-            found.plan((ctypes.c_longlong * 7)(*sizes), ctypes.c_longlong(itemsize), ctypes.c_bool(aligned), out)
-            assert tuple(out) == plan(sizes, itemsize, aligned)

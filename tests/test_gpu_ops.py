@@ -13,6 +13,7 @@ import torch
 from ops_examples import EXAMPLES
 from ops_matrix import moved
 from ops_selection_inputs import random_state
+from tolerance import to_float64
 from torch import Tensor
 
 from spear_fast.ops import backends, providers
@@ -135,13 +136,15 @@ def test_native_and_run_time_kernels_agree(op):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_head_size_and_tile(dtype):
-    """The kernels of csrc/cuda at each number of lanes and rows, whole and in odd sizes."""
-    function = function_of("decode_self_attention", "cuda")
+    """Whole and in odd sizes, one tile of query rows and several, in one split and two."""
+    function = function_of("decode_self_attention", "triton")
     reference = providers.get("decode_self_attention", "reference").function
     for size in (16, 34, 64, 80, 128):
-        for beams, tokens, heads in ((1, 1, 2), (5, 1, 2), (5, 1, 8), (1, 5, 8)):
-            arguments = ops_inputs.decode_self_attention(3, beams, tokens, heads, 2, 260, size, dtype=dtype)
-            truth = reference(*[each.double() if each.is_floating_point() else each for each in arguments])
+        for beams, tokens, heads in ((1, 1, 2), (5, 1, 2), (5, 1, 8), (1, 5, 8), (2, 6, 16)):
+            arguments = ops_inputs.decode_self_attention(
+                3, beams, tokens, heads, 2, 600, size, dtype=dtype, append=True, dim=96
+            )
+            truth = reference(*to_float64(arguments))
             found = function(*moved(arguments, torch.device("cuda"))).cpu().double()
             error = (found - truth).norm() / truth.norm()
             assert error < (1e-4 if dtype == torch.float32 else 2e-2), (size, beams, tokens, heads)

@@ -22,7 +22,7 @@ PROVIDERS = list(dict.fromkeys(row[:2] for row in runnable(*OPS)))
 # options under which an op does more
 OPTIONS = {
     "append_kv": {"tokens": 2},
-    "decode_self_attention": {"tokens": 2},
+    "decode_self_attention": {"tokens": 2, "append": True, "dim": 12},
     "decode_cross_attention": {"return_weights": True, "arrivals": 24, "split": 4, "scaled": True},
 }
 
@@ -118,6 +118,9 @@ WRONG = {
         (5, lambda t: t[0], "lengths must be [utterances, beams] = [2, 3], got [3]"),
         (5, lambda t: t + 12, "lengths must lie in 0..11"),
         (5, lambda t: t - 12, "lengths must lie in 0..11"),
+        (6, lambda t: torch.zeros(2, 3, 1, 2, 8), "key and value must be given together, got one of them"),
+        (8, lambda t: torch.zeros(6), "residual must be [rows, dim] with 6 rows, got [6]"),
+        (8, lambda t: torch.zeros(6, 4).double(), "residual must be torch.float32 like query, got torch.float64"),
     ],
     "decode_cross_attention": [
         (0, lambda t: t[0], "query must be [utterances, beams, heads, head_dim], got [3, 4, 8]"),
@@ -129,13 +132,14 @@ WRONG = {
         (5, lambda t: t + 12, "lengths must lie in 0..11"),
         (5, lambda t: t - 12, "lengths must lie in 0..11"),
         (
-            7,
+            8,
             lambda t: torch.zeros(3),
             "arrivals must be torch.int32 [any] on cpu, contiguous, got torch.float32 [3] on cpu",
         ),
-        (7, lambda t: torch.zeros(6).int()[::2], "arrivals must be torch.int32 [any] on cpu, contiguous"),
-        (8, lambda t: -1, "split must be 0 or more, got -1"),
-        (9, lambda t: torch.ones(2, 2, 4), "key must be torch.float8_e4m3fn, got torch.float32"),
+        (7, lambda t: torch.zeros(5, 4), "residual must be [rows, dim] with 6 rows, got [5, 4]"),
+        (8, lambda t: torch.zeros(6).int()[::2], "arrivals must be torch.int32 [any] on cpu, contiguous"),
+        (9, lambda t: -1, "split must be 0 or more, got -1"),
+        (10, lambda t: torch.ones(2, 2, 4), "key must be torch.float8_e4m3fn, got torch.float32"),
     ],
 }
 
@@ -189,6 +193,7 @@ def test_odd_heads_cannot_be_rotated(op):
         return
     first, *others = MAKE[op](size=4)
     freqs = others[1] if op == "append_kv" else others[0]
+    others = [t for t in others if t is not None]
     narrowed = [t if t is freqs or t.dim() < 3 or t.dtype == torch.uint8 else t[..., :3] for t in (first, *others)]
     narrowed[2 if op == "append_kv" else 1] = freqs[:1]
     with pytest.raises(ValueError, match="head_dim must be even, got 3"):

@@ -46,6 +46,8 @@ _GATES = [
     {"shape": (0,), "bias": True},
     {"shape": (4,), "inner": 0, "bias": True, "extra": 3},
     {"shape": (3, 5), "inner": 24, "strided": True, "bias": True, "extra": 8},
+    {"shape": (3, 2), "inner": 33, "bias": True, "extra": 3, "dim": 200},
+    {"shape": (5,), "inner": 24, "strided": True, "dim": 1},
     # far out on both sides, where the gate is 0 or 1
     {"shape": (40,), "inner": 16, "scale": 6.0},
 ]
@@ -59,7 +61,14 @@ _TURNS = [
     {"shape": (2, 0)},
     {"shape": (3, 5), "heads": 2, "size": 24, "strided": True, "positions": "own"},
 ]
-SHAPES = {"rms_norm": _NORMS, "rms_norm_backward": _NORMS, "geglu": _GATES, "geglu_backward": _GATES, "rotary": _TURNS}
+_PLAIN_GATES = [shape for shape in _GATES if "dim" not in shape]
+SHAPES = {
+    "rms_norm": _NORMS,
+    "rms_norm_backward": _NORMS,
+    "geglu": _GATES,
+    "geglu_backward": _PLAIN_GATES,
+    "rotary": _TURNS,
+}
 # arguments that get gradients
 WANTING = {"rms_norm": (0, 1, 2), "geglu": (0, 1), "rotary": (0,)}
 
@@ -74,7 +83,7 @@ def cases(names, *, gradients):
         (*triple, shape)
         for triple in runnable(*names)
         for shape in SHAPES[triple[0]]
-        if not (gradients and triple[2] == torch.float16 and shape.get("scale") == 0.0)
+        if not (gradients and ((triple[2] == torch.float16 and shape.get("scale") == 0.0) or "dim" in shape))
     ]
 
 
@@ -123,6 +132,8 @@ def test_any_shape(op, provider, data):
         options |= {"shape": (*rows, draw(1, 80)), "residual": flag()}
     elif op.startswith("geglu"):
         options |= {"shape": rows, "inner": draw(0, 70), "extra": draw(0, 20), "bias": flag()}
+        if op == "geglu":
+            options |= {"dim": data.draw(st.sampled_from([None, 3, 140]))}
     else:
         options |= {"shape": rows, "heads": draw(1, 4), "size": 2 * draw(1, 40), "inverse": flag()}
         options["positions"] = data.draw(st.sampled_from(["none", "shared", "own"]))
@@ -166,7 +177,7 @@ def test_definitions_are_torchs():
     normed, total, _ = reference.rms_norm(x, gamma, residual)
     torch.testing.assert_close(normed, F.rms_norm(x + residual, (8,), gamma, eps=0.0))
     torch.testing.assert_close(total, x + residual)
-    x, bias, width = MAKE["geglu"](dtype=torch.float64, bias=True, extra=3)
+    x, bias, width, _ = MAKE["geglu"](dtype=torch.float64, bias=True, extra=3)
     values, gates = (x + bias).chunk(2, -1)
     torch.testing.assert_close(reference.geglu(x, bias, width), F.pad(values * F.gelu(gates), (0, 3)))
     x, freqs, _, _ = MAKE["rotary"](dtype=torch.float64)
@@ -291,6 +302,8 @@ WRONG = {
         (1, lambda t: t[1:], "bias must be [2 * inner] = [16], got [15]"),
         (1, lambda t: t.double(), "bias must be torch.float32 like x, got torch.float64"),
         (2, lambda width: 7, "width must be at least the 8 that x holds, got 7"),
+        (3, lambda _: torch.zeros(5, 4), "residual must be [rows, dim] with 6 rows, got [5, 4]"),
+        (3, lambda _: torch.zeros(6, 4).half(), "residual must be torch.float32 like x, got torch.float16"),
     ],
     "rotary": [
         (0, lambda t: t[0, 0], "x must be [..., length, heads, head_dim], got [3, 8]"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_inputs import MAKE, OPS, made
+from ops_inputs import MAKE, OPS, attending, made
 from ops_matrix import device_of, moved, runnable
 
 from spear_fast import ops
@@ -46,6 +46,18 @@ SHAPES = {
         {"strided": True, "tokens": 2, "size": 16},
         {"lengths": torch.zeros(2, 3, dtype=torch.long)},
         {"lengths": torch.full((2, 3), 11)},
+        # with what is new written in the same call
+        {"append": True},
+        {"append": True, "dim": 24},
+        {"dim": 5},
+        {"utterances": 3, "beams": 4, "heads": 8, "groups": 2, "length": 65, "size": 64, "append": True, "dim": 96},
+        {"utterances": 2, "beams": 5, "heads": 6, "groups": 6, "length": 130, "size": 34, "append": True},
+        {"utterances": 2, "beams": 3, "tokens": 3, "heads": 9, "groups": 1, "length": 40, "append": True, "dim": 16},
+        {"tokens": 7, "heads": 6, "lengths": torch.tensor([[7, 8, 9], [10, 11, 7]]), "append": True, "dim": 16},
+        {"length": 1, "append": True},
+        {"utterances": 0, "append": True, "dim": 3},
+        {"tokens": 0, "append": True, "dim": 3},
+        {"strided": True, "tokens": 2, "size": 16, "append": True, "dim": 40},
     ],
     "decode_cross_attention": [
         {},
@@ -65,6 +77,9 @@ SHAPES = {
         {"strided": True, "size": 16, "return_weights": True},
         {"lengths": torch.zeros(2, dtype=torch.long), "return_weights": True},
         {"lengths": torch.full((2,), 11)},
+        # of a residual that was not normed
+        {"dim": 24, "return_weights": True},
+        {"utterances": 2, "beams": 20, "heads": 2, "source": 33, "size": 16, "split": 16, "arrivals": 99, "dim": 200},
     ],
 }
 CASES = [(*row, shape) for row in runnable(*OPS) for shape in SHAPES[row[0]]]
@@ -115,10 +130,12 @@ def test_any_shape(op, provider, data):
     elif op == "decode_self_attention":
         groups = draw(1, 3)
         shape |= {"groups": groups, "heads": groups * draw(1, 5), "length": draw(1, 140), "size": 2 * draw(1, 40)}
-        shape |= {"utterances": draw(1, 4), "beams": draw(1, 11), "tokens": draw(1, 6)}
+        shape |= {"utterances": draw(1, 4), "beams": draw(1, 11), "tokens": draw(1, min(6, shape["length"]))}
+        shape |= {"append": data.draw(st.booleans()), "dim": data.draw(st.sampled_from([None, 1, 7, 130]))}
     else:
         shape |= {"heads": draw(1, 4), "source": draw(0, 140), "size": draw(1, 80)}
         shape |= {"utterances": draw(1, 4), "beams": draw(1, 11), "return_weights": data.draw(st.booleans())}
+        shape |= {"dim": data.draw(st.sampled_from([None, 1, 7, 130]))}
         shape |= {"split": draw(0, 70), "arrivals": data.draw(st.sampled_from([None, 1, 999]))}
         shape |= {"scaled": data.draw(st.booleans())}
     assert_right(op, provider, MAKE[op](**shape))
@@ -158,10 +175,12 @@ def test_tokens_together_are_tokens_one_by_one(op, provider):
             one = slice(t, t + 1)
             copies = computed(op, provider, [key[:, one], value[:, one], freqs, positions + t, *copies])
     else:
-        query, *others, lengths = MAKE[op](tokens=tokens, length=70, lengths=torch.tensor([[70, 4, 9], [66, 65, 8]]))
-        (together,) = computed(op, provider, [query, *others, lengths])
+        counts = torch.tensor([[70, 4, 9], [66, 65, 8]])
+        query, *others, lengths = MAKE[op](tokens=tokens, length=70, lengths=counts)[:6]
+        (together,) = computed(op, provider, attending([query, *others, lengths]))
         counts = [lengths - (tokens - 1 - t) for t in range(tokens)]
-        outs = [computed(op, provider, [query[:, :, t : t + 1], *others, count])[0] for t, count in enumerate(counts)]
+        calls = [attending([query[:, :, t : t + 1], *others, count]) for t, count in enumerate(counts)]
+        outs = [computed(op, provider, call)[0] for call in calls]
         together, copies = [together], [torch.cat(outs, dim=2)]
     torch.testing.assert_close(together, copies, rtol=1e-6, atol=1e-6)
 
@@ -172,7 +191,7 @@ def test_self_attention_is_attention_over_gathered_caches(op, provider):
     utterances, beams, tokens, heads, groups, length, size = 2, 3, 2, 4, 2, 9, 16
     lengths = torch.tensor([[9, 4, 2], [5, 5, 8]])
     arguments = MAKE[op](utterances, beams, tokens, heads, groups, length, size, lengths=lengths)
-    query, freqs, cache_key, cache_value, ancestors, lengths = arguments
+    query, freqs, cache_key, cache_value, ancestors, lengths = arguments[:6]
     (out,) = computed(op, provider, arguments)
     for utterance in range(utterances):
         for beam in range(beams):
@@ -227,7 +246,7 @@ def test_nothing_past_the_lengths_counts(op, provider):
     arguments = MAKE[op](**({"tokens": 2} if op == "decode_self_attention" else {"return_weights": True}))
     wanted = computed(op, provider, arguments)
     if op == "decode_self_attention":
-        _, _, key, value, ancestors, lengths = arguments
+        _, _, key, value, ancestors, lengths = arguments[:6]
         written = torch.zeros(2, 3, key.shape[2], dtype=torch.bool)
         for utterance, beam in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
             for position in range(int(lengths[utterance, beam])):
@@ -256,13 +275,13 @@ def test_a_batch_is_its_utterances_one_by_one(op, provider):
     whole = computed(op, provider, arguments)[0]
     for i in range(4):
         if kept:
-            query, freqs, key, value, ancestors, lengths = arguments
+            query, freqs, key, value, ancestors, lengths = arguments[:6]
             rows = slice(i * beams, (i + 1) * beams)
-            one = query[i : i + 1], freqs, key[rows], value[rows], ancestors[i : i + 1], lengths[i : i + 1]
+            one = attending((query[i : i + 1], freqs, key[rows], value[rows], ancestors[i : i + 1], lengths[i : i + 1]))
         else:
-            query, key, value, *null, lengths, return_weights, arrivals, split, _ = arguments
+            query, key, value, *null, lengths, return_weights, _, arrivals, split, _ = arguments
             one = *(tensor[i : i + 1] for tensor in (query, key, value)), *null, lengths[i : i + 1], return_weights
-            one = *one, arrivals, split, None
+            one = *one, None, arrivals, split, None
         assert torch.equal(computed(op, provider, one)[0][0], whole[i])
 
 
@@ -294,7 +313,7 @@ def test_cached_steps_equal_one_pass(provider, count):
         arguments = [key[:, new], value[:, new], freqs, torch.full((rows,), t), *caches]
         caches = computed("append_kv", provider, arguments)
         arguments = [query[:, None, new], freqs, *caches, ancestors, torch.full((rows, 1), t + count)]
-        outs += computed("decode_self_attention", provider, arguments)
+        outs += computed("decode_self_attention", provider, attending(arguments))
     positions = torch.arange(length).expand(rows, -1)
     turned = [reference.rotate(heads, freqs, positions).transpose(1, 2) for heads in (query, key)]
     wanted = torch.nn.functional.scaled_dot_product_attention(

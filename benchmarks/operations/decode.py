@@ -100,7 +100,7 @@ def self_attention(
         ancestors[:, :, :trunk] = torch.randint(beams, (batch, 1, trunk), device=device)
         lengths = torch.full((batch, beams), generated, device=device)
         caches = _caches(rows, model, generated, dtype, device)
-        return query, frequencies(size, device), *caches, ancestors.to(torch.uint8), lengths
+        return query, frequencies(size, device), *caches, ancestors.to(torch.uint8), lengths, None, None, None
 
     def attend(query: Tensor, freqs: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
         ahead = torch.arange(tokens, device=query.device)
@@ -112,7 +112,9 @@ def self_attention(
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=heads != groups)
         return out.transpose(1, 2).unflatten(0, (batch, beams))
 
-    def gather(query: Tensor, freqs: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, lengths: Tensor) -> Tensor:
+    def gather(
+        query: Tensor, freqs: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, lengths: Tensor, *_: None
+    ) -> Tensor:
         utterance = torch.arange(batch, device=query.device)[:, None, None]
         position = torch.arange(generated, device=query.device)
         slots = ancestors.long()
@@ -124,7 +126,7 @@ def self_attention(
         return attend(query, freqs, follow(key), follow(value), lengths)
 
     def reorder(arguments) -> Prepared:
-        query, freqs, key, value, _, lengths = arguments
+        query, freqs, key, value, _, lengths, *_ = arguments
         parents = torch.arange(rows, device=query.device)
 
         def run() -> Tensor:
@@ -165,7 +167,7 @@ def cross_attention(
         key, value = (torch.randn(batch, heads, source, size, device=device, dtype=dtype) for _ in range(2))
         null_key, null_value = (torch.randn(heads, size, device=device, dtype=dtype) for _ in range(2))
         arrivals, split = arrivals_for(batch, heads, beams, device), planned_split(batch, heads)
-        return query, key, value, null_key, null_value, lengths.to(device), False, arrivals, split, None
+        return query, key, value, null_key, null_value, lengths.to(device), False, None, arrivals, split, None
 
     def with_null(null: Tensor, keys: Tensor) -> Tensor:
         return torch.cat((null[None, :, None].expand(batch, -1, -1, -1), keys), dim=2)

@@ -112,9 +112,9 @@ def geglu(
     def inputs(dtype: torch.dtype, device: torch.device) -> tuple:
         torch.manual_seed(0)
         x, bias = torch.randn(rows, 2 * inner, device=device, dtype=dtype), torch.randn(2 * inner).to(device, dtype)
-        return x, bias, width
+        return x, bias, width, None
 
-    def composed(x: Tensor, bias: Tensor, width: int) -> Tensor:
+    def composed(x: Tensor, bias: Tensor, width: int, *_: None) -> Tensor:
         values, gates = (x + bias).chunk(2, dim=-1)
         return F.pad(values * F.gelu(gates), (0, width - inner))
 

@@ -6,6 +6,7 @@
 
 #include "../ops.h"
 #include "attention_rows.h"
+#include "inverse_rms.h"
 
 namespace spear_fast {
 namespace {
@@ -16,13 +17,15 @@ constexpr int64_t kGrain = 1 << 16;
 template <typename scalar_t>
 void attend(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& null_key,
-    const at::Tensor& null_value, const int64_t* lengths, at::Tensor& out, at::Tensor& weights) {
+    const at::Tensor& null_value, const int64_t* lengths, const std::optional<at::Tensor>& residual, at::Tensor& out,
+    at::Tensor& weights) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t utterances = query.size(0), beams = query.size(1), heads = query.size(2), size = query.size(3);
   const int64_t padded = round_up<acc_t>(size);
   const int64_t longest = key.size(2) + 1;
   const int64_t score_stride = longest + kKeys;
   const acc_t scale = 1 / std::sqrt(static_cast<acc_t>(size));
+  const std::vector<acc_t> norms = inverse_rms<scalar_t>(residual);
   const auto* p_query = query.const_data_ptr<scalar_t>();
   const auto* p_key = key.const_data_ptr<scalar_t>();
   const auto* p_value = value.const_data_ptr<scalar_t>();
@@ -50,8 +53,9 @@ void attend(
       for (int64_t beam = 0; beam < beams; ++beam) {
         const scalar_t* source =
             p_query + utterance * query_strides[0] + beam * query_strides[1] + head * query_strides[2];
+        const acc_t factor = norms.empty() ? scale : scale * norms[utterance * beams + beam];
         for (int64_t i = 0; i < size; ++i) {
-          queries[beam * padded + i] = static_cast<acc_t>(source[i]) * scale;
+          queries[beam * padded + i] = static_cast<acc_t>(source[i]) * factor;
         }
       }
       score_rows<acc_t>(queries.data(), beams, padded, keys.data(), count, size, scores.data(), score_stride);
@@ -87,13 +91,15 @@ at::Tensor dense_rows(const at::Tensor& tensor) {
 
 std::tuple<at::Tensor, at::Tensor> decode_cross_attention_cpu(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& null_key,
-    const at::Tensor& null_value, const at::Tensor& lengths, bool return_weights) {
+    const at::Tensor& null_value, const at::Tensor& lengths, bool return_weights,
+    const std::optional<at::Tensor>& residual) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
       query.dim() == 4 && key.dim() == 4 && key.sizes() == value.sizes() && null_key.dim() == 2 &&
           null_key.sizes() == null_value.sizes() && lengths.dim() == 1 && lengths.size(0) == query.size(0) &&
           key.size(0) == query.size(0) && key.size(1) == query.size(2) && key.size(3) == query.size(3) &&
-          null_key.size(0) == query.size(2) && null_key.size(1) == query.size(3),
+          null_key.size(0) == query.size(2) && null_key.size(1) == query.size(3) &&
+          fits_residual(residual, query.size(0) * query.size(1), query),
       "decode_cross_attention: the shapes of the arguments do not fit each other");
   const auto counts = lengths.contiguous();
   const auto* p_counts = counts.const_data_ptr<int64_t>();
@@ -110,7 +116,7 @@ std::tuple<at::Tensor, at::Tensor> decode_cross_attention_cpu(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_cross_attention", [&] {
     attend<scalar_t>(
         dense_rows(query), dense_rows(key), dense_rows(value), dense_rows(null_key), dense_rows(null_value), p_counts,
-        out, weights);
+        residual, out, weights);
   });
   return {out, weights};
 }

@@ -6,6 +6,7 @@
 
 #include "../ops.h"
 #include "attention_rows.h"
+#include "inverse_rms.h"
 #include "rotary.h"
 
 namespace spear_fast {
@@ -45,7 +46,7 @@ int64_t common_trunk(const uint8_t* ancestors, const int64_t* lengths, int64_t b
 template <typename scalar_t>
 void attend(
     const at::Tensor& query, const at::Tensor& freqs, const at::Tensor& cache_key, const at::Tensor& cache_value,
-    const uint8_t* ancestors, const int64_t* lengths, at::Tensor& out) {
+    const uint8_t* ancestors, const int64_t* lengths, const std::optional<at::Tensor>& residual, at::Tensor& out) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t utterances = query.size(0), beams = query.size(1), tokens = query.size(2);
   const int64_t heads = query.size(3), size = query.size(4);
@@ -54,6 +55,7 @@ void attend(
   const int64_t members = heads / groups, block = tokens * members, rows = beams * block;
   const int64_t padded = round_up<acc_t>(size);
   const acc_t scale = 1 / std::sqrt(static_cast<acc_t>(size));
+  const std::vector<acc_t> norms = inverse_rms<scalar_t>(residual);
   const at::Tensor frequencies = freqs.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
   const auto* p_freqs = frequencies.const_data_ptr<acc_t>();
   const auto* p_query = query.const_data_ptr<scalar_t>();
@@ -83,11 +85,12 @@ void attend(
       for (int64_t beam = 0; beam < beams; ++beam) {
         for (int64_t token = 0; token < tokens; ++token) {
           rotaries[token].move_to(std::max<int64_t>(reach(length[beam], tokens, token) - 1, 0));
+          const acc_t norm = norms.empty() ? acc_t(1) : norms[(utterance * beams + beam) * tokens + token];
           for (int64_t member = 0; member < members; ++member) {
             rotaries[token].rotate(
                 p_query + utterance * query_strides[0] + beam * query_strides[1] + token * query_strides[2] +
                     (group * members + member) * query_strides[3],
-                scale, queries.data() + (beam * block + token * members + member) * padded);
+                scale * norm, queries.data() + (beam * block + token * members + member) * padded);
           }
         }
       }
@@ -144,15 +147,19 @@ void attend(
 }  // namespace
 
 at::Tensor decode_self_attention_cpu(
-    const at::Tensor& query, const at::Tensor& freqs, const at::Tensor& cache_key, const at::Tensor& cache_value,
-    const at::Tensor& ancestors, const at::Tensor& lengths) {
+    const at::Tensor& query, const at::Tensor& freqs, at::Tensor& cache_key, at::Tensor& cache_value,
+    const at::Tensor& ancestors, const at::Tensor& lengths, const std::optional<at::Tensor>& key,
+    const std::optional<at::Tensor>& value, const std::optional<at::Tensor>& residual) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
       query.dim() == 5 && query.size(4) % 2 == 0 && freqs.numel() * 2 == query.size(4) && cache_key.dim() == 4 &&
           cache_key.sizes() == cache_value.sizes() && cache_key.size(0) == query.size(0) * query.size(1) &&
           cache_key.size(1) > 0 && query.size(3) % cache_key.size(1) == 0 && cache_key.size(3) == query.size(4) &&
           ancestors.dim() == 3 && ancestors.size(0) == query.size(0) && ancestors.size(1) == query.size(1) &&
-          ancestors.size(2) == cache_key.size(2) && lengths.sizes() == query.sizes().slice(0, 2),
+          ancestors.size(2) == cache_key.size(2) && lengths.sizes() == query.sizes().slice(0, 2) &&
+          key.has_value() == value.has_value() &&
+          (!key.has_value() || (key->dim() == 5 && key->sizes().slice(0, 3) == query.sizes().slice(0, 3))) &&
+          fits_residual(residual, query.size(0) * query.size(1) * query.size(2), query),
       "decode_self_attention: the shapes of the arguments do not fit each other");
   TORCH_CHECK(
       cache_key.stride(3) == 1 && cache_value.stride(3) == 1,
@@ -162,15 +169,17 @@ at::Tensor decode_self_attention_cpu(
   if (out.numel() == 0) {
     return out;
   }
-  const int64_t beams = query.size(1), buffer = cache_key.size(2);
+  const int64_t beams = query.size(1), tokens = query.size(2), buffer = cache_key.size(2);
   const auto counts = lengths.contiguous();
   const auto table = ancestors.contiguous();
   const auto* p_counts = counts.const_data_ptr<int64_t>();
   const auto* p_table = table.const_data_ptr<uint8_t>();
+  const int64_t least = key.has_value() ? tokens : 0;
   for (int64_t row = 0; row < counts.numel(); ++row) {
     TORCH_CHECK_VALUE(
-        p_counts[row] >= 0 && p_counts[row] <= buffer, "decode_self_attention: lengths must lie in 0..", buffer,
-        ", the caches' length, and hypothesis ", row, " has ", p_counts[row], "; make the caches longer or end it");
+        p_counts[row] >= least && p_counts[row] <= buffer, "decode_self_attention: lengths must lie in ", least, "..",
+        buffer, ", the caches' length, and hypothesis ", row, " has ", p_counts[row],
+        "; make the caches longer or end it");
     uint8_t highest = 0;
     for (int64_t position = 0; position < p_counts[row]; ++position) {
       highest = std::max(highest, p_table[row * buffer + position]);
@@ -180,9 +189,14 @@ at::Tensor decode_self_attention_cpu(
         ", the number of beams of an utterance, and hypothesis ", row, " has ", static_cast<int64_t>(highest),
         "; write each position's beam index before it is read");
   }
+  if (key.has_value()) {
+    append_normed_kv_cpu(
+        key->flatten(0, 1), value->flatten(0, 1), freqs, counts.flatten().sub(tokens), cache_key, cache_value,
+        residual);
+  }
   const auto queries = query.stride(4) == 1 ? query : query.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, query.scalar_type(), "decode_self_attention", [&] {
-    attend<scalar_t>(queries, freqs, cache_key, cache_value, p_table, p_counts, out);
+    attend<scalar_t>(queries, freqs, cache_key, cache_value, p_table, p_counts, residual, out);
   });
   return out;
 }

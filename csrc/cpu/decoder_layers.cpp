@@ -235,7 +235,8 @@ at::Tensor DecoderLayers::step(
           positions, keys[i], values[i]);
     });
     const at::Tensor attended = profiled("spear_fast::decode_self_attention", [&] {
-      return decode_self_attention_cpu(query, layer.freqs, keys[i], values[i], ancestors, written);
+      return decode_self_attention_cpu(
+          query, layer.freqs, keys[i], values[i], ancestors, written, std::nullopt, std::nullopt, std::nullopt);
     });
     x = layer.self_output->added(attended.view({rows, heads_ * size}), x);
 

@@ -4,6 +4,7 @@
 
 #include "../ops.h"
 #include "gelu.h"
+#include "inverse_rms.h"
 #include "rows.h"
 
 namespace spear_fast {
@@ -19,10 +20,14 @@ struct Halves {
   const scalar_t* row;
   const scalar_t* bias;
   int64_t inner;
+  // of the row before the bias
+  acc_t scale = 1;
 
   template <typename Count>
   std::tuple<Lanes<acc_t>, Lanes<acc_t>> part(int64_t offset, Count count) const {
     auto [low, high] = load<acc_t>(row + offset, count);
+    low = low * Lanes<acc_t>(scale);
+    high = high * Lanes<acc_t>(scale);
     if (bias != nullptr) {
       const auto [bias_low, bias_high] = load<acc_t>(bias + offset, count);
       low = low + bias_low;
@@ -43,16 +48,19 @@ struct Halves {
 };
 
 template <typename scalar_t>
-void activate(const at::Tensor& x, const at::Tensor& bias, int64_t rows, at::Tensor& out) {
+void activate(
+    const at::Tensor& x, const at::Tensor& bias, int64_t rows, const std::optional<at::Tensor>& residual,
+    at::Tensor& out) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t inner = x.size(-1) / 2, width = out.size(-1);
   const auto* p_x = x.const_data_ptr<scalar_t>();
   const auto* p_bias = pointer<scalar_t>(bias);
   auto* p_out = out.data_ptr<scalar_t>();
+  const std::vector<acc_t> norms = inverse_rms<scalar_t>(residual);
 
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const Halves<scalar_t> halves{p_x + row * 2 * inner, p_bias, inner};
+      const Halves<scalar_t> halves{p_x + row * 2 * inner, p_bias, inner, norms.empty() ? acc_t(1) : norms[row]};
       scalar_t* target = p_out + row * width;
       for_steps<acc_t>(inner, [&](int64_t offset, auto count) {
         const auto [gate_low, gate_high] = halves.gates(offset, count);
@@ -126,11 +134,14 @@ int64_t rows_of(const at::Tensor& x) { return c10::multiply_integers(x.sizes().s
 
 }  // namespace
 
-at::Tensor geglu_cpu(const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t width) {
+at::Tensor geglu_cpu(
+    const at::Tensor& x, const std::optional<at::Tensor>& bias, int64_t width,
+    const std::optional<at::Tensor>& residual) {
   // the caller's mistakes are explained in Python; these keep a direct caller inside the buffers
   TORCH_CHECK(
       x.dim() > 0 && x.size(-1) % 2 == 0 && width >= x.size(-1) / 2 &&
-          (!bias.has_value() || (bias->dim() == 1 && bias->size(0) == x.size(-1))),
+          (!bias.has_value() || (bias->dim() == 1 && bias->size(0) == x.size(-1))) &&
+          fits_residual(residual, rows_of(x), x),
       "geglu: the shapes of the arguments do not fit each other");
   TORCH_CHECK(!bias.has_value() || bias->scalar_type() == x.scalar_type(), "geglu: the dtypes of the arguments differ");
   auto shape = x.sizes().vec();
@@ -140,7 +151,7 @@ at::Tensor geglu_cpu(const at::Tensor& x, const std::optional<at::Tensor>& bias,
     return out;
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "geglu", [&] {
-    activate<scalar_t>(packed(x), packed(bias), rows_of(x), out);
+    activate<scalar_t>(packed(x), packed(bias), rows_of(x), residual, out);
   });
   return out;
 }

@@ -1,19 +1,14 @@
-// the launches that nvcc compiles, for register.cpp: no header of torch's on one side, none of CUDA's on the other
+// the launches that nvcc compiles, for selection.cpp: no header of torch's on one side, none of CUDA's on the other
 #pragma once
-
-#include "plan.h"
 
 namespace spear_fast {
 
-struct SelfAttention;
 struct BeamStep;
 struct SampleStep;
 struct Half;
 struct BFloat16;
 
 // each queues its kernels on a cudaStream_t of the current device; returns the cudaError_t
-template <typename scalar_t>
-int launch_self_attention(const SelfAttention& arguments, bool aligned, const SelfAttentionPlan& plan, void* stream);
 template <typename scalar_t>
 int launch_beam_step(const BeamStep& arguments, void* stream);
 template <typename scalar_t>

@@ -38,16 +38,6 @@ inline int for_scalar(const char* op, const at::Tensor& tensor, const Body& body
   }
 }
 
-// whether the tensor's rows of `size` numbers can be read 16 bytes at a time
-inline bool is_aligned(const at::Tensor& tensor, int64_t size) {
-  const int64_t pack = 16 / static_cast<int64_t>(tensor.element_size());
-  bool aligned = size % pack == 0 && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
-    aligned = aligned && tensor.stride(i) % pack == 0;
-  }
-  return aligned;
-}
-
 inline void check_launch(const char* op, int error) {
   TORCH_CHECK(
       error == 0, op, ": the launch failed with CUDA error ", error, "; set CUDA_LAUNCH_BLOCKING=1 to see where");

@@ -26,23 +26,7 @@ class CudaKernel(NamedTuple):
     struct: str
 
 
-# each type at the sizes of the models, and what takes the most registers
-SELF_ATTENTION = (
-    "BFloat16, 8, 1, true",
-    "BFloat16, 8, 5, true",
-    "BFloat16, 8, 8, true",
-    "BFloat16, 8, 5, false",
-    "BFloat16, 32, 8, true",
-    "Half, 16, 8, true",
-    "float, 16, 8, true",
-    "float, 16, 5, false",
-)
 KERNELS = (
-    *(
-        CudaKernel("decode_self_attention.cu", "decode_self_attention", each, "SelfAttention")
-        for each in SELF_ATTENTION
-    ),
-    CudaKernel("decode_self_attention.cu", "merge_self_attention", "BFloat16", "SelfAttention"),
     CudaKernel("beam_step.cu", "beam_step", "BFloat16", "BeamStep"),
     CudaKernel("beam_step.cu", "beam_step", "float", "BeamStep"),
     CudaKernel("sample_step.cu", "sample_step", "BFloat16", "SampleStep"),

@@ -80,18 +80,16 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
     """
     rows, beams = state.lengths.shape
     count = x.shape[0] // (rows * beams)
-    positions = state.lengths + first if first else state.lengths
     heads, size = decoder.heads, decoder.head_dim
     split = [heads, decoder.kv_heads, decoder.kv_heads]
     sourced = state.batch * beams * count
-    written, memory = positions + count, state.memory
+    written, memory = state.lengths + (first + count), state.memory
     for i in layers:
         layer = decoder.layers[i]
         projected = layer.query_key_value(normalize(x, layer.self_gamma)).view(rows, beams, count, -1, size)
         query, key, value = projected.split(split, dim=3)
         caches = state.keys[i], state.values[i]
-        ops.append_kv(key.flatten(0, 1), value.flatten(0, 1), layer.freqs, positions.flatten(), *caches)
-        attended = ops.decode_self_attention(query, layer.freqs, *caches, state.ancestors, written)
+        attended = ops.decode_self_attention(query, layer.freqs, *caches, state.ancestors, written, key, value)
         x = layer.self_output.add_to(x, attended.reshape(-1, heads * size))
 
         conditional = x[:sourced]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NoReturn
 
 import torch
@@ -102,3 +103,17 @@ def check_shapes(op: str, expected: dict[str, tuple[Tensor, str, tuple[int, ...]
     for name, (tensor, names, shape) in expected.items():
         if tensor.shape != shape:
             refuse(op, name, f"[{names}] = {list(shape)}", shape_of(tensor), "see the op's docstring for the sizes")
+
+
+def check_residual(op: str, like: Tensor, name: str, leading: int, residual: Tensor | None) -> None:
+    """Raises ValueError unless `residual` is None or `[rows, dim]`: a row for each of the first dimensions of `like`.
+
+    name: of `like`. leading: how many dimensions of it are rows.
+    """
+    if residual is None:
+        return
+    rows = prod(like.shape[:leading])
+    if residual.dim() != 2 or residual.shape[0] != rows or residual.shape[1] == 0:
+        refuse(op, "residual", f"[rows, dim] with {rows} rows", shape_of(residual), f"pass what {name} was made of")
+    if residual.dtype != like.dtype or residual.device != like.device:
+        check_common(op, name, {name: like, "residual": residual}, None, {})

@@ -39,10 +39,18 @@ def _append_kv(
 
 
 def _decode_self_attention(
-    query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
+    query: Tensor,
+    freqs: Tensor,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    key: Tensor | None = None,
+    *others: Tensor | None,
 ) -> None:
     op, buffer, beams = "decode_self_attention", cache_key.shape[2], query.shape[1]
-    check_range(op, "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
+    least = 0 if key is None else query.shape[2]
+    check_range(op, "lengths", lengths, buffer, "make the caches longer or end the hypothesis", least=least)
     read = torch.arange(buffer, device=ancestors.device) < lengths[..., None]
     beam_read = ancestors.masked_fill(~read, 0)
     check_range(op, "ancestors", beam_read, beams - 1, "write each position's beam index before it is read")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spear_fast.ops import backends
-from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
-from spear_fast.ops.providers import ProviderQuery, register
+from spear_fast.ops.checks import FLOATS, check_common, check_residual, check_shapes, refuse, shape_of
+from spear_fast.ops.providers import register
 from spear_fast.ops.reference import decode_attention as reference
 from spear_fast.ops.registry import define
 
@@ -29,11 +31,20 @@ def append_kv(
 
 
 def decode_self_attention(
-    query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
+    query: Tensor,
+    freqs: Tensor,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Returns each hypothesis' attention over its own history, `[utterances, beams, tokens, heads, head_dim]`.
 
-    Token t of T is at position `lengths - T + t` and reads the positions up to its own.
+    Token t of T is at position `lengths - T + t` and reads the positions up to its own. With a key and a value these
+    are first written there, the key rotated: `append_kv` in the same launch.
 
     query: `[utterances, beams, tokens, heads, head_dim]`, not yet rotated: that happens here.
     freqs: `[head_dim / 2]`, float32.
@@ -41,12 +52,16 @@ def decode_self_attention(
     ancestors: `[utterances, beams, length]`, uint8; the beam index, 0..beams - 1, under which position t
         of this hypothesis was written. Neither it nor the caches are read at or past `lengths`.
     lengths: `[utterances, beams]`, int64; positions that are written, those of all tokens included. A token that finds
-        itself before the first position gives zeros.
+        itself before the first position gives zeros. With a key at least T; then the ancestors at the tokens' own
+        positions are the hypothesis' own beam index, and no other hypothesis reads what is written there.
+    key, value: `[utterances, beams, tokens, kv_heads, head_dim]`, like query, the key not yet rotated; or None, both.
+    residual: `[utterances * beams * tokens, dim]`, like query; or None. Query, key and value were projected from its
+        rows without the norm before: here they are multiplied by `sqrt(dim) / max(||row||, 1e-12)`, in float32.
 
     Raises ValueError where the arguments do not fit each other, or lengths or ancestors lie outside of the caches.
     Source: attention of the reference over its cache (reference line 221).
     """
-    return _decode_self_attention(query, freqs, cache_key, cache_value, ancestors, lengths)
+    return _decode_self_attention(query, freqs, cache_key, cache_value, ancestors, lengths, key, value, residual)
 
 
 def _check_append_kv(
@@ -93,7 +108,15 @@ def _check_append_kv(
 
 
 def _check_decode_self_attention(
-    query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
+    query: Tensor,
+    freqs: Tensor,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> None:
     """Raises ValueError unless the arguments of `decode_self_attention` fit each other."""
     op, dtype, device = "decode_self_attention", query.dtype, query.device
@@ -141,20 +164,30 @@ def _check_decode_self_attention(
         tensors = {"query": query, "cache_key": cache_key, "cache_value": cache_value}
         integers = {"ancestors": (ancestors, torch.uint8), "lengths": (lengths, torch.int64)}
         check_common(op, "query", tensors, freqs, integers)
+    if key is not None or value is not None:
+        _check_new(query, groups, buffer, key, value)
+    check_residual(op, query, "query", 3, residual)
 
 
-def _cuda_cannot(query: ProviderQuery) -> str | None:
-    """Returns why csrc/cuda/decode_self_attention.cu does not take such a query, or None."""
-    if query.size * query.dtype.itemsize > 512:
-        return f"takes heads of at most 512 bytes, not {query.size} numbers of {query.dtype}"
-    return backends.of_dtypes(*backends.TRITON_DTYPES)(query)
+def _check_new(query: Tensor, groups: int, buffer: int, key: Tensor | None, value: Tensor | None) -> None:
+    """Raises ValueError unless the new keys and values fit the queries."""
+    op, names = "decode_self_attention", "utterances, beams, tokens, kv_heads, head_dim"
+    if key is None or value is None:
+        refuse(op, "key and value", "given together", "one of them", "pass both, or neither")
+    shape = (*query.shape[:3], groups, query.shape[4])
+    if key.shape != shape or value.shape != shape:
+        check_shapes(op, {"key": (key, names, shape), "value": (value, names, shape)})
+    if query.shape[2] > buffer:
+        refuse(op, "tokens", f"at most the caches' length {buffer}", str(query.shape[2]), "make the caches longer")
+    if not (key.dtype == value.dtype == query.dtype and key.device == value.device == query.device):
+        check_common(op, "query", {"query": query, "key": key, "value": value}, None, {})
 
 
 def _fake_append_kv(*arguments: Tensor) -> None:
     _check_append_kv(*arguments)
 
 
-def _fake_decode_self_attention(query: Tensor, *arguments: Tensor) -> Tensor:
+def _fake_decode_self_attention(query: Tensor, *arguments: Any) -> Tensor:
     _check_decode_self_attention(query, *arguments)
     return query.new_empty(query.shape)
 
@@ -168,14 +201,13 @@ _append_kv = define(
 )
 _decode_self_attention = define(
     "decode_self_attention",
-    "(Tensor query, Tensor freqs, Tensor cache_key, Tensor cache_value, Tensor ancestors, Tensor lengths) -> Tensor",
+    "(Tensor query, Tensor freqs, Tensor(a!) cache_key, Tensor(b!) cache_value, Tensor ancestors, Tensor lengths, "
+    "Tensor? key, Tensor? value, Tensor? residual) -> Tensor",
     check=_check_decode_self_attention,
     fake=_fake_decode_self_attention,
-    native=("cpu", "cuda"),
+    native=("cpu",),
 )
 for _op in ("append_kv", "decode_self_attention"):
     register(backends.cpu(_op))
-    if _op == "decode_self_attention":
-        register(backends.cuda(_op, _cuda_cannot))
     register(backends.triton(_op, _op))
     register(backends.reference(_op, reference))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops import backends, extension
-from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
+from spear_fast.ops.checks import FLOATS, check_common, check_residual, check_shapes, refuse, shape_of
 from spear_fast.ops.providers import Provider, register
 from spear_fast.ops.reference import decode_attention as reference
 from spear_fast.ops.registry import define
@@ -33,6 +33,7 @@ def decode_cross_attention(
     arrivals: Tensor | None = None,
     split: int = 0,
     scales: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -49,6 +50,7 @@ def decode_cross_attention(
     arrivals: Tensor | None = None,
     split: int = 0,
     scales: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -64,6 +66,7 @@ def decode_cross_attention(
     arrivals: Tensor | None = None,
     split: int = 0,
     scales: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Returns each hypothesis' attention over its utterance's source, `[utterances, beams, heads, head_dim]`.
 
@@ -80,12 +83,14 @@ def decode_cross_attention(
         numbers added in another order: whoever wants the same bits gives the same split, whatever else is in the batch;
         see `planned_split`.
     scales: `[2, utterances, heads]`, float32; what an utterance's keys, and then its values, are to be multiplied by.
+    residual: `[utterances * beams, dim]`, like query; or None. The query was projected from its rows without the norm
+        before: here it is multiplied by `sqrt(dim) / max(||row||, 1e-12)`, in float32.
 
     Raises ValueError where the arguments do not fit each other, or a length lies outside of the source.
     Source: attention of the reference over a context, with its null key (reference line 249).
     """
     out, weights = _decode_cross_attention(
-        query, key, value, null_key, null_value, lengths, return_weights, arrivals, split, scales
+        query, key, value, null_key, null_value, lengths, return_weights, residual, arrivals, split, scales
     )
     return (out, weights) if return_weights else out
 
@@ -111,6 +116,7 @@ def _check_decode_cross_attention(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    residual: Tensor | None,
     arrivals: Tensor | None,
     split: int,
     scales: Tensor | None,
@@ -160,6 +166,7 @@ def _check_decode_cross_attention(
     ):
         check_shapes(op, {"scales": (scales, "2, utterances, heads", (2, utterances, heads))})
         check_common(op, "query", {"query": query}, None, {"scales": (scales, torch.float32)})
+    check_residual(op, query, "query", 2, residual)
     if split < 0:
         refuse(op, "split", "0 or more", str(split), "pass 0 for whole sources, or what planned_split returns")
     if arrivals is not None and not (
@@ -177,11 +184,12 @@ def _fake_decode_cross_attention(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    residual: Tensor | None,
     arrivals: Tensor | None = None,
     split: int = 0,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    given = query, key, value, null_key, null_value, lengths, return_weights, arrivals, split, scales
+    given = query, key, value, null_key, null_value, lengths, return_weights, residual, arrivals, split, scales
     _check_decode_cross_attention(*given)
     weights = (*query.shape[:3], key.shape[2] + 1) if return_weights else (0,)
     return query.new_empty(query.shape), query.new_empty(weights)
@@ -189,7 +197,8 @@ def _fake_decode_cross_attention(
 
 _RETURNS = " -> (Tensor out, Tensor weights)"
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor null_key, Tensor null_value, Tensor lengths, bool return_weights"
+    "Tensor query, Tensor key, Tensor value, Tensor null_key, Tensor null_value, Tensor lengths, "
+    "bool return_weights, Tensor? residual"
 )
 _decode_cross_attention = define(
     "decode_cross_attention",
@@ -211,6 +220,7 @@ def _by_cpu(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    residual: Tensor | None,
     arrivals: Tensor | None,
     split: int,
     scales: Tensor | None,
@@ -220,7 +230,7 @@ def _by_cpu(
             # what nobody reads need not be converted
             key, value = (each[:, :, : int(lengths.max())] for each in (key, value))
         key, value = reference.dequantised(key, value, scales, query.dtype)
-    return _native(query, key, value, null_key, null_value, lengths, return_weights)
+    return _native(query, key, value, null_key, null_value, lengths, return_weights, residual)
 
 
 register(

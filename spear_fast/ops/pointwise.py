@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops import backends
-from spear_fast.ops.checks import FLOATS, check_common, check_shapes, refuse, shape_of
+from spear_fast.ops.checks import FLOATS, check_common, check_residual, check_shapes, refuse, shape_of
 from spear_fast.ops.providers import ProviderQuery, register
 from spear_fast.ops.reference import pointwise as reference
 from spear_fast.ops.registry import define, differentiate
@@ -29,15 +29,17 @@ def rms_norm(x: Tensor, gamma: Tensor, residual: Tensor | None = None) -> Any:
     return normed if residual is None else (normed, total)
 
 
-def geglu(x: Tensor, bias: Tensor | None = None, width: int | None = None) -> Tensor:
+def geglu(x: Tensor, bias: Tensor | None = None, width: int | None = None, residual: Tensor | None = None) -> Tensor:
     """Returns the first half of `x + bias` times the exact GELU of the second half, `[..., width]`, like x, contiguous.
 
     x: `[..., 2 * inner]`, floating point. bias: `[2 * inner]`, like x, or None: that of the linear layer before it.
     width: at least inner, which it is by default; what lies past inner is zero, to align the matmul after it.
+    residual: `[rows, dim]`, like x, a row for each of x; or None. x was projected from its rows without the norm
+        before: here it is multiplied by `sqrt(dim) / max(||row||, 1e-12)`, in float32. Without gradients.
 
     Raises ValueError where the arguments do not fit each other. Source: reference line 151.
     """
-    return _geglu(x, bias, x.shape[-1] // 2 if width is None else width)
+    return _geglu(x, bias, x.shape[-1] // 2 if width is None else width, residual)
 
 
 def rotary(x: Tensor, freqs: Tensor, positions: Tensor | None = None, inverse: bool = False) -> Tensor:
@@ -109,9 +111,10 @@ def _check_geglu_inputs(op: str, x: Tensor, bias: Tensor | None) -> None:
     _check_alike(op, "x", {"x": x, "bias": bias})
 
 
-def _check_geglu(x: Tensor, bias: Tensor | None, width: int) -> None:
+def _check_geglu(x: Tensor, bias: Tensor | None, width: int, residual: Tensor | None = None) -> None:
     """Raises ValueError unless the arguments of `geglu` fit each other."""
     _check_geglu_inputs("geglu", x, bias)
+    check_residual("geglu", x, "x", x.dim() - 1, residual)
     if width < x.shape[-1] // 2:
         wanted = f"at least the {x.shape[-1] // 2} that x holds"
         refuse("geglu", "width", wanted, str(width), "zeros are added at the end, nothing is cut off")
@@ -154,8 +157,8 @@ def _fake_rms_norm_backward(
     return x.new_empty(x.shape), gamma.new_empty(gamma.shape)
 
 
-def _fake_geglu(x: Tensor, bias: Tensor | None, width: int) -> Tensor:
-    _check_geglu(x, bias, width)
+def _fake_geglu(x: Tensor, bias: Tensor | None, width: int, residual: Tensor | None = None) -> Tensor:
+    _check_geglu(x, bias, width, residual)
     return x.new_empty((*x.shape[:-1], width))
 
 
@@ -186,7 +189,7 @@ _rms_norm_backward = define(
 )
 _geglu = define(
     "geglu",
-    "(Tensor x, Tensor? bias, SymInt width) -> Tensor",
+    "(Tensor x, Tensor? bias, SymInt width, Tensor? residual) -> Tensor",
     check=_check_geglu,
     fake=_fake_geglu,
     native=("cpu",),
@@ -228,14 +231,16 @@ def _differentiate_rms_norm(
 
 
 def _save_geglu(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, bias, _ = inputs
+    x, bias, _, *residual = inputs
+    if any(each is not None for each in residual):
+        refuse("geglu", "residual", "None where gradients are wanted", "a tensor", "normalise before the matmul")
     ctx.save_for_backward(x, bias)
 
 
 def _differentiate_geglu(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     grad_x, grad_bias = _geglu_backward(grad, x, bias)
-    return grad_x, None if bias is None else grad_bias, None
+    return grad_x, None if bias is None else grad_bias, None, None
 
 
 def _save_rotary(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -86,7 +86,7 @@ def define(
                 return function(first, *others)
         except (RuntimeError, TypeError):
             # asked only now: every call would pay for it
-            refuse_layouts(op, dict(zip(names, (first, *others), strict=True)))
+            refuse_layouts(op, dict(zip(names, (first, *others), strict=False)))
             raise
 
     for name in (op, *(f"{op}.{provider}" for provider in native)):

@@ -153,7 +153,7 @@ def main() -> int:
         raise SystemExit(f"fuzz: {missing}")
     torch.set_num_threads(1)
     # what torch imports for shapes alone would take more fenced pieces than a process may have
-    torch.ops.spear_fast.geglu(torch.empty(2, 4, device="meta"), None, 2)
+    torch.ops.spear_fast.geglu(torch.empty(2, 4, device="meta"), None, 2, None)
     first = wanted.seed if wanted.seed is not None else int.from_bytes(os.urandom(4), "little")
     print(f"fuzz: from seed {first} on (--seed {first} runs the same cases)", flush=True)
     return 1 if fuzz(first, wanted.cases, wanted.seconds) else 0

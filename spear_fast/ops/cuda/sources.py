@@ -21,7 +21,7 @@ def folder() -> Path | None:
 def text(name: str) -> str:
     """Returns a file of csrc/cuda with everything that it includes from csrc in place, each once.
 
-    name: such as "decode_self_attention.cu".
+    name: such as "beam_step.cu".
     """
     root = folder()
     if root is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spear_fast.ops.reference.ranges import check_range
+from spear_fast.ops.reference.residual import normed_after
 
 
 def rotate(heads: Tensor, freqs: Tensor, positions: Tensor) -> Tensor:
@@ -39,12 +40,25 @@ def append_kv(
 
 
 def decode_self_attention(
-    query: Tensor, freqs: Tensor, cache_key: Tensor, cache_value: Tensor, ancestors: Tensor, lengths: Tensor
+    query: Tensor,
+    freqs: Tensor,
+    cache_key: Tensor,
+    cache_value: Tensor,
+    ancestors: Tensor,
+    lengths: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
+    op, advice = "decode_self_attention", "make the caches longer or end the hypothesis"
     buffer, tokens = cache_key.shape[2], query.shape[2]
-    check_range("decode_self_attention", "lengths", lengths, buffer, "make the caches longer or end the hypothesis")
+    check_range(op, "lengths", lengths, buffer, advice, least=0 if key is None else tokens)
     if query.numel() == 0:
         return query.clone(memory_format=torch.contiguous_format)
+    query = normed_after(query, 3, residual)
+    if key is not None and value is not None:
+        new = normed_after(key, 3, residual).flatten(0, 1), normed_after(value, 3, residual).flatten(0, 1)
+        append_kv(*new, freqs, (lengths - tokens).flatten(), cache_key, cache_value)
     # each as if the tokens after it were not there yet
     counts = [(lengths - (tokens - 1 - token)).clamp(min=0) for token in range(tokens)]
     caches = cache_key, cache_value
@@ -97,6 +111,7 @@ def decode_cross_attention(
     null_value: Tensor,
     lengths: Tensor,
     return_weights: bool,
+    residual: Tensor | None,
     arrivals: Tensor | None,
     split: int,
     scales: Tensor | None,
@@ -106,7 +121,7 @@ def decode_cross_attention(
     )
     if scales is not None:
         key, value = dequantised(key, value, scales, query.dtype)
-    scaled = query.transpose(1, 2) * query.shape[-1] ** -0.5
+    scaled = normed_after(query, 2, residual).transpose(1, 2) * query.shape[-1] ** -0.5
     valid = torch.arange(key.shape[2], device=query.device) < lengths[:, None]
     scores = (scaled @ key.mT).masked_fill_(~valid[:, None, None], torch.finfo(query.dtype).min)
     weights = _softmax(torch.cat((scaled @ null_key[:, :, None], scores), dim=-1))

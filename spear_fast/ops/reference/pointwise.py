@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spear_fast.ops.reference.decode_attention import rotate
-
-# the reference's, through torch.nn.functional.normalize
-SMALLEST_NORM = 1e-12
+from spear_fast.ops.reference.residual import SMALLEST_NORM, inverse_rms
 
 
 def _sum_rows(x: Tensor) -> Tensor:
@@ -40,15 +38,18 @@ def rms_norm_backward(
     return grad_x.to(x.dtype).contiguous(), _sum_rows(grad * unscaled).to(gamma.dtype)
 
 
-def _halves(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _halves(x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     precision = torch.promote_types(torch.float32, x.dtype)
-    both = x.to(precision) if bias is None else x.to(precision) + bias.to(precision)
+    both = x.to(precision)
+    if residual is not None:
+        both = both * inverse_rms(residual).view(*x.shape[:-1], 1)
+    both = both if bias is None else both + bias.to(precision)
     values, gates = both.chunk(2, dim=-1)
     return values, gates
 
 
-def geglu(x: Tensor, bias: Tensor | None, width: int) -> Tensor:
-    values, gates = _halves(x, bias)
+def geglu(x: Tensor, bias: Tensor | None, width: int, residual: Tensor | None = None) -> Tensor:
+    values, gates = _halves(x, bias, residual)
     return F.pad((values * F.gelu(gates)).to(x.dtype), (0, width - x.shape[-1] // 2)).contiguous()
 
 

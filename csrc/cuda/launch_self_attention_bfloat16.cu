@@ -1,4 +1,0 @@
-#include "launch_self_attention.h"
-
-template int spear_fast::launch_self_attention<spear_fast::BFloat16>(
-    const SelfAttention&, bool, const SelfAttentionPlan&, void*);
