@@ -35,7 +35,7 @@ VARIANTS = (FLOAT32, BFLOAT16, WIDE_RESIDUAL)
 # steps whose losses are averaged; percent that a loss may end from float32's
 LAST, WITHIN = 50, 1.0
 LEARNING_RATE, WARMUP, BATCH_TOKENS, SEED = 1.2e-3, 100, 2400, 0
-HEADER = ("convergence", "in", "loss of training, nats a token", "of validation", "from float32", "time", "aim")
+HEADER = ("convergence", "in", "loss of training, nats a token", "of validation", "from float32", "aim")
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -126,7 +126,6 @@ def line(row: rowfile.Row) -> tuple[str, ...]:
         f"{row['loss']['train']:.4f}",
         f"{row['loss']['valid']:.4f}",
         ", ".join(f"{value:+.2f} %" for value in apart.values()),
-        rowfile.seconds(row["seconds"]),
         aim,
     )
 

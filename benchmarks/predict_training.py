@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # bytes of a number in bfloat16 and in float32
 HALF, WHOLE = 2, 4
+# what a launch costs the host, through Python and autograd; to be checked on a GPU
+HOST_SECONDS = 6e-6
 
 
 def predicted(case: Training) -> list[Predicted]:
@@ -62,7 +64,7 @@ def predicted(case: Training) -> list[Predicted]:
     # backward computes the scores again, and four matmuls beside them
     kinds.append(Predicted("attention", 0, 12.0 * HALF * streamed, 14.0 * attention * float(pairs)))
     normed = encoded * (2 * encoder + 1) + decoded * (3 * decoder + 1)
-    kinds.append(Predicted("rms_norm with the residual", 0, WHOLE * 8.0 * normed * dim))
+    kinds.append(Predicted("rms_norm with the residual", 0, HALF * 8.0 * normed * dim))
     kinds.append(Predicted("geglu", 0, HALF * 8.0 * inner * (encoded * encoder + decoded * decoder)))
     logits = decoded * dim * model.vocabulary
     kinds.append(Predicted("cross_entropy", 0, HALF * 3.0 * decoded * dim, 8.0 * logits))
@@ -89,10 +91,18 @@ def report(case: Training, device: Device = H100) -> str:
     kinds, count = predicted(case), counted(case)
     launching = count * device.launch
     total = seconds(kinds, device) + launching
+    hosting = count * HOST_SECONDS
     tokens = sum(int(each.sum()) for each in case.lengths())
-    said = f"{case.name}, bfloat16, predicted for one {device.name} and not measured: {rowfile.seconds(total)} a step, "
-    said += f"{tokens / total:.0f} tokens/s, {100 * case.flops() / total / device.gflops / 1e9:.0f} % of the matmuls' "
-    said += f"limit; {count} launches, {100 * launching / total:.0f} % of the time inside a CUDA graph"
+    said = (
+        f"{case.name}, bfloat16, predicted for one {device.name} and not measured: {rowfile.seconds(total)} a step of "
+    )
+    said += f"{tokens} tokens, {tokens / total:.0f} tokens/s, "
+    said += f"{100 * case.flops() / total / device.gflops / 1e9:.0f} % of the matmuls' limit. {count} launches are "
+    said += f"{rowfile.seconds(hosting)} of the host's time: it waits for the GPU "
+    if hosting < total:
+        said += "in each step, so that a CUDA graph would gain nothing."
+    else:
+        said += f"from about {1000 * -(-hosting / total * tokens // 1000):.0f} tokens a step on."
     lines = []
     for kind in sorted(kinds, key=lambda each: -each.seconds(device)):
         own = kind.seconds(device)

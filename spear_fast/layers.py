@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spear_fast import ops
+from spear_fast.layer_weights import AttentionWeights, FeedForwardWeights, feed_forward_weights
 from spear_fast.packing import Reads
 
 # of the inner features of a feed-forward on a GPU: others make all its matrices unaligned
@@ -35,15 +36,16 @@ class RMSNorm(nn.Module):
         dtype = self._dtype(x, x.dtype)
         return ops.rms_norm(x.to(dtype), self.gamma.to(dtype))
 
-    def after_sum(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    def after_sum(self, x: Tensor, added: Tensor | None, gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the norm of `x + added` and the sum itself, computed together; without `added` the norm of x and x.
 
-        added: like x, but perhaps of another type.
+        added: like x, but perhaps of another type. gamma: this norm's, perhaps of another type.
         """
+        gamma = self.gamma if gamma is None else gamma
+        dtype = self._dtype(x, x.dtype if added is None else torch.promote_types(x.dtype, added.dtype))
         if added is None:
-            return self(x), x
-        dtype = self._dtype(x, torch.promote_types(x.dtype, added.dtype))
-        return ops.rms_norm(added.to(dtype), self.gamma.to(dtype), x.to(dtype))  # type: ignore[no-any-return]
+            return ops.rms_norm(x.to(dtype), gamma.to(dtype)), x
+        return ops.rms_norm(added.to(dtype), gamma.to(dtype), x.to(dtype))  # type: ignore[no-any-return]
 
     def _dtype(self, x: Tensor, stream: torch.dtype) -> torch.dtype:
         return torch.promote_types(stream, self.gamma.dtype) if autocast_dtype(x) is None else stream
@@ -66,7 +68,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Sequential):
     """Norm, linear, GEGLU, dropout, linear, with `int(dim * mult * 2 / 3)` inner features (reference line 156).
 
-    The bias of the first linear is added inside the GEGLU, unless another kind of module has replaced the linear
+    The bias of the first linear is added inside the GEGLU, unless another kind of module has replaced a linear
     or a hook wants to see its result.
     """
 
@@ -75,31 +77,22 @@ class FeedForward(nn.Sequential):
         super().__init__(RMSNorm(dim), nn.Linear(dim, inner * 2), GEGLU(), nn.Dropout(dropout), nn.Linear(inner, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, up_gate, activation, *_ = self
-        if not is_plain(up_gate) or type(activation) is not GEGLU:
+        norm, up_gate, activation, _, down = self
+        if not (is_plain(up_gate) and is_plain(down)) or type(activation) is not GEGLU:
             return super().forward(x)
-        return self.after_norm(norm(x))
+        return self.after_norm(norm(x), feed_forward_weights(self, alignment=alignment_of(x)))
 
-    def after_norm(self, normed: Tensor) -> Tensor:
+    def after_norm(self, normed: Tensor, weights: FeedForwardWeights) -> Tensor:
         """Returns what the linears make of the norm's result, of the same shape; they are torch's own."""
-        linears: Any = self
-        _, up_gate, _, dropout, down = linears
-        weight, bias = up_gate.weight, up_gate.bias
-        lacking = -down.in_features % ALIGNMENT if is_padded(normed) and is_plain(down) else 0
-        if not lacking:
-            projected = F.linear(normed, weight)
-            return down(dropout(ops.geglu(projected, bias.to(projected.dtype))))
-        # columns of zeros at the end of values and gates: they stay zeros
-        weight = F.pad(weight.unflatten(0, (2, -1)), (0, 0, 0, lacking)).flatten(0, 1)
-        bias = F.pad(bias.unflatten(0, (2, -1)), (0, lacking)).flatten()
-        projected = F.linear(normed, weight)
-        activated = dropout(ops.geglu(projected, bias.to(projected.dtype)))
-        return F.linear(activated, F.pad(down.weight, (0, lacking)), down.bias)
+        dropout: Any = self[3]
+        projected = F.linear(normed, weights.up_gate)
+        activated = dropout(ops.geglu(projected, weights.bias.to(projected.dtype)))
+        return F.linear(activated, weights.down, weights.down_bias)
 
 
-def is_padded(x: Tensor) -> bool:
-    """Returns whether a feed-forward pads its inner features where x is: a GPU's matrices want to be aligned."""
-    return x.is_cuda
+def alignment_of(x: Tensor) -> int:
+    """Returns of what a feed-forward's inner features are a multiple where x is: a GPU's matrices want alignment."""
+    return ALIGNMENT if x.is_cuda else 1
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -192,23 +185,25 @@ class Attention(nn.Module):
         """
         x = self.norm(x)
         query, context = self.to_q(x), x if context is None else context
-        return self._attend(query, self.to_kv(context), Reads(key_mask=mask))
+        null = self.null_kv if self.add_null_kv else None
+        return self.to_out(self._attend(query, self.to_kv(context), null, Reads(key_mask=mask)))
 
-    def after_norm(self, normed: Tensor, reads: Reads, context: Tensor | None = None) -> Tensor:
+    def after_norm(
+        self, normed: Tensor, weights: AttentionWeights, reads: Reads, context: Tensor | None = None
+    ) -> Tensor:
         """Returns what attention makes of the norm's result, of the same shape; the linears are torch's own.
 
         normed: `[batch, length, dim]` or packed, `[total, dim]`. context: likewise, or None for self-attention, whose
         queries, keys and values are one matmul.
         """
-        linears: Any = self.to_q[0], self.to_kv[0]
-        to_q, to_kv = linears
-        if context is not None:
-            return self._attend(to_q(normed), to_kv(context), reads)
-        weight = torch.cat((to_q.weight, to_kv.weight))
-        query, key_value = F.linear(normed, weight).split([to_q.out_features, to_kv.out_features], dim=-1)
-        return self._attend(query, key_value, reads)
+        query = F.linear(normed, weights.query)
+        if weights.key_value is None or context is None:
+            query, key_value = query.split([self.heads * self.dim_head, 2 * self.kv_heads * self.dim_head], dim=-1)
+        else:
+            key_value = F.linear(context, weights.key_value)
+        return F.linear(self._attend(query, key_value, weights.null_key_value, reads), weights.out)
 
-    def _attend(self, query: Tensor, key_value: Tensor, reads: Reads) -> Tensor:
+    def _attend(self, query: Tensor, key_value: Tensor, null_key_value: Tensor | None, reads: Reads) -> Tensor:
         query = query.unflatten(-1, (self.heads, -1))
         key, value = key_value.unflatten(-1, (2, self.kv_heads, -1)).unbind(-3)
         shape = query.shape
@@ -216,7 +211,7 @@ class Attention(nn.Module):
             # of a packed batch one side's rows may be of one length
             query, key, value = (each.flatten(0, 1) if each.dim() == 4 else each for each in (query, key, value))
         # under autocast the projections are of another type than the parameters
-        null_key, null_value = self.null_kv[:, :, 0].to(key.dtype) if self.add_null_kv else (None, None)
+        null_key, null_value = (None, None) if null_key_value is None else null_key_value[:, :, 0].to(key.dtype)
         out = ops.attention(
             query,
             key,
@@ -230,4 +225,4 @@ class Attention(nn.Module):
             modulo_heads=True,
             dropout=self.dropout if self.training else 0.0,
         )
-        return self.to_out(out.reshape(shape).flatten(-2))
+        return out.reshape(shape).flatten(-2)

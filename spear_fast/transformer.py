@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spear_fast.layers import GEGLU, Attention, FeedForward, Residual, RMSNorm, RotaryEmbedding, autocast_dtype
+from spear_fast.layer_weights import LayerWeights, layer_weights
+from spear_fast.layers import (
+    GEGLU,
+    Attention,
+    FeedForward,
+    Residual,
+    RMSNorm,
+    RotaryEmbedding,
+    alignment_of,
+    autocast_dtype,
+)  # fmt: skip
 from spear_fast.packing import Reads
 
 
@@ -91,11 +101,13 @@ class Transformer(nn.Module):
         for number, layer in enumerate(layers, start=1):
             if as_modules:
                 x = _by_modules(layer, x, reads.key_mask, context, context_reads.key_mask)
-            elif self.checkpoint_activations and torch.is_grad_enabled():
-                rest = context, reads, context_reads
-                x, added = checkpoint(_layer, layer, x, added, *rest, use_reentrant=False)
             else:
-                x, added = _layer(layer, x, added, context, reads, context_reads)
+                weights = layer_weights(layer, half, alignment=alignment_of(x))
+                given = (layer, weights, x, added, context, reads, context_reads)
+                if self.checkpoint_activations and torch.is_grad_enabled():
+                    x, added = checkpoint(_layer, *given, use_reentrant=False)
+                else:
+                    x, added = _layer(*given)
             if number in (early_exit_at_layer, hidden_of) or return_hiddens:
                 x, added = x if added is None else x + added, None
             if number == early_exit_at_layer:
@@ -109,20 +121,27 @@ class Transformer(nn.Module):
 
 
 def _layer(
-    layer: Any, x: Tensor, added: Tensor | None, context: Tensor | None, reads: Reads, context_reads: Reads
+    layer: Any,
+    weights: LayerWeights,
+    x: Tensor,
+    added: Tensor | None,
+    context: Tensor | None,
+    reads: Reads,
+    context_reads: Reads,
 ) -> tuple[Tensor, Tensor]:
     """Returns the residual stream after a layer as two terms, of which the next norm takes the sum.
 
     The layer's input is `x + added`.
     """
     self_attention, cross_attention, feed_forward = layer
-    normed, x = self_attention.norm.after_sum(x, added)
-    added = self_attention.after_norm(normed, reads)
-    if cross_attention is not None:
-        normed, x = cross_attention.norm.after_sum(x, added)
-        added = cross_attention.after_norm(normed, context_reads, context)
-    normed, x = feed_forward[0].after_sum(x, added)
-    return x, feed_forward.after_norm(normed)
+    own, cross, forward = weights
+    normed, x = self_attention.norm.after_sum(x, added, own.gamma)
+    added = self_attention.after_norm(normed, own, reads)
+    if cross is not None:
+        normed, x = cross_attention.norm.after_sum(x, added, cross.gamma)
+        added = cross_attention.after_norm(normed, cross, context_reads, context)
+    normed, x = feed_forward[0].after_sum(x, added, forward.gamma)
+    return x, feed_forward.after_norm(normed, forward)
 
 
 def _by_modules(layer: Any, x: Tensor, mask: Tensor | None, context: Tensor | None, context_mask: Tensor | None) -> Any:

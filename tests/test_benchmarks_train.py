@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import rows, train
+from benchmarks import predict_training, rows, train
 from spear_fast import cli
 from spear_fast.ops import providers
 
@@ -40,3 +40,10 @@ def test_without_the_reference_the_gate_is_plain_torch(tmp_path, monkeypatch, ca
         assert cli.main(["bench", "train", *OPTIONS]) == 1
     providers.chosen("rms_norm").clear()
     assert "times what is allowed; nothing was timed" in capsys.readouterr().out
+
+
+def test_a_step_in_bfloat16_launches_few_kernels():
+    """A ceiling that only ever goes down: a cast for each parameter made it 985 at six layers on each side."""
+    cases = {case.name: case for case in train.CASES}
+    assert predict_training.counted(cases["512x6 b32"]) <= 613
+    assert predict_training.counted(cases["1024x12 b32"]) <= 1111

@@ -252,8 +252,8 @@ def test_a_padded_feed_forward_is_the_same(monkeypatch, inner) -> None:
     assert one[4].in_features == inner
     x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
     results = []
-    for aligned in (False, True):
-        monkeypatch.setattr(layers, "is_padded", lambda _, aligned=aligned: aligned)
+    for alignment in (1, layers.ALIGNMENT):
+        monkeypatch.setattr(layers, "alignment_of", lambda _, alignment=alignment: alignment)
         out = one(x)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, *one.parameters()])])
     for plain, wide in zip(*results, strict=True):

@@ -60,9 +60,9 @@ def test_a_cpu_does_not():
 def test_the_residual_stream_has_the_matmuls_type_and_weights_stay_float32(tmp_path, monkeypatch, precision, residual):
     seen, plain = set(), transformer._layer
 
-    def layer(layer, x, added, *rest):
+    def layer(layer, weights, x, added, *rest):
         seen.update({x.dtype} | ({added.dtype} if added is not None else set()))
-        return plain(layer, x, added, *rest)
+        return plain(layer, weights, x, added, *rest)
 
     monkeypatch.setattr(transformer, "_layer", layer)
     options = settings(tmp_path, accelerate_kwargs={"mixed_precision": precision, "cpu": True})
