@@ -69,13 +69,12 @@ def predicted(case: Case, generated: int, size: int = 2, source_size: int | None
     heads = 4.0 * layers * rows * attention
     return [
         moving("embedding", 2 * dim, 1),
-        moving("rms_norm", 2 * dim, 3 * layers + 1),
         matmul("matmul: queries, keys, values", dim, attention + shared),
         Predicted(
             "decode_self_attention",
             layers,
-            # reads queries and what is new, writes that and the result
-            work.own + size * layers * rows * 2 * (attention + shared),
+            # reads queries, what is new and the rows that make up for the norm, writes what is new and the result
+            work.own + size * layers * rows * (2 * (attention + shared) + dim),
             heads * (generated + 1),
         ),
         matmul("matmul: self-attention's output", attention, dim, adds=True),
@@ -83,13 +82,14 @@ def predicted(case: Case, generated: int, size: int = 2, source_size: int | None
         Predicted(
             "decode_cross_attention",
             layers,
-            cross + size * layers * rows * 2 * attention,
+            cross + size * layers * rows * (2 * attention + dim),
             heads * (case.source + 1),
         ),
         matmul("matmul: cross-attention's output", attention, dim, adds=True),
         matmul("matmul: feed-forward, up and gate", dim, 2 * inner),
-        moving("geglu", 3 * inner),
+        moving("geglu", 3 * inner + dim),
         matmul("matmul: feed-forward, down", inner, dim, adds=True),
+        moving("rms_norm", 2 * dim, 1),
         matmul("matmul: logits", dim, case.vocabulary, count=1),
         Predicted("lengths", 1, 16.0 * rows),
         Predicted("beam_step" if case.beam > 1 else "sample_step", 1, work.selection),

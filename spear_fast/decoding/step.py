@@ -86,25 +86,30 @@ def run_layers(decoder: Decoder, state: DecodeState, x: Tensor, layers: range, f
     written, memory = state.lengths + (first + count), state.memory
     for i in layers:
         layer = decoder.layers[i]
-        projected = layer.query_key_value(normalize(x, layer.self_gamma)).view(rows, beams, count, -1, size)
+        # a norm that is deferred costs no launch: the raw rows are multiplied, and who reads the result norms it
+        deferred = layer.norm_deferred
+        normed = x if deferred else normalize(x, layer.self_gamma)
+        projected = layer.query_key_value(normed).view(rows, beams, count, -1, size)
         query, key, value = projected.split(split, dim=3)
         caches = state.keys[i], state.values[i]
-        attended = ops.decode_self_attention(query, layer.freqs, *caches, state.ancestors, written, key, value)
+        attended = ops.decode_self_attention(
+            query, layer.freqs, *caches, state.ancestors, written, key, value, x if deferred else None
+        )
         x = layer.self_output.add_to(x, attended.reshape(-1, heads * size))
 
         conditional = x[:sourced]
-        query = layer.cross_query(normalize(conditional, layer.cross_gamma)).view(
-            state.batch, beams * count, heads, size
-        )
+        normed = conditional if deferred else normalize(conditional, layer.cross_gamma)
+        query = layer.cross_query(normed).view(state.batch, beams * count, heads, size)
         attended = ops.decode_cross_attention(
             query, memory.keys[i], memory.values[i], layer.null_key, layer.null_value, memory.lengths,
             arrivals=memory.arrivals, split=memory.split, scales=memory.scales_of(i),
+            residual=conditional if deferred else None,
         )  # fmt: skip
         layer.cross_output.add_to(conditional, attended.reshape(-1, heads * size))
         if state.guided:
             # without its source the other half sees the null key alone, which needs no query
             x[sourced:].add_(layer.null_output)
-        x = layer.feed_forward.add_to(x, normalize(x, layer.feed_gamma))
+        x = layer.feed_forward.add_to(x, None if deferred else normalize(x, layer.feed_gamma))
     return x
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spear_fast.decoding.packed.linear import Linear, PackedFeedForward, Weights, packs
+from spear_fast.decoding.packed.linear import Linear, PackedFeedForward, Weights, defers_norm, packs
 
 # values of each parameter that show whether it has changed
 SAMPLES = 16
@@ -24,11 +24,12 @@ class DecoderLayer:
     """Matmuls of one layer, and gammas of the norms before them, `[dim]`: `self_gamma`, `cross_gamma`, `feed_gamma`.
 
     Where the extension packs the weights, gammas and scales are folded into them, and those here are None: see
-    `normalize`.
+    `normalize`. Where `norm_deferred`, see `defers_norm`, the gammas are folded and those here are ones.
     query_key_value: to `[(heads + 2 * kv_heads) * head_dim]`; query head i reads kv head `i // (heads / kv_heads)`.
     null_key, null_value: `[heads, head_dim]`. null_output: `[dim]`, cross-attention seeing the null key alone.
     """
 
+    norm_deferred: bool
     self_gamma: Tensor | None
     query_key_value: Linear
     self_output: Linear
@@ -77,10 +78,12 @@ def read_decoder_layer(self_attention: Any, cross_attention: Any, feed_forward: 
     null_key, null_value = cross_attention.null_kv.detach()[:, :, 0]
     cross_output = cross_attention.to_out.weight.detach()
     query_key_value = torch.cat((query, self_attention.to_kv[0].weight.detach()))
-    self_gamma, query_key_value = split_norm(query_key_value, self_attention.norm)
-    cross_gamma, cross_query = split_norm(cross_attention.to_q[0].weight.detach(), cross_attention.norm)
-    feed_gamma, packed_feed_forward = _normed_feed_forward(feed_forward, weights)
+    deferred = defers_norm(query_key_value)
+    self_gamma, query_key_value = split_norm(query_key_value, self_attention.norm, deferred)
+    cross_gamma, cross_query = split_norm(cross_attention.to_q[0].weight.detach(), cross_attention.norm, deferred)
+    feed_gamma, packed_feed_forward = _normed_feed_forward(feed_forward, weights, deferred)
     return DecoderLayer(
+        norm_deferred=deferred,
         self_gamma=self_gamma,
         query_key_value=Linear(query_key_value, weights=weights),
         self_output=Linear(output, weights=weights),
@@ -124,17 +127,21 @@ def read_encoder_layer(attention: Any, feed_forward: Any, weights: Weights) -> E
     )
 
 
-def split_norm(weight: Tensor, norm: Any) -> tuple[Tensor | None, Tensor]:
-    """Returns a norm's gamma and the weights `[out, dim]` after it; None for the gamma where it is folded into them."""
+def split_norm(weight: Tensor, norm: Any, deferred: bool = False) -> tuple[Tensor | None, Tensor]:
+    """Returns a norm's gamma and the weights `[out, dim]` after it; None for the gamma where it is folded into them.
+
+    deferred: fold the gamma alone, and return ones for it.
+    """
     if packs(weight):
-        return None, fold_norm(weight, norm)
-    return norm.gamma.detach(), weight.detach()
+        return None, fold_norm(weight, norm, weight.shape[-1] ** 0.5)
+    gamma = norm.gamma.detach()
+    return (torch.ones_like(gamma), fold_norm(weight, norm)) if deferred else (gamma, weight.detach())
 
 
-def fold_norm(weight: Tensor, norm: Any) -> Tensor:
-    """Returns `weight` `[out, dim]` times the norm's gamma and sqrt(dim), rounded once."""
+def fold_norm(weight: Tensor, norm: Any, scale: float = 1.0) -> Tensor:
+    """Returns `weight` `[out, dim]` times the norm's gamma and `scale`, rounded once."""
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return (exact * (norm.gamma.detach() * exact.shape[-1] ** 0.5)).to(weight.dtype)
+    return (exact * (norm.gamma.detach() * scale)).to(weight.dtype)
 
 
 def head_order(heads: int, kv_heads: int) -> Tensor:
@@ -145,9 +152,11 @@ def head_order(heads: int, kv_heads: int) -> Tensor:
     return torch.arange(heads, device="cpu").view(-1, kv_heads).t().flatten()
 
 
-def _normed_feed_forward(feed_forward: Any, weights: Weights) -> tuple[Tensor | None, PackedFeedForward]:
+def _normed_feed_forward(
+    feed_forward: Any, weights: Weights, deferred: bool = False
+) -> tuple[Tensor | None, PackedFeedForward]:
     norm, first, _, _, last = feed_forward
-    gamma, weight = split_norm(first.weight.detach(), norm)
+    gamma, weight = split_norm(first.weight.detach(), norm, deferred)
     held = first.bias.detach(), last.weight.detach(), last.bias.detach()
     return gamma, PackedFeedForward(weight, *held, weights)
 

@@ -27,6 +27,17 @@ def packs(weight: Tensor) -> bool:
     return built["capability"] != "DEFAULT" or built["machine"] not in ("x86_64", "AMD64")
 
 
+def defers_norm(weight: Tensor) -> bool:
+    """Returns whether the norm before a matmul by this weight costs no launch: who reads the result makes up for it.
+
+    The gamma is then folded into the weight and the matmul takes the raw rows, whose size its result keeps, until a
+    kernel multiplies it by their inverse RMS. bfloat16 reaches as far as float32, so nothing overflows, and a factor
+    for a row leaves relative errors as they are: the weight is rounded once more, the normed row no longer. float16
+    ends at 65504, which the raw result can pass: there the norm stays.
+    """
+    return not packs(weight) and weight.dtype != torch.float16
+
+
 def check_weights(weights: str, weight: Tensor) -> None:
     """Raises ValueError unless a model with such parameters can hold its weights so."""
     if weights not in ("exact", "int8"):
@@ -106,8 +117,13 @@ class PackedFeedForward:
         self.up_gate = Linear(weight, weights=weights, pack=pack)
         self.down = Linear(out_weight, None if in_column else out_bias, weights, pack=pack)
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """Returns `residual`, `[rows, dim]` and contiguous, the result for `x` added to it."""
+    def add_to(self, residual: Tensor, x: Tensor | None) -> Tensor:
+        """Returns `residual`, `[rows, dim]` and contiguous, the result for `x` added to it.
+
+        x: `residual` normed, like it; or None, where `defers_norm`: it is normed on the way.
+        """
+        if x is None:
+            return self.down.add_to(residual, ops.geglu(self.up_gate(residual), self.bias, residual=residual))
         return self.down.add_to(residual, ops.geglu(self.up_gate(x), self.bias))
 
 
