@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = (
     *("op", "generate", "step", "latency", "label", "train", "convergence"),
-    *("compare", "scale", "plots", "pages", "gpu"),
+    *("compare", "plan", "scale", "plots", "pages", "gpu"),
 )
 
 

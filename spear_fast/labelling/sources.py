@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spear_fast.labelling.audio_files import AudioFiles, Manifest, csv_rows, open_folder, refuse_url
+from spear_fast.labelling.duplicates import Repeated
 from spear_fast.labelling.errors import LabellingError, readable, reason_of
 from spear_fast.labelling.items import Item, Source, parse_object
 from spear_fast.labelling.token_files import TokenLines, TokenParquet
@@ -24,6 +25,8 @@ FORMATS = (
 )
 # lines among which the first whole one tells what a .jsonl file is
 FIRST_LINES = 1000
+# ids that are hashed together
+HASHED = 1 << 14
 
 
 class Rows:
@@ -64,26 +67,27 @@ class Listing(Rows):
     def __init__(self, sources: Sequence[Source]) -> None:
         super().__init__(sources)
         self.digests: list[str] = []
-        hashes = np.concatenate([np.zeros(0, np.int64), *map(self._hash_ids, self.sources)])
-        hashes.sort()
-        twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        with Repeated() as repeated:
+            for source in self.sources:
+                self._hash_ids(source, repeated)
+            twice = repeated.found()
         if twice:
             self._refuse_duplicates(twice)
 
-    def _hash_ids(self, source: Source) -> np.ndarray:
+    def _hash_ids(self, source: Source, repeated: Repeated) -> None:
         digest = hashlib.sha256()
-        hashes = np.zeros(len(source), np.int64)
         count = 0
-        for identifier in islice(source.ids(), len(source)):
-            digest.update(identifier.encode() + b"\n")
-            hashes[count] = hash(identifier)
-            count += 1
+        identifiers = islice(source.ids(), len(source))
+        while some := list(islice(identifiers, HASHED)):
+            for identifier in some:
+                digest.update(identifier.encode() + b"\n")
+            repeated.add(np.fromiter(map(hash, some), np.int64, len(some)))
+            count += len(some)
         if count < len(source):
             raise LabellingError(
                 f"{source.name} is damaged: it says {len(source)} rows and holds {count}; copy it again."
             )
         self.digests.append(digest.hexdigest())
-        return hashes
 
     def _refuse_duplicates(self, twice: set[int]) -> None:
         rows: dict[str, list[str]] = defaultdict(list)
