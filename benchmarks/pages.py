@@ -236,6 +236,25 @@ def summary(folder: Path = RESULTS) -> str:
     return rowfile.table(header, lines)
 
 
+def training(folder: Path = RESULTS) -> str:
+    """Returns the README's table of training: this package's rows of the same device, beside the reference."""
+    device, rows = best(folder)
+    lines = []
+    for row in _of(rows, "train"):
+        shape, ours = row["shape"], row["variant"].startswith("spear_fast")
+        if not ours or "memory_of" not in row or not (shape["dense"] or shape["shortest"]):
+            continue
+        said = "of one length" if shape["dense"] else f"of {shape['shortest']} to {shape['source']} tokens"
+        how = row["variant"].removeprefix("spear_fast").strip(", ")
+        lines.append((
+            f"{shape['batch']} rows {said}, {row['dtype']}" + (f", {how}" if how else ""),
+            rowfile.seconds(row["p50"]),
+            f"{row['times']['reference']['p50']:.2f}",
+            f"{row['memory_of']['reference']:.2f}",
+        ))  # fmt: skip
+    return rowfile.table((f"training step, {device}", "time", "× reference", "of its memory"), lines)
+
+
 def predictions(folder: Path = RESULTS) -> str:
     """Returns the README's table of steps on a GPU: what the model says, and what was measured where somebody has."""
     newest: dict[str, rowfile.Row] = {}
@@ -292,7 +311,7 @@ def written(text: str, part: str, name: str) -> str:
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
     """Returns the pages with tables as they should be."""
-    parts = {README: f"{summary(folder)}\n\n{predictions(folder)}", BENCHMARKS: tables(folder)}
+    parts = {README: "\n\n".join((summary(folder), training(folder), predictions(folder))), BENCHMARKS: tables(folder)}
     parts[LABELLING] = scale.tables(folder)
     return {path: written(path.read_text(), part, path.name) for path, part in parts.items()}
 
