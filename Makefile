@@ -33,8 +33,8 @@ interpreted: $(VENV)/.dev ## the Triton kernels' tests on the CPU, in Triton's i
 	    $(wildcard tests/test_ops_*.py tests/test_triton_*.py) $(ARGS); \
 	else echo "Triton is not installed here: its kernels are not tested"; fi
 
-scale: $(VENV)/.scale ## tests of labelling by datatrove and on a local Ray cluster, with workers killed; minutes, not part of `test`
-	$(BIN)/python -m pytest -q -n 0 tests/test_label_datatrove.py tests/test_label_ray.py $(ARGS)
+scale: $(VENV)/.scale ## tests of labelling by datatrove, on Ray and by Slurm (where there is one), with workers killed; minutes
+	$(BIN)/python -m pytest -q -n 0 tests/test_label_datatrove.py tests/test_label_ray.py tests/test_label_slurm.py $(ARGS)
 
 # a build of its own, which is found before the installed one; the sanitizer must be there before anybody allocates, and
 # libstdc++ with it, or exceptions pass it by
