@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.operations.case import MODELS, Model, OpCase, Prepared, frequencies, mixed_lengths, plain, rotated
+from spear_fast.decoding.packed.memory import FP8
 from spear_fast.ops.decode_cross_attention import arrivals_for, planned_split
+from spear_fast.ops.reference.decode_attention import dequantised
 
 BATCHES = ((1, 1), (32, 4), (128, 5), (512, 5))
 # source positions → generated ones at which a step is measured
@@ -32,6 +34,10 @@ def cases() -> Iterator[OpCase]:
     sizes = (32, 4, 250, 64)
     yield self_attention("512x6", MODELS["512x6"], *sizes, tokens=4, sets=("cpu", "gpu"))
     yield cross_attention("512x6", MODELS["512x6"], *sizes, mixed=True, sets=("cpu", "gpu"))
+    yield cross_attention("tiny", tiny, 2, 3, 12, 8, scaled=True, sets=("tiny",))
+    for name, model in list(MODELS.items())[:2]:
+        for batch, source in ((128, 500), (512, 1000)):
+            yield cross_attention(name, model, batch, 5, source, GENERATED[source], scaled=True, sets=("gpu",))
 
 
 def _shape(model: Model, batch: int, beams: int, source: int, generated: int, **more: int) -> dict[str, int]:
@@ -155,8 +161,9 @@ def self_attention(
 
 def cross_attention(
     name: str, model: Model, batch: int, beams: int, source: int, generated: int,
-    *, mixed: bool = False, sets: tuple[str, ...], extra: bool = False,
+    *, mixed: bool = False, scaled: bool = False, sets: tuple[str, ...], extra: bool = False,
 ) -> OpCase:  # fmt: skip
+    """scaled: keys and values are held in 8 bits; the baselines get them as the model computes."""
     heads, size = model.heads, model.head_dim
     lengths = mixed_lengths(batch, source, torch.device("cpu")) if mixed else torch.full((batch,), source)
     positions = int(lengths.sum()) + batch
@@ -167,7 +174,10 @@ def cross_attention(
         key, value = (torch.randn(batch, heads, source, size, device=device, dtype=dtype) for _ in range(2))
         null_key, null_value = (torch.randn(heads, size, device=device, dtype=dtype) for _ in range(2))
         arrivals, split = arrivals_for(batch, heads, beams, device), planned_split(batch, heads)
-        return query, key, value, null_key, null_value, lengths.to(device), False, None, arrivals, split, None
+        scales = torch.rand(2, batch, heads, device=device) + 0.5 if scaled else None
+        if scaled:
+            key, value = key.to(FP8), value.to(FP8)
+        return query, key, value, null_key, null_value, lengths.to(device), False, None, arrivals, split, scales
 
     def with_null(null: Tensor, keys: Tensor) -> Tensor:
         return torch.cat((null[None, :, None].expand(batch, -1, -1, -1), keys), dim=2)
@@ -178,7 +188,9 @@ def cross_attention(
         return (torch.arange(source + 1, device=lengths.device) <= lengths[:, None])[:, None, None]
 
     def prepared(arguments, *, copied: bool, grouped: bool) -> Prepared:
-        query, key, value, null_key, null_value, lengths, *_ = arguments
+        query, key, value, null_key, null_value, lengths, *_, scales = arguments
+        if scales is not None:
+            key, value = dequantised(key, value, scales, query.dtype)
         # keys with the null key first are made once an utterance, not each step
         key, value, mask = with_null(null_key, key), with_null(null_value, value), mask_of(lengths)
         if not grouped:
@@ -199,10 +211,10 @@ def cross_attention(
 
     return OpCase(
         "decode_cross_attention",
-        f"{name} {batch}x{beams} s{source}" + (" mixed" if mixed else ""),
+        f"{name} {batch}x{beams} s{source}" + (" mixed" if mixed else "") + (" fp8" if scaled else ""),
         _shape(model, batch, beams, source, generated),
         inputs,
-        bytes=lambda b: float(b * (2 * positions * heads * size + 2 * batch * beams * heads * size)),
+        bytes=lambda b: float(2 * heads * size * (positions * (FP8.itemsize if scaled else b) + b * batch * beams)),
         flops=4.0 * beams * heads * size * positions,
         baselines={
             "sdpa, keys copied for each beam before": lambda a: prepared(a, copied=True, grouped=False),
@@ -210,7 +222,7 @@ def cross_attention(
             "sdpa, beams as query rows": lambda a: prepared(a, copied=True, grouped=True),
         },
         against=("sdpa, keys copied for each beam before",),
-        wanted={} if mixed else _wanted(batch, beams, source),
+        wanted={} if mixed or scaled else _wanted(batch, beams, source),
         outputs=1,
         sets=sets,
         extra=extra,
