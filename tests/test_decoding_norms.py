@@ -54,3 +54,30 @@ def test_deferred_norms_are_as_near_to_float64(scale, guided, monkeypatch):
 def test_float16_keeps_its_norms():
     """Its largest number is 65504, which the raw result of a matmul can pass."""
     assert not any(layer.norm_deferred for layer in tiny_model().half().decoder("text").layers)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_encoder_s_deferred_norms_are_as_near_to_float64(scale, monkeypatch):
+    model = tiny_model(source_depth=3, dim=64).to(torch.bfloat16)
+    with torch.no_grad():
+        for embedding in model.token_emb.values():
+            embedding.weight.mul_(scale)
+    ids, lengths = torch.randint(0, 20, (13,), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 9, 1])
+    with torch.inference_mode():
+        truth = copy.deepcopy(model).double().encoder("speech")(ids, lengths)
+        encoder = model.encoder("speech")
+        found = encoder(ids, lengths)
+        assert all(layer.feed_forward_gamma is None and len(layer.projections) == 1 for layer in encoder.layers)
+        monkeypatch.setattr(layout, "defers_norm", lambda weight: False)
+        encoder = copy.deepcopy(model).encoder("speech")
+        assert not any(layer.feed_forward_gamma is None for layer in encoder.layers)
+        baseline = encoder(ids, lengths)
+    assert_within(found, truth, baseline, what="memory")
+
+
+def test_the_encoder_of_float32_on_a_cpu_lies_over_the_modules_weights():
+    model = tiny_model()
+    layer = model.encoder("speech").layers[0]
+    attention = model.source_transformer.layers[0][0]
+    own = [attention.to_q[0].weight, attention.to_kv[0].weight]
+    assert [each.weight.data_ptr() for each in layer.projections] == [each.data_ptr() for each in own]

@@ -69,8 +69,8 @@ class Encoder:
         x = self.embedding[ids]
         for layer in self.layers:
             normed = ops.rms_norm(x, layer.attention_gamma)
-            query = layer.query(normed).unflatten(-1, (self.heads, self.head_dim))
-            key, value = layer.key_value(normed).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(1)
+            projected = [linear(normed).unflatten(-1, (-1, self.head_dim)) for linear in layer.projections]
+            query, key, value = split_heads(projected, self.heads, self.kv_heads)
             attended = ops.attention(
                 query,
                 key,
@@ -83,7 +83,8 @@ class Encoder:
                 modulo_heads=self.heads != self.kv_heads,
             )
             x = layer.output.add_to(x, attended.flatten(1))
-            x = layer.feed_forward.add_to(x, ops.rms_norm(x, layer.feed_forward_gamma))
+            gamma = layer.feed_forward_gamma
+            x = layer.feed_forward.add_to(x, None if gamma is None else ops.rms_norm(x, gamma))
         return ops.rms_norm(x, self.gamma)
 
     def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -91,6 +92,16 @@ class Encoder:
         lengths = torch.tensor([len(source) for source in sources], device="cpu")
         ids = to_device(torch.cat(list(sources)), self.embedding.device)
         return self(ids, lengths).split(lengths.tolist())
+
+
+def split_heads(projected: Sequence[Tensor], heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries, keys and values, `[tokens, heads, head_dim]` each, of one projection or of two."""
+    sizes = [heads, kv_heads, kv_heads]
+    if len(projected) == 1:
+        query, key, value = projected[0].split(sizes, dim=1)
+        return query, key, value
+    query, (key, value) = projected[0], projected[1].split(sizes[1:], dim=1)
+    return query, key, value
 
 
 def tokens_together(device: torch.device) -> int:

@@ -57,13 +57,16 @@ class EarlyExit:
 
 @dataclass(frozen=True)
 class EncoderLayer:
-    """One layer: the norms' gammas, `[dim]`, and matmuls; as in the reference, query head i reads `i % kv_heads`."""
+    """One layer: the norms' gammas, `[dim]`, and matmuls; as in the reference, query head i reads `i % kv_heads`.
+
+    projections: to `[(heads + 2 * kv_heads) * head_dim]`, queries, keys and values; of a model that is float32 on a CPU
+    two, over the weights as the modules hold them. feed_forward_gamma: None where `defers_norm`, and folded.
+    """
 
     attention_gamma: Tensor
-    query: Linear
-    key_value: Linear
+    projections: tuple[Linear, ...]
     output: Linear
-    feed_forward_gamma: Tensor
+    feed_forward_gamma: Tensor | None
     feed_forward: PackedFeedForward
     freqs: Tensor
 
@@ -113,15 +116,19 @@ def read_memory_key_value(target_transformer: Any, weights: Weights) -> Linear:
 
 
 def read_encoder_layer(attention: Any, feed_forward: Any, weights: Weights) -> EncoderLayer:
-    """Returns one layer of a source side, over the weights as the modules hold them."""
+    """Returns one layer of a source side, on a CPU over float32 weights as the modules hold them."""
     norm, first, _, _, last = feed_forward
-    held = (first.weight.detach(), first.bias.detach(), last.weight.detach(), last.bias.detach())
+    projections = [attention.to_q[0].weight.detach(), attention.to_kv[0].weight.detach()]
+    deferred = defers_norm(first.weight)
+    if not packs(first.weight):
+        projections = [torch.cat(projections)]
+    up_gate = fold_norm(first.weight, norm) if deferred else first.weight.detach()
+    held = (up_gate, first.bias.detach(), last.weight.detach(), last.bias.detach())
     return EncoderLayer(
         attention_gamma=attention.norm.gamma.detach(),
-        query=Linear(attention.to_q[0].weight.detach(), weights=weights, pack=False),
-        key_value=Linear(attention.to_kv[0].weight.detach(), weights=weights, pack=False),
+        projections=tuple(Linear(each, weights=weights, pack=False) for each in projections),
         output=Linear(attention.to_out.weight.detach(), weights=weights, pack=False),
-        feed_forward_gamma=norm.gamma.detach(),
+        feed_forward_gamma=None if deferred else norm.gamma.detach(),
         feed_forward=PackedFeedForward(*held, weights=weights, pack=False),
         freqs=attention.rotary_emb.freqs.detach().float(),
     )
