@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,10 @@ def self_attention(
     name: str, model: Model, batch: int, beams: int, source: int, generated: int,
     *, tokens: int = 1, sets: tuple[str, ...], extra: bool = False,
 ) -> OpCase:  # fmt: skip
-    """Half of the history is common to the beams of an utterance, the other half each has its own."""
+    """As in a step: of a projection that was not normed, what is new written.
+
+    Half of the history is common to the beams of an utterance, the other half each has its own.
+    """
     rows, trunk = batch * beams, generated // 2
     heads, groups, size = model.heads, model.kv_heads, model.head_dim
     distinct = trunk + beams * (generated - trunk)
@@ -106,7 +109,22 @@ def self_attention(
         ancestors[:, :, :trunk] = torch.randint(beams, (batch, 1, trunk), device=device)
         lengths = torch.full((batch, beams), generated, device=device)
         caches = _caches(rows, model, generated, dtype, device)
-        return query, frequencies(size, device), *caches, ancestors.to(torch.uint8), lengths, None, None, None
+        new = [torch.randn(batch, beams, tokens, groups, size, device=device, dtype=dtype) for _ in range(2)]
+        residual = torch.randn(rows * tokens, model.dim, device=device, dtype=dtype)
+        return query, frequencies(size, device), *caches, ancestors.to(torch.uint8), lengths, *new, residual
+
+    def appended(arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Returns the arguments up to the lengths, the queries normed, after writing what is new into the caches."""
+        query, freqs, *caches, ancestors, lengths, key, value, residual = arguments
+        inverse = model.dim**0.5 / torch.linalg.vector_norm(residual, dim=-1, dtype=torch.float32)
+        query, key, value = (
+            (each * inverse.view(batch, beams, tokens, 1, 1)).to(each.dtype) for each in (query, key, value)
+        )
+        positions = torch.arange(generated - tokens, generated, device=query.device)
+        key = rotated(key, freqs, positions.expand(batch, beams, tokens))
+        for cache, each in zip(caches, (key, value), strict=True):
+            cache[:, :, generated - tokens :] = each.flatten(0, 1).transpose(1, 2)
+        return query, freqs, *caches, ancestors, lengths
 
     def attend(query: Tensor, freqs: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
         ahead = torch.arange(tokens, device=query.device)
@@ -118,9 +136,8 @@ def self_attention(
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=heads != groups)
         return out.transpose(1, 2).unflatten(0, (batch, beams))
 
-    def gather(
-        query: Tensor, freqs: Tensor, key: Tensor, value: Tensor, ancestors: Tensor, lengths: Tensor, *_: None
-    ) -> Tensor:
+    def gather(*arguments: Tensor) -> Tensor:
+        query, freqs, key, value, ancestors, lengths = appended(arguments)
         utterance = torch.arange(batch, device=query.device)[:, None, None]
         position = torch.arange(generated, device=query.device)
         slots = ancestors.long()
@@ -132,10 +149,10 @@ def self_attention(
         return attend(query, freqs, follow(key), follow(value), lengths)
 
     def reorder(arguments) -> Prepared:
-        query, freqs, key, value, _, lengths, *_ = arguments
-        parents = torch.arange(rows, device=query.device)
+        parents = torch.arange(rows, device=arguments[0].device)
 
         def run() -> Tensor:
+            query, freqs, key, value, _, lengths = appended(arguments)
             # what engines without a table do each step: every row of both caches moves
             return attend(query, freqs, key.index_select(0, parents), value.index_select(0, parents), lengths)
 
@@ -148,7 +165,8 @@ def self_attention(
         _shape(model, batch, beams, source, generated, tokens=tokens),
         inputs,
         bytes=lambda b: float(
-            b * (batch * distinct * 2 * groups * size + 2 * rows * tokens * heads * size) + rows * generated
+            b * (batch * distinct * 2 * groups * size + rows * tokens * (2 * (heads + groups) * size + model.dim))
+            + rows * generated
         ),
         flops=4.0 * rows * heads * size * read,
         baselines={"torch, gather then attend": plain(gather), "torch, reorder then attend": reorder},
