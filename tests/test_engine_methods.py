@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_models import sources, tiny_model
+from engine_models import assert_same_in_any_company, sources, tiny_model
 from plain_decoding import build_memory, build_model
 from test_engine import same
 
 from spear_fast import DecodingOptions
-from spear_fast.decoding import Engine, EngineConfig, config, decode
+from spear_fast.decoding import Engine, EngineConfig, config, decode, scheduler
+from spear_fast.decoding.packed import encoder
 from spear_fast.decoding.request import StopGroup
 
 
@@ -131,3 +132,34 @@ def test_the_reference_of_a_batch_differs_from_its_rows_alone():
     single = [decode(decoder, memory[i : i + 1], mask[i : i + 1], options) for i in range(6)]
     assert together.finished.all()
     assert sum(float(one.scores[0, 0]) != float(together.scores[i, 0]) for i, one in enumerate(single)) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_groups_that_are_filled_up_are_the_same_in_any_company(monkeypatch, dtype):
+    """As a GPU encodes where results are batch-invariant."""
+    monkeypatch.setattr(scheduler, "fills_groups", lambda device: True)
+    calls, encoded = [], encoder.Encoder.__call__
+
+    def counted(self, ids, lengths):
+        calls.append(len(ids))
+        return encoded(self, ids, lengths)
+
+    monkeypatch.setattr(encoder.Encoder, "__call__", counted)
+    options = DecodingOptions(beam_size=3, max_length=8)
+    assert_same_in_any_company(
+        tiny_model().to(dtype), lambda i: options, requests=20, slots=6, by_itself=range(0, 20, 3), encode_tokens=64
+    )
+    assert set(calls) == {64}
+    # the same sources one by one would be one call each, of 20, 20 and 7
+    assert len(calls) < 2 * 10 + 7
+
+
+@pytest.mark.parametrize("multiple", [1, 7, 64, 300])
+def test_filling_a_group_changes_no_memory(multiple):
+    packed = tiny_model().double().encoder("text")
+    rows = sources(9, seed=3)
+    with torch.inference_mode():
+        found = packed.encoded(rows, multiple=multiple)
+        for row, memory in zip(rows, found, strict=True):
+            (expected,) = packed.encoded([row])
+            torch.testing.assert_close(memory, expected, rtol=1e-12, atol=1e-12)

@@ -39,8 +39,8 @@ class Engine:
         default as many as the kind of device likes.
     guided: whether requests may have a `cond_scale` above 1; each step then also decodes without the source.
     deterministic: batch-invariant: the same bits for a request whatever is decoded beside it and in any order, by an
-        engine of the same sizes. Sources are encoded one by one, and where the bits of a matmul depend on its number of
-        rows, as on GPUs, every step works on all slots, free ones too.
+        engine of the same sizes. A CPU encodes sources one by one, a GPU in groups filled up to `encode_tokens`. Where
+        the bits of a matmul depend on its number of rows, as on GPUs, every step works on all slots, free ones too.
 
     Use it as a context manager, or call `close`. One thread at a time makes steps: whoever asks for results, or, after
     `start`, a thread of the engine's own. Every request is completed, by `close` at the latest.

@@ -23,6 +23,11 @@ from spear_fast.decoding.workers import WorkerPool
 from spear_fast.ops.registry import without_autocast
 
 
+def fills_groups(device: torch.device) -> bool:
+    """Returns whether batch-invariant encoding fills groups up to one size, rather than encode each source alone."""
+    return device.type != "cpu"
+
+
 class Scheduler:
     """Queues of requests over one runner, or one of each worker. One thread at a time may call `step` or `evict`.
 
@@ -42,9 +47,12 @@ class Scheduler:
     ) -> None:
         self.encoder, self.decoder, self.config = encoder, decoder, config
         self.guided, self.deterministic = guided, deterministic
-        # one source at a time: the first always fits
-        most = tokens_together(decoder.device) if encode_tokens is None else encode_tokens
-        self.encode_tokens = 0 if deterministic else most
+        self.encode_tokens = tokens_together(decoder.device) if encode_tokens is None else encode_tokens
+        # a GPU encodes groups of one size; a CPU gains nothing by that and encodes one source at a time: the first
+        # always fits
+        self._fills_groups = deterministic and fills_groups(decoder.device)
+        if deterministic and not self._fills_groups:
+            self.encode_tokens = 0
         self._lock = lock
         self._runner: Runner | WorkerPool | None = None
         # (minus the source's length, number): the longest first, the earlier one among equals
@@ -166,7 +174,8 @@ class Scheduler:
                 self._moving.append(request)
         raw = [request for request in self._moving if request.memory is None]
         if raw and self.encoder is not None:
-            memories = self.encoder.encoded([request.source for request in raw])
+            multiple = max(1, self.encode_tokens) if self._fills_groups else 1
+            memories = self.encoder.encoded([request.source for request in raw], multiple=multiple)
             for request, memory in zip(raw, memories, strict=True):
                 request.memory = memory
         with self._lock:

@@ -63,8 +63,8 @@ class Labeller:
     the edges of shards, and decodes again only what was in its slots. Were labels to depend on who is in a batch, each
     shard would have to be decoded by itself, and after a kill again from its beginning. On a CPU it costs up to 2 % of
     the time (four rounds of 96 utterances of 50 to 500 tokens, on one core; dim 512, six layers a side, 32 slots, beam
-    4): sources are encoded one by one. On a GPU, or without the extension, a step also works on all slots, free ones
-    too.
+    4): sources are encoded one by one. A GPU encodes groups filled up to one size; there, or without the extension, a
+    step also works on all slots, free ones too.
 
     Only where a GPU's memory runs out is it not so: the engine continues with half the slots, and matmuls of another
     number of rows round differently, which decides between labels that are equally likely but for that; `slots` tells.

@@ -15,6 +15,8 @@ from spear_fast.transfer import to_device
 
 # source tokens that are encoded together, by type of device: on a CPU what passes between layers then stays in caches
 ENCODE_TOKENS = {"cpu": 512, "cuda": 8192}
+# tokens of each utterance that only fills up a group
+FILLER = 64
 
 
 class Encoder:
@@ -87,11 +89,20 @@ class Encoder:
             x = layer.feed_forward.add_to(x, None if gamma is None else ops.rms_norm(x, gamma))
         return ops.rms_norm(x, self.gamma)
 
-    def encoded(self, sources: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together."""
-        lengths = torch.tensor([len(source) for source in sources], device="cpu")
-        ids = to_device(torch.cat(list(sources)), self.embedding.device)
-        return self(ids, lengths).split(lengths.tolist())
+    def encoded(self, sources: Sequence[Tensor], *, multiple: int = 1) -> Sequence[Tensor]:
+        """Returns the memories `[n, dim]` of sources, ids `[n]` int64 on the host, encoded together.
+
+        multiple: tokens are added until their number is one of it. Where the bits of a matmul depend on its number of
+            rows, all that are encoded with the same number then are as if each had been encoded so alone.
+        """
+        lengths = [len(source) for source in sources]
+        added = -sum(lengths) % multiple
+        # short ones: attention is quadratic
+        fillers = [FILLER] * (added // FILLER) + ([added % FILLER] if added % FILLER else [])
+        filled = [*sources, torch.zeros(added, dtype=torch.int64, device="cpu")]
+        ids = to_device(torch.cat(filled), self.embedding.device)
+        memory = self(ids, torch.tensor(lengths + fillers, device="cpu"))
+        return memory[: sum(lengths)].split(lengths)
 
 
 def split_heads(projected: Sequence[Tensor], heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
