@@ -17,6 +17,8 @@ html_title = f"spear_fast {release}"
 html_show_sphinx = False
 default_role = "code"
 autodoc_member_order = "bysource"
+# an extra that building the pages does without
+autodoc_mock_imports = ["ray"]
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 

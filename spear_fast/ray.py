@@ -25,16 +25,7 @@ __all__ = ["Labeller", "connect", "label_on_ray"]
 
 
 class Labeller:
-    """Labels the rows of a dataset, a class for `map_batches`:
-
-        ds.map_batches(
-            spear_fast.ray.Labeller,
-            fn_constructor_kwargs={"model": "model/"},
-            batch_size=256,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=4, max_concurrent_calls_per_actor=2),
-            num_gpus=1,
-        )
+    """Labels the rows of a dataset: a class for `ds.map_batches`, as the page on labelling shows.
 
     A batch has a column `tokens` of lists of semantic token ids, or `audio` of paths (`audio_filepath` will do), with
     `offset` and `duration` in seconds for segments. Returned are its columns, and beside them those of a folder of
