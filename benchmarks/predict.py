@@ -14,19 +14,24 @@ from benchmarks import rows as rowfile
 from benchmarks.cases import Case
 from spear_fast.decoding import KvDtype
 from spear_fast.decoding.packed.linear import ALIGNMENT
+from spear_fast.ops.decode_cross_attention import FEW_ROWS
 
 
 @dataclass(frozen=True)
 class Device:
-    """gbs: gigabytes a second of a large copy. gflops: of a large matmul in halves. launch: seconds of a launch.
+    """gbs: gigabytes a second of a large copy. gflops: of a large matmul in halves. launch, barrier: seconds of one.
 
-    launch: what one costs inside a graph (Hazy Research, "Look Ma, No Bubbles!", 2025: 1.3 µs on an H100).
+    launch: what one costs inside a graph (Hazy Research, "Look Ma, No Bubbles!", 2025: 1.3 µs on an H100). barrier: of
+    all blocks of a launch, and the memory's latency before and after it; assumed to be no dearer than a launch.
+    gflops_alone: without matrix instructions, where as many others load and convert.
     """
 
     name: str
     gbs: float
     gflops: float
     launch: float = 1.3e-6
+    barrier: float = 1.3e-6
+    gflops_alone: float = 30e3
 
 
 # what an H100 SXM reaches of its data sheet's 3.35 TB/s and 989 TFLOP/s
@@ -101,6 +106,20 @@ def seconds(kernels: Sequence[Predicted], device: Device = H100) -> float:
     return sum(kernel.seconds(device) for kernel in kernels)
 
 
+def seconds_together(case: Case, generated: int, device: Device = H100) -> float | None:
+    """Returns what a step of few rows should take in one launch, selection aside, in 16 bits; None of more rows.
+
+    Its phases read what the kernels of the step do, and nothing that passes between them leaves the device's cache: the
+    roofline, or the operations without matrix instructions if they take longer, and what it costs that all blocks wait
+    for each other: once at first and eight times a layer.
+    """
+    if case.batch * case.beam > FEW_ROWS:
+        return None
+    work = case.step(generated)
+    own = max(work.floor(device.gbs, device.gflops), work.flops / device.gflops_alone / 1e9)
+    return own + (1 + 8 * case.target_layers) * device.barrier
+
+
 def report(case: Case, generated: int, device: Device = H100, kv_dtype: KvDtype = "exact") -> str:
     """Returns the prediction in words and, kernel by kernel, as a Markdown table; the roofline is that of bfloat16."""
     held = "" if kv_dtype == "exact" else f", keys and values of the source in {kv_dtype}"
@@ -110,6 +129,10 @@ def report(case: Case, generated: int, device: Device = H100, kv_dtype: KvDtype 
     said = f"{case.name}, bfloat16{held}, after {generated} tokens, predicted for one {device.name} and not measured: "
     said += f"{rowfile.seconds(total)} a step, {100 * floor / total:.0f} % of the roofline's {rowfile.seconds(floor)}; "
     said += f"{launches} launches, {100 * launches * device.launch / total:.0f} % of the time"
+    together = seconds_together(case, generated, device) if kv_dtype == "exact" else None
+    if together is not None:
+        said += "; as it is done for so few hypotheses, in one launch and one for the selection, "
+        said += f"{rowfile.seconds(together + kernels[-1].seconds(device))} a step"
     lines = []
     for kernel in sorted(kernels, key=lambda each: -each.seconds(device)):
         own = kernel.seconds(device)

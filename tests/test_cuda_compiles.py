@@ -39,6 +39,7 @@ def nvrtc():
     [
         ("beam_step.cu", "beam_step<spear_fast::Half>", 90),
         ("sample_step.cu", "sample_step<spear_fast::BFloat16>", 80),
+        ("fused_step.cu", "fused_step<spear_fast::BFloat16, 4>", 90),
     ],
 )
 def test_nvrtc(source, kernel, architecture):

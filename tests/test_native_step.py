@@ -123,7 +123,8 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def provider_of(decoder: Decoder) -> str:
-    query = providers.ProviderQuery(decoder.device, decoder.dtype, decoder.head_dim, (decoder.fused is not None, True))
+    options = decoder.fused is not None, True, False
+    query = providers.ProviderQuery(decoder.device, decoder.dtype, decoder.head_dim, options)
     function = providers.choose("decode_step", query)
     return next(
         name for name in providers.names("decode_step") if providers.get("decode_step", name).function is function

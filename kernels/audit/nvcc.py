@@ -26,11 +26,14 @@ class CudaKernel(NamedTuple):
     struct: str
 
 
+# for 1, 4, 8 and 16 rows
+FUSED_STEP = ("BFloat16, 1", "BFloat16, 4", "BFloat16, 8", "BFloat16, 16", "Half, 16")
 KERNELS = (
     CudaKernel("beam_step.cu", "beam_step", "BFloat16", "BeamStep"),
     CudaKernel("beam_step.cu", "beam_step", "float", "BeamStep"),
     CudaKernel("sample_step.cu", "sample_step", "BFloat16", "SampleStep"),
     CudaKernel("sample_step.cu", "sample_step", "float", "SampleStep"),
+    *(CudaKernel("fused_step.cu", "fused_step", each, "FusedStep") for each in FUSED_STEP),
 )
 
 

@@ -49,6 +49,10 @@ HELD_TO_IT = ("attention", "decode", "beam_step", "sample_step", "fused_step")
 # the one list of exceptions; an entry whose kernels all have two blocks is a fault of its own
 ONE_BLOCK: tuple[OneBlock, ...] = (
     OneBlock(
+        "fused_step",
+        "one block a multiprocessor is launched: more would only wait longer for each other at the grid's barriers",
+    ),
+    OneBlock(
         "attention_forward_kernel",
         "with dropout; four warps, which would leave room for a second block, spill there at any tile",
         architectures=(100,),

@@ -1,24 +1,29 @@
 """The decoder's part of a step: newest inputs in, logits out, over the buffers of a state. Nothing is read back.
 
 `decode_step` is an op with providers, as those of `spear_fast.ops` are: "cpu-fused" is one call of C++ over packed
-weights, "layered" calls the ops layer by layer, on any device. Its first argument is an object, for which the
-dispatcher, and so opcheck, has no schema.
+weights, "cuda-fused" one launch for few rows, "layered" calls the ops layer by layer, on any device. Its first argument
+is an object, for which the dispatcher, and so opcheck, has no schema.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
 
 from spear_fast import ops
+from spear_fast.decoding.fused_step import fits, fused_step
 from spear_fast.decoding.packed.decoder import Decoder
 from spear_fast.decoding.packed.layout import EarlyExit
 from spear_fast.decoding.packed.linear import normalize
 from spear_fast.decoding.state import DecodeState
-from spear_fast.ops import extension, providers
+from spear_fast.ops import backends, extension, providers
 
 # what "cpu-fused" computes by the extension, whatever their providers
 FUSED_OPS = ("append_kv", "decode_self_attention", "decode_cross_attention")
+# what "layered" calls, and "cuda-fused" computes by itself
+LAYERED_OPS = (*FUSED_OPS, "geglu", "rms_norm")
 _CHOICES = providers.add_op("decode_step")
 
 
@@ -27,7 +32,7 @@ def decode_step(decoder: Decoder, state: DecodeState) -> Tensor:
 
     Writes the inputs' keys and values at position `lengths` of each hypothesis' own beam; selection raises `lengths`.
     """
-    options = decoder.fused is not None, state.memory.scales is None
+    options = decoder.fused is not None, state.memory.scales is None, fits(decoder, state)
     query = decoder.device, decoder.dtype, decoder.head_dim, options
     function = _CHOICES.get(query) or providers.choose("decode_step", providers.ProviderQuery(*query))
     return function(decoder, state)
@@ -58,9 +63,55 @@ def _why_not_fused(query: providers.ProviderQuery) -> str | None:
     return None
 
 
+class _Refused:
+    """Why this process' device would not launch the whole step, once it has said so."""
+
+    reason: str | None = None
+
+
+def _cuda_fused(decoder: Decoder, state: DecodeState) -> Tensor:
+    try:
+        return fused_step(decoder, state)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # nothing is written before all blocks are there
+        _Refused.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        _CHOICES.clear()
+        warnings.warn(
+            "decoding goes on without launching steps as a whole, which is slower for few hypotheses: the launch was "
+            f"refused ({_Refused.reason}); SPEAR_FAST_PROVIDER=decode_step=layered does not try to.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return _layered(decoder, state)
+
+
+def _cuda_fused_missing() -> str | None:
+    refused = _Refused.reason and f"the device refused its launch ({_Refused.reason})"
+    return refused or backends.cuda_missing()
+
+
+def _why_not_cuda_fused(query: providers.ProviderQuery) -> str | None:
+    if not query.options[2]:
+        return "takes up to 16 hypotheses, of a bfloat16 or float16 model of up to 24 layers with a dim of up to 1024"
+    asked = [op for op in LAYERED_OPS if providers.asked_for(op) is not None]
+    return f"a provider is asked for {asked[0]}, which it computes by itself" if asked else None
+
+
 providers.register(
     providers.Provider(
         "decode_step", "cpu-fused", _cpu_fused, devices=("cpu",), missing=extension.missing, why_not=_why_not_fused
+    )
+)
+providers.register(
+    providers.Provider(
+        "decode_step",
+        "cuda-fused",
+        _cuda_fused,
+        devices=("cuda",),
+        missing=_cuda_fused_missing,
+        why_not=_why_not_cuda_fused,
     )
 )
 providers.register(providers.Provider("decode_step", "layered", _layered))

@@ -18,6 +18,8 @@ from spear_fast.ops.registry import define
 SHORTEST_SPLIT, PROGRAMS = 64, 512
 # of a source of usual length: longer ones have more splits
 USUAL_SOURCE = 1024
+# hypotheses whose whole step one launch can make, see `decode_step`
+FEW_ROWS = 16
 
 
 @overload
@@ -103,9 +105,18 @@ def planned_split(slots: int, heads: int) -> int:
 
 
 def arrivals_for(slots: int, heads: int, beams: int, device: torch.device) -> Tensor:
-    """Returns zeros `[n]` int32 for the `arrivals` of up to so many utterances, one query a beam."""
+    """Returns zeros `[n]` int32 for the `arrivals` of up to so many utterances, one query a beam.
+
+    They are enough for a step of few hypotheses in one launch too.
+    """
     # a program has at least 16 beams, as few as its matrix instructions take
-    return torch.zeros(slots * heads * -(-beams // 16), dtype=torch.int32, device=device)
+    count = slots * heads * -(-beams // 16)
+    return torch.zeros(max(count, step_arrivals(heads)), dtype=torch.int32, device=device)
+
+
+def step_arrivals(heads: int) -> int:
+    """Returns how many numbers a step of few hypotheses counts with: for each head, at its barriers and at its end."""
+    return 2 + FEW_ROWS * heads
 
 
 def _check_decode_cross_attention(

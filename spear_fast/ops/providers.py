@@ -140,13 +140,19 @@ def get(op: str, name: str) -> Provider:
     raise ValueError(f"{op} has no provider {name!r}; choose from {', '.join(names(op))}")
 
 
-def choose(op: str, query: ProviderQuery) -> Callable:
-    """Returns the function that computes `op` for such a query: the forced one, or the first that can."""
+def asked_for(op: str) -> str | None:
+    """Returns the provider of an op that is asked for by name, or None."""
     global _forced
     if _forced is None:
         _forced = _parse(os.environ.get("SPEAR_FAST_PROVIDER", ""))
+    return _forced.get(op)
+
+
+def choose(op: str, query: ProviderQuery) -> Callable:
+    """Returns the function that computes `op` for such a query: the forced one, or the first that can."""
+    asked = asked_for(op)
     by_speed = sorted(_providers[op], key=lambda provider: not provider.fastest(query))
-    candidates = [get(op, _forced[op])] if op in _forced else by_speed
+    candidates = by_speed if asked is None else [get(op, asked)]
     refusals = []
     for provider in candidates:
         reason = provider.refusal(query)
@@ -154,10 +160,10 @@ def choose(op: str, query: ProviderQuery) -> Callable:
             _chosen[op][query] = provider.function
             return provider.function
         refusals.append(f"{provider.name}: {reason}")
-    asked = "the provider asked for cannot" if op in _forced else "no provider can"
-    advice = "; leave it out of SPEAR_FAST_PROVIDER, or out of ops.forced()" if op in _forced else ""
+    which = "no provider can" if asked is None else "the provider asked for cannot"
+    advice = "" if asked is None else "; leave it out of SPEAR_FAST_PROVIDER, or out of ops.forced()"
     reasons = "; ".join(refusals)
-    raise RuntimeError(f"{op} on {query.device.type} in {query.dtype}: {asked} compute it ({reasons}){advice}")
+    raise RuntimeError(f"{op} on {query.device.type} in {query.dtype}: {which} compute it ({reasons}){advice}")
 
 
 def chosen(op: str) -> dict[tuple, Callable]:

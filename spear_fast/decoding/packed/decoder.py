@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spear_fast.decoding.packed.fused import FusedWeights
 from spear_fast.decoding.packed.layout import (
     DecoderLayer,
     EarlyExit,
@@ -26,7 +27,8 @@ class Decoder:
     final_gamma, logits: of the final norm, see `DecoderLayer`, and the tied embedding. early_exit: the drafting head,
         or None.
     eos_id: the id that ends a sequence, None when nothing does. pad_id: what fills up results; any integer.
-    fused: the whole step in C++, of float32 models on a CPU; None elsewhere. weights: how they are held, see `Linear`.
+    fused: the whole step in C++, of float32 models on a CPU; None elsewhere. cuda_weights: for the whole step of few
+        rows in one launch, on CUDA; or None. weights: how they are held, see `Linear`.
     idle_engine: made for an earlier batch, with its buffers and captured steps, for the next one; or None.
     """
 
@@ -48,6 +50,7 @@ class Decoder:
     eos_id: int | None
     pad_id: int
     fused: Any
+    cuda_weights: FusedWeights | None
     weights: Weights
     idle_engine: Any
     _watch: ParameterWatch
@@ -97,6 +100,7 @@ class Decoder:
         self.logits = Linear(logits, weights=weights)
         self.early_exit = None if early_exit is None else read_early_exit(*early_exit, weights)
         self.fused = _fused(self)
+        self.cuda_weights = FusedWeights.of(self) if self.device.type == "cuda" else None
         self.idle_engine = None
         return self
 

@@ -48,7 +48,10 @@ def _joined(path: Path, seen: set[Path]) -> list[str]:
 
 @functools.cache
 def fields(name: str, struct: str) -> tuple[str, ...]:
-    """Returns the names of a struct's fields in their order; in the structs of arguments each takes eight bytes."""
+    """Returns the names of a struct's fields in their order; in the structs of arguments each takes eight bytes.
+
+    An array `keys[2]` counts as its elements, keys0 and keys1.
+    """
     body = re.search(rf"^struct {struct} \{{(.*?)^\}};", text(name), re.MULTILINE | re.DOTALL)
     if body is None:
         raise ValueError(f"{name} has no struct {struct}; name the struct that its kernels take")
@@ -58,4 +61,9 @@ def fields(name: str, struct: str) -> tuple[str, ...]:
         # a pointer: the name is what follows the last star
         names = names if names and "*" not in declaration else declaration.rpartition("*")[2]
         found += [each.strip() for each in names.split(",") if each.strip()]
-    return tuple(found)
+    return tuple(each for name in found for each in _elements(name))
+
+
+def _elements(name: str) -> list[str]:
+    array = re.fullmatch(r"(\w+)\[(\d+)\]", name)
+    return [f"{array[1]}{i}" for i in range(int(array[2]))] if array else [name]
