@@ -30,7 +30,7 @@ class Labeller:
     A batch has a column `tokens` of lists of semantic token ids, or `audio` of paths (`audio_filepath` will do), with
     `offset` and `duration` in seconds for segments. Returned are its columns, and beside them those of a folder of
     labels (`id` where there is none, else as it is; `source`, `target`, `text`, `score`, …) and `failed`: why a row has
-    no label, null where it has one.
+    no label, null where it has one. Of two columns of one name, such as `text`, the label's is returned: rename yours.
 
     Ray keeps several batches at an actor at once; their rows share the engine, so that its slots are full across
     batches. A row gets the same label whatever it is batched with.
