@@ -66,7 +66,8 @@ def inverse_rms(row, dim, root, WIDTH: tl.constexpr):
 def inverse_rms_of_rows(p_row, m_row, dim, root, WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr = 128):
     """`inverse_rms` of several rows, `[ROWS]`. p_row: `[ROWS]`, where each begins; those past m_row are not read."""
     b_squares = tl.zeros([ROWS, CHUNK], tl.float32)
-    for start in tl.static_range(0, WIDTH, CHUNK):
+    # all loads of few rows are under way at once; those of many would take more registers than there are
+    for start in tl.range(0, WIDTH, CHUNK, loop_unroll_factor=8 if ROWS <= 16 else 1):
         o_width = start + tl.arange(0, CHUNK)
         b_part = tl.load(p_row[:, None] + o_width[None, :], mask=m_row[:, None] & (o_width < dim)[None, :], other=0.0)
         b_squares += b_part.to(tl.float32) * b_part.to(tl.float32)

@@ -78,11 +78,6 @@ ONE_BLOCK: tuple[OneBlock, ...] = (
         dtypes=("fp32",),
         tiles=("128: 16×16×",),
     ),
-    OneBlock(
-        "decode_self_attention_kernel",
-        "the tile that beams share, or 64 query rows: many beams or tokens of one utterance",
-        dtypes=("bf16",),
-    ),
 )
 
 
