@@ -34,8 +34,8 @@ BUDGET, LAST = 560.0, 20.0
 PROOF = 240.0
 # the CUDA kernels' values and what only a device shows; a graph cannot be captured without torch's cache of memory
 MEMCHECKED = (
-    "tests/test_gpu_ops.py", "tests/test_ops_values.py", "tests/test_ops_selection.py",
-    "-k", "cuda and (float32 or gpu_ops) and not reference and not triton and not graph",
+    "tests/test_gpu_ops.py", "tests/test_gpu_step.py", "tests/test_ops_values.py", "tests/test_ops_selection.py", "-k",
+    "gpu_step and guided and bfloat16 or cuda and (float32 or gpu_ops) and not reference and not triton and not graph",
 )  # fmt: skip
 # every tensor then is an allocation of its own, so that what is read past its end is seen
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

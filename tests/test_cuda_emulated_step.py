@@ -44,10 +44,10 @@ def three_blocks(monkeypatch):
     monkeypatch.setattr(fused_step, "blocks_on", lambda device: 3)
 
 
-def build_decoder(dtype: torch.dtype, *, exact: bool = False, **sizes) -> Decoder:
+def build_decoder(dtype: torch.dtype, *, exact: bool = False, device: str = "cpu", **sizes) -> Decoder:
     """The decoder of a small model with weights of a dtype; exact: in float64, the same numbers."""
     model = build_model(2, dtype=dtype, **sizes)
-    model = model.double() if exact else model
+    model = (model.double() if exact else model).to(device)
     arguments = (model.target_transformer, model.token_emb["text"].weight, model.start_token["text"])
     decoder = Decoder.from_modules(*arguments, eos_id=model.eos_id["text"], pad_id=0)
     decoder.cuda_weights = FusedWeights.of(decoder)
@@ -73,7 +73,7 @@ def build_state(
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(decoder.dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(decoder.embedding)
 
     memories = [normal(max(1, source - 2 * i), decoder.dim) for i in range(utterances)]
     options = DecodingOptions(beam_size=beams, max_length=positions + 2)
@@ -86,7 +86,7 @@ def build_state(
     state.inputs.copy_(torch.randint(decoder.vocab_size + 1, state.inputs.shape, generator=generator))
     state.ancestors.copy_(torch.randint(beams, state.ancestors.shape, generator=generator))
     state.lengths.copy_((positions - 2 * torch.arange(len(state.lengths))).clamp(min=0)[:, None])
-    own = torch.arange(beams, dtype=torch.uint8).expand_as(state.lengths)
+    own = torch.arange(beams, dtype=torch.uint8, device=decoder.device).expand_as(state.lengths)
     state.ancestors.scatter_(2, state.lengths[:, :, None], own[:, :, None])
     return state
 
