@@ -9,7 +9,11 @@ from benchmarks import label, rows
 from benchmarks.cases import ENGINE, REFERENCE, REPAIRED, TRANSFORMERS_STATIC, labelling
 from benchmarks.extrapolate import Extrapolated, that_fit
 from benchmarks.machine import CPU
+from benchmarks.variants import Generation
 from spear_fast import cli
+from spear_fast.labelling.items import Item
+from spear_fast.labelling.options import LabelOptions
+from spear_fast.labelling.row_labeller import RowLabeller
 
 
 def test_a_clip_lasts_twenty_seconds_for_a_thousand_ids():
@@ -53,6 +57,19 @@ def test_the_job_is_measured_beside_the_reference_as_it_is_and_repaired(tmp_path
     said = capsys.readouterr().out
     assert "GPU-hours for 60,000 h" in said
     assert ((TRANSFORMERS_STATIC, "batch 4") in found) != (f"not timed: label tiny: {TRANSFORMERS_STATIC}" in said)
+
+
+def test_clips_are_labelled_as_by_the_command():
+    (case,) = label.cases("tiny")
+    generation = Generation(case, CPU, torch.float32, reference=False)
+    found = label.labelled(generation)()
+    assert len(found) == case.batch
+    assert all(1 <= each.generated <= case.tokens for each in found)
+    options = LabelOptions(beam_size=case.beam, max_length=case.tokens, max_source_tokens=case.source)
+    with RowLabeller(generation.ours, options) as rows_of:
+        items = [Item(str(i), "", tokens=source.numpy()) for i, source in enumerate(generation.sources)]
+        wanted = [future.result().target.tolist() for future in [rows_of.submit(item) for item in items]]
+    assert sorted(each.target.tolist() for each in found) == sorted(wanted)
 
 
 def test_peers_alone_stand_beside_the_row_that_is_there(tmp_path, monkeypatch):
