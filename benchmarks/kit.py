@@ -133,6 +133,20 @@ def use(folder: Path, checkout: Path = REPOSITORY) -> tuple[dict[str, str], list
     return variables, wrong
 
 
+def outdated(folder: Path = FOLDER, checkout: Path = REPOSITORY) -> str | None:
+    """Returns in words that a kit's extension is of other sources than lie in the checkout; None also without a kit.
+
+    Triton's kernels need no such word: they are found by what they were compiled from.
+    """
+    # not above: the extension is loaded with it, which `use` overwrites
+    from spear_fast.ops.extension import fingerprint
+
+    file = folder / "kit.json"
+    if not file.is_file() or json.loads(file.read_text())["sources"] == fingerprint(checkout / "csrc"):
+        return None
+    return f"the kit in {_shown(folder)} is of other sources than lie in csrc now; make gpu-kit again"
+
+
 def _stale(checkout: Path) -> list[str]:
     """Returns why the extension that was copied is none of these sources, or nothing."""
     script = "import torch; from spear_fast.ops import extension; print(extension.missing() or '')"

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import predict
+from benchmarks import kit, predict
 from benchmarks.cases import CASES, STEP_TOKENS, Case, step_cases
 from benchmarks.checked import Gate, computed
 from benchmarks.gpu import MEMCHECKED, UNCACHED, memcheck, python
@@ -95,6 +95,7 @@ class Proof:
 
         found: dict[str, Any] = {**environment(self.device), "python": sys.version.split()[0]}
         found["extension"] = extension.missing() or extension.facts()
+        found["kit"] = kit.outdated()
         found["refused"] = [f"{row.op} {row.provider}: {row.missing}" for row in providers.available() if row.missing]
         return found
 
@@ -184,14 +185,14 @@ class Proof:
         floor = case.step(generated, size).floor(predict.H100.gbs, predict.H100.gflops)
         profile = profiled(lambda: [run() for _ in range(PROFILED)], self.device)
         kernels = sorted(profile.items(), key=lambda entry: -entry[1][1])
-        logits_are = bool(torch.isfinite(state.scores).all())
+        scores_are_finite = bool(torch.isfinite(state.scores).all())
         return {
             "us": round(1e6 * seconds, 2),
             "predicted_us": round(1e6 * foreseen, 2),
             "floor_us": round(1e6 * floor, 2),
             "percent_of_roofline": round(100 * floor / seconds, 1),
             "generated": generated,
-            "finite": logits_are,
+            "finite": scores_are_finite,
             "launches": round(sum(calls for calls, _ in profile.values()) / PROFILED, 1),
             "kernels": [
                 {"name": name, "calls": calls / PROFILED, "us": round(1e6 * spent / PROFILED, 2)}
@@ -310,6 +311,8 @@ def line(record: dict[str, Any]) -> str:
     said = "ok" if record["ok"] else f"WRONG: {str(record.get('error')).splitlines()[0][:300]}"
     if record.get("refused"):
         said = f"not here: {record['refused']}"
+    if record.get("kit"):
+        said += f", but {record['kit']}"
     if "us" in record:
         said += (
             f", {record['us']:.1f} µs, predicted {record['predicted_us']:.1f}, {record['percent_of_roofline']:.0f} %"

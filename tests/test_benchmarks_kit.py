@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kit
+from benchmarks import kit, proof
 from benchmarks.machine import REPOSITORY
+from spear_fast.ops.extension import fingerprint
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -94,3 +95,19 @@ def test_an_extension_of_other_sources_is_named(made, tmp_path):
     (tmp_path / "checkout" / "spear_fast" / "__init__.py").write_text("raise ImportError('no package')")
     _, (wrong,) = kit.use(made, tmp_path / "checkout")
     assert "no package" in wrong
+
+
+def test_a_kit_of_other_sources_is_said_to_be_old(tmp_path):
+    checkout, folder = tmp_path / "checkout", tmp_path / "kit"
+    (checkout / "csrc").mkdir(parents=True)
+    (checkout / "csrc" / "op.cpp").write_text("int one;\n")
+    assert kit.outdated(folder, checkout) is None
+    folder.mkdir()
+    (folder / "kit.json").write_text(json.dumps({"sources": fingerprint(checkout / "csrc")}))
+    assert kit.outdated(folder, checkout) is None
+    (checkout / "csrc" / "op.cpp").write_text("int two;\n")
+    said = kit.outdated(folder, checkout)
+    assert "is of other sources than lie in csrc now; make gpu-kit again" in said
+    record = {"item": "versions", "ok": True, "seconds": 0.1, "kit": said}
+    assert said in proof.line(record)
+    assert proof.line({**record, "kit": None}) == "versions: ok (0.1 s)"
