@@ -1,8 +1,8 @@
 """What a decoding step should take on a GPU, kernel by kernel, worked out and not measured.
 
 A kernel takes as long as its bytes at the memory's speed or its operations at the matmuls', whichever is more, and what
-a launch costs inside a CUDA graph. Caches are not modelled, nor kernels that do not fill the GPU: what is measured
-beside it says which assumption is wrong.
+a launch costs inside a CUDA graph; `beam_step` as long as one of its blocks. Caches are not modelled, nor other kernels
+that do not fill the GPU: what is measured beside it says which assumption is wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks import rows as rowfile
 from benchmarks.cases import Case
+from benchmarks.predict_selection import BLOCKS, beam_step_cycles
 from spear_fast.decoding import KvDtype
 from spear_fast.decoding.packed.linear import ALIGNMENT
 from spear_fast.ops.decode_cross_attention import FEW_ROWS
@@ -24,6 +25,8 @@ class Device:
     launch: what one costs inside a graph (Hazy Research, "Look Ma, No Bubbles!", 2025: 1.3 µs on an H100). barrier: of
     all blocks of a launch, and the memory's latency before and after it; assumed to be no dearer than a launch.
     gflops_alone: without matrix instructions, where as many others load and convert.
+    launch: what one costs inside a graph (Hazy Research, "Look Ma, No Bubbles!", 2025: 1.3 µs on an H100).
+    clock: cycles a second. multiprocessors: how many there are.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Device:
     launch: float = 1.3e-6
     barrier: float = 1.3e-6
     gflops_alone: float = 30e3
+    clock: float = 1.755e9
+    multiprocessors: int = 132
 
 
 # what an H100 SXM reaches of its data sheet's 3.35 TB/s and 989 TFLOP/s
@@ -40,15 +45,30 @@ H100 = Device("H100", 3.0e3, 800e3)
 
 @dataclass(frozen=True)
 class Predicted:
-    """One kind of kernel of a step: launches, and bytes and operations of all of them together."""
+    """One kind of kernel of a step: launches, and bytes and operations of all of them together.
+
+    cycles: what a block does and waits for one after the other. blocks: how many there are; at_once: that a
+    multiprocessor holds.
+    """
 
     name: str
     launches: int
     bytes: float
     flops: float = 0.0
+    cycles: float = 0.0
+    blocks: int = 0
+    at_once: int = 1
 
     def seconds(self, device: Device) -> float:
-        return max(self.bytes / device.gbs, self.flops / device.gflops) / 1e9 + self.launches * device.launch
+        return max(self.work(device), self.waits(device)) + self.launches * device.launch
+
+    def work(self, device: Device) -> float:
+        """Returns the seconds that its bytes or its operations take."""
+        return max(self.bytes / device.gbs, self.flops / device.gflops) / 1e9
+
+    def waits(self, device: Device) -> float:
+        """Returns the seconds that its blocks take, as many side by side as there is room for."""
+        return -(-self.blocks // (device.multiprocessors * self.at_once)) * self.cycles / device.clock
 
 
 def predicted(case: Case, generated: int, size: int = 2, source_size: int | None = None) -> list[Predicted]:
@@ -97,8 +117,15 @@ def predicted(case: Case, generated: int, size: int = 2, source_size: int | None
         moving("rms_norm", 2 * dim, 1),
         matmul("matmul: logits", dim, case.vocabulary, count=1),
         Predicted("lengths", 1, 16.0 * rows),
-        Predicted("beam_step" if case.beam > 1 else "sample_step", 1, work.selection),
+        _selection(case, work.selection),
     ]
+
+
+def _selection(case: Case, bytes: float) -> Predicted:
+    if case.beam == 1:
+        return Predicted("sample_step", 1, bytes)
+    cycles = beam_step_cycles(case.beam, case.vocabulary)
+    return Predicted("beam_step", 1, bytes, cycles=cycles, blocks=case.batch, at_once=BLOCKS)
 
 
 def seconds(kernels: Sequence[Predicted], device: Device = H100) -> float:
@@ -137,6 +164,8 @@ def report(case: Case, generated: int, device: Device = H100, kv_dtype: KvDtype 
     for kernel in sorted(kernels, key=lambda each: -each.seconds(device)):
         own = kernel.seconds(device)
         by_bytes = kernel.bytes / device.gbs >= kernel.flops / device.gflops
-        bound = "launches" if kernel.launches * device.launch > own / 2 else "bandwidth" if by_bytes else "matmuls"
+        bound = "bandwidth" if by_bytes else "matmuls"
+        bound = "latency" if kernel.waits(device) > kernel.work(device) else bound
+        bound = "launches" if kernel.launches * device.launch > own / 2 else bound
         lines.append((kernel.name, f"{kernel.launches}", f"{1e6 * own:.1f}", f"{100 * own / total:.0f} %", bound))
     return f"{said}\n\n{rowfile.table(('kernel', 'launches', 'µs', 'of the step', 'bound by'), lines)}\n"

@@ -13,6 +13,7 @@
 #include <numeric>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 __thread Index threadIdx, blockIdx, blockDim, gridDim;
@@ -30,6 +31,7 @@ struct Fiber {
   bool entered = false;
   int exchanges = 0;
   unsigned word[2];
+  std::vector<std::pair<void*, const void*>> copies;
 };
 
 // of the block that this host thread plays
@@ -208,6 +210,22 @@ unsigned emulated_exchange(unsigned bits, int source) {
   fibers[current].word[side] = bits;
   emulated_barrier(false);
   return fibers[current / 32 * 32 + source].word[side];
+}
+
+// four bytes arrive when they are waited for, and not before
+void emulated_copy(void* to, const void* from) {
+  if (reinterpret_cast<size_t>(to) % 4 || reinterpret_cast<size_t>(from) % 4) {
+    emulated_failure("a copy of a word is not aligned");
+  }
+  memset(to, 0xaa, 4);
+  fibers[current].copies.emplace_back(to, from);
+}
+
+void emulated_arrival() {
+  for (const auto& [to, from] : fibers[current].copies) {
+    memcpy(to, from, 4);
+  }
+  fibers[current].copies.clear();
 }
 
 // calls body(arguments) as each thread of each block; together: blocks may wait for each other

@@ -31,6 +31,8 @@ unsigned emulated_exchange(unsigned bits, int source);
 [[noreturn]] void emulated_failure(const char* what);
 void emulate(
     long long blocks, int threads, unsigned seed, bool together, void (*body)(const void*), const void* arguments);
+void emulated_copy(void* to, const void* from);
+void emulated_arrival();
 
 template <typename to_t, typename from_t>
 inline to_t emulated_bits(from_t x) {
@@ -44,9 +46,10 @@ inline void __syncthreads() { emulated_barrier(true); }
 inline void __syncwarp(unsigned = 0xffffffffu) { emulated_barrier(false); }
 // one thread runs at a time, and what it writes is there for all others
 inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* at, unsigned more) {
-  const unsigned before = *at;
-  *at += more;
+template <typename value_t, typename more_t>
+inline value_t atomicAdd(value_t* at, more_t more) {
+  const value_t before = *at;
+  *at += static_cast<value_t>(more);
   return before;
 }
 

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from spear_fast.kernels.audit import nvcc
 from test_decoding_launches import LAYER, STEP
 
-from benchmarks import generate, predict, rows, step
+from benchmarks import generate, predict, predict_selection, rows, step
 from benchmarks.cases import step_cases
 from benchmarks.machine import CPU
 from benchmarks.variants import Generation
@@ -124,6 +125,21 @@ def test_a_prediction_has_the_launches_that_are_dispatched_and_is_never_below_th
         # the work that the shape needs, and no more than activations, norms and the bias besides
         assert work.bytes < sum(kernel.bytes for kernel in kernels)
         assert work.flops <= sum(kernel.flops for kernel in kernels) < 1.05 * work.flops
+
+
+def test_beams_are_selected_in_six_microseconds():
+    """By the model, at 128 utterances of 5 beams; what more utterances add is nothing until blocks must wait."""
+    found = {
+        name: next(each for each in predict.predicted(CASES[f"step {name}"], 100) if each.name == "beam_step")
+        for name in ("512x6 32x4", "512x6 128x5", "512x6 512x5")
+    }
+    seconds = {name: kernel.seconds(predict.H100) for name, kernel in found.items()}
+    assert 4e-6 < seconds["512x6 32x4"] < seconds["512x6 128x5"] < 6e-6
+    assert found["512x6 128x5"].waits(predict.H100) > found["512x6 128x5"].work(predict.H100)
+    # more utterances than blocks that all multiprocessors hold
+    assert found["512x6 512x5"].waits(predict.H100) == 2 * found["512x6 128x5"].waits(predict.H100)
+    held = [row for row in nvcc.KERNELS if row.name == "beam_step"]
+    assert {nvcc.threads_of(kernel) for kernel in held} == {32 * predict_selection.WARPS}
 
 
 def test_few_rows_are_bound_by_launches_and_many_by_bytes(capsys):

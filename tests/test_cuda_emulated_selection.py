@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from cuda_emulator import emulator
-from ops_selection_inputs import new_buffers, random_state, settings_of
+from ops_selection_inputs import Buffers, new_buffers, random_state, settings_of
 from tolerance import assert_within, to_float64
 from torch import Tensor
 
@@ -25,6 +27,15 @@ SHAPES = {
     "plain": {"utterances": 4, "beams": 5, "vocab": 257, "plain": True},
     "strided, more beams than warps": {"utterances": 2, "beams": 17, "vocab": 19, "strided": True},
     "no utterances": {"utterances": 0},
+}
+# what beam_step keeps where, and how it finds its candidates, hangs on sizes
+BEAM_SHAPES = {
+    "a model's": {"utterances": 3, "beams": 5, "vocab": 512, "capacity": 64},
+    "more values than a block has room for": {"utterances": 2, "beams": 9, "vocab": 1000, "capacity": 40},
+    "more beams than lanes": {"utterances": 2, "beams": 40, "vocab": 64, "capacity": 16},
+    "as many beams as threads": {"utterances": 1, "beams": 256, "vocab": 5, "capacity": 12, "plain": True},
+    "ancestors in words, guided": {"utterances": 9, "beams": 4, "vocab": 33, "capacity": 64, "guided": True},
+    "more ancestors than a block has room for": {"utterances": 3, "beams": 6, "vocab": 20, "capacity": 1600},
 }
 STEPS = {"beam_step": beam_step, "sample_step": sample_step}
 # where what is written begins among the arguments
@@ -61,6 +72,61 @@ def test_one_step(op, shape, dtype):
         STEPS[op](*arguments)
         first = WRITTEN[op]
         assert_same_state(arguments[first:], truth[first:], baseline[first:])
+
+
+@pytest.mark.parametrize("shape", BEAM_SHAPES.values(), ids=BEAM_SHAPES)
+@pytest.mark.usefixtures("nan_filled_empty", "emulator")
+def test_a_step_of_beams_at_other_sizes(shape):
+    for seed in range(4):
+        arguments = random_state("beam_step", **shape, seed=seed)
+        truth, baseline = to_float64(copies(arguments)), copies(arguments)
+        reference.beam_step(*truth)
+        reference.beam_step(*baseline)
+        beam_step(*arguments)
+        assert_same_state(arguments[5:], truth[5:], baseline[5:])
+
+
+@pytest.mark.parametrize("vocab", [7, 200, 512])
+@pytest.mark.parametrize("odd", [None, "nan", "-inf", "one lane"])
+@pytest.mark.usefixtures("emulator")
+def test_candidates_that_are_equal_in_great_number(vocab, odd):
+    """More than are ranked by counting; then, or where all the best are one thread's, the least is found by halving."""
+    arguments = random_state("beam_step", utterances=2, beams=5, vocab=vocab, plain=True)
+    arguments[-1].fill_(False)
+    arguments[0].fill_(0.5)
+    arguments[6].fill_(-1.0)
+    if odd == "one lane":
+        # a thread's share of the vocabulary
+        arguments[0][:, :, 3::256] = 2.0
+    elif odd is not None:
+        arguments[0][0, 1:4, vocab // 2 :] = float(odd)
+    wanted = copies(arguments)
+    reference.beam_step(*wanted)
+    beam_step(*arguments)
+    for ours, theirs in zip(arguments[5:], wanted[5:], strict=True):
+        if not ours.dtype.is_floating_point:
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("emulator")
+def test_the_pool_takes_equals_in_the_order_of_their_coming():
+    """What was there first, then what ended by its rank, then what reached the limit by its beam index."""
+    arguments = random_state("beam_step", utterances=1, beams=4, vocab=6, capacity=8)
+    arguments[2], arguments[3], arguments[4] = settings_of([{"eos_id": 2, "max_length": 3, "length_penalty": 0.0}], 4)
+    names = [field.name for field in fields(Buffers)][: len(arguments) - 5]
+    state = dict(zip(names, arguments[5:], strict=True))
+    state["done"].fill_(False)
+    state["lengths"].fill_(2)
+    arguments[0].fill_(0.0)
+    state["scores"].copy_(torch.tensor([[0.0, 0.0, -0.5, -1.0]]))
+    # as good as what ends now: the log-probability of one of six
+    state["pool_scores"].copy_(-torch.tensor([[1.0, 6.0, 6.0, 40.0]]).log())
+    wanted = copies(arguments)
+    reference.beam_step(*wanted)
+    beam_step(*arguments)
+    for name, ours, theirs in zip(names, arguments[5:], wanted[5:], strict=True):
+        assert torch.equal(ours, theirs) or ours.dtype.is_floating_point, name
+    assert state["ended"].item() == wanted[-2].item()
 
 
 @pytest.mark.usefixtures("emulator")

@@ -75,7 +75,8 @@ void search(const at::Tensor& logits, const std::optional<at::Tensor>& null_logi
       }
       best.fill_up();
       const bool over = sort_out(b, u, steps, candidates.data(), likely.data(), next.data());
-      move_on(group, b, u, steps, next.data(), over, bytes.data(), b.capacity);
+      move_ancestors(group, b, u, steps, next.data(), bytes.data(), b.capacity);
+      write_next(group, b, u, steps, next.data(), over);
     }
   });
 }

@@ -24,11 +24,8 @@ struct BeamStep {
   float* pool_last_logprobs;
   long long* ended;
   bool* done;
-  // memory for an utterance each: values, 2 * beams * vocabulary; candidates, (beams + 1) * 2 * beams; hypotheses,
-  // beams
+  // memory for 2 * beams * vocabulary values of an utterance, where a block's own has no room for them
   float* values;
-  void* candidates;
-  void* next;
   long long utterances, beams, vocab, capacity, halves, prefix_width;
   long long logits_utterance, logits_beam, logits_token, null_utterance, null_beam, null_token;
 };

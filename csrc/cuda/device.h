@@ -105,6 +105,27 @@ __device__ inline void unpack(scalar_t, uint4 pack, float* out) {
   }
 }
 
+// begins a copy of four bytes, both addresses multiples of four; the thread may read them after wait_for_copies, others
+// after a barrier too
+__device__ inline void copy_word(void* shared, const void* global) {
+#ifdef SPEAR_FAST_EMULATE
+  emulated_copy(shared, global);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+#else
+  *static_cast<unsigned*>(shared) = *static_cast<const unsigned*>(global);
+#endif
+}
+
+__device__ inline void wait_for_copies() {
+#ifdef SPEAR_FAST_EMULATE
+  emulated_arrival();
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 __device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 // sums over groups of LANES neighbouring lanes; every lane of the warp calls it, and every lane of a group gets the sum

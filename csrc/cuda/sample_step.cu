@@ -11,15 +11,6 @@
 
 namespace spear_fast {
 
-// an unsigned number in the order of the values: the same for 0 and -0, the largest for any NaN
-__device__ inline unsigned order_of(float value) {
-  if (is_nan(value)) {
-    return 0xffffffffu;
-  }
-  const unsigned bits = __float_as_uint(value + 0.0f);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
 // what a token counts for: one, or its weight
 __device__ inline int count_of(int, float) { return 1; }
 __device__ inline double count_of(double, float weight) { return weight; }

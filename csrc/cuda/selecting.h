@@ -22,17 +22,16 @@ struct BlockGroup {
   __device__ void sync() const { __syncthreads(); }
 };
 
-__device__ inline Candidate<float> no_candidate() { return {minus_infinity(), 0x7fffffff}; }
-
-// the largest of a warp's numbers, NaN where there is one
-__device__ inline float warp_largest(float x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, x, offset);
-    x = is_better(other, x) ? other : x;
+// an unsigned number in the order of the values: the same for 0 and -0, the largest for any NaN, never 0
+__device__ inline unsigned order_of(float value) {
+  if (is_nan(value)) {
+    return 0xffffffffu;
   }
-  return x;
+  const unsigned bits = __float_as_uint(value + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+
+__device__ inline Candidate<float> no_candidate() { return {minus_infinity(), 0x7fffffff}; }
 
 __device__ inline Candidate<float> warp_best(Candidate<float> best) {
 #pragma unroll
@@ -91,9 +90,10 @@ struct MixedLogits {
     if (unconditional == nullptr) {
       return value;
     }
-    const float without = widen(unconditional[token * unconditional_stride]);
-    return without + (value - without) * guidance;
+    return mix(value, widen(unconditional[token * unconditional_stride]));
   }
+
+  __device__ float mix(float value, float without) const { return without + (value - without) * guidance; }
 };
 
 // what makes values log-probabilities: (value - top) - log_total
@@ -101,18 +101,63 @@ struct Normaliser {
   float top, log_total;
 };
 
+// loads of a lane that are under way together
+inline constexpr int kLoads = 8;
+
 // row = mixed logits / temperature; for a warp, each lane its share
 template <typename scalar_t>
 __device__ inline Normaliser fill_row(const MixedLogits<scalar_t>& mixed, float temperature, int vocab, float* row) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
+  // where a value is NaN, so is the sum of what is raised to it
   float top = minus_infinity();
-  for (int token = lane; token < vocab; token += kWarp) {
-    float value = mixed(token);
-    value = temperature != 1 ? value / temperature : value;
-    row[token] = value;
-    top = is_better(value, top) ? value : top;
+  const scalar_t* logits = mixed.logits + lane * mixed.stride;
+  const scalar_t* unconditional = mixed.unconditional;
+  if (unconditional != nullptr) {
+    unconditional += lane * mixed.unconditional_stride;
   }
-  top = warp_largest(top);
+  for (int first = lane; first < vocab; first += kLoads * kWarp) {
+    scalar_t loaded[kLoads];
+    float values[kLoads];
+    // all of them under way before one is waited for
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i, logits += kWarp * mixed.stride) {
+      loaded[i] = scalar_t{};
+      if (first + i * kWarp < vocab) {
+        loaded[i] = *logits;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      values[i] = widen(loaded[i]);
+    }
+    if (unconditional != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i, unconditional += kWarp * mixed.unconditional_stride) {
+        if (first + i * kWarp < vocab) {
+          loaded[i] = *unconditional;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        values[i] = mixed.mix(values[i], widen(loaded[i]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * kWarp < vocab) {
+        row[first + i * kWarp] = values[i];
+        top = fmaxf(values[i], top);
+      }
+    }
+  }
+  if (temperature != 1) {
+    top = minus_infinity();
+    for (int token = lane; token < vocab; token += kWarp) {
+      row[token] /= temperature;
+      top = fmaxf(row[token], top);
+    }
+  }
+  top = warp_max(top);
   float total = 0;
   for (int token = lane; token < vocab; token += kWarp) {
     total += expf(row[token] - top);

@@ -99,13 +99,8 @@ void beam_step_cuda(
   a.pool_finished = memory_of<bool>(op, pool_finished, "pool_finished", pair, at::kBool, logits);
   a.pool_last_logprobs = memory_of<float>(op, pool_last_logprobs, "pool_last_logprobs", pair, at::kFloat, logits);
   a.ended = memory_of<long long>(op, ended, "ended", {a.utterances}, at::kLong, logits);
-  // eight bytes a candidate, sixteen a hypothesis
   const auto values = at::empty({a.utterances * 2 * a.beams * a.vocab}, logits.options().dtype(at::kFloat));
-  const auto candidates = at::empty({a.utterances * (a.beams + 1) * 2 * a.beams}, logits.options().dtype(at::kLong));
-  const auto next = at::empty({a.utterances * a.beams * 2}, logits.options().dtype(at::kLong));
   a.values = values.mutable_data_ptr<float>();
-  a.candidates = candidates.mutable_data_ptr();
-  a.next = next.mutable_data_ptr();
   check_launch(op, for_scalar(op, logits, [&](auto* scalar) {
                  return launch_beam_step<std::remove_pointer_t<decltype(scalar)>>(a, current_stream(logits));
                }));

@@ -45,10 +45,12 @@ SPEAR_FAST_HOST_DEVICE inline void enter_pool(
   b.pool_last_logprobs[place] = last_logprob;
 }
 
-// whether enough have ended and, by early stopping, no other will still enter the pool; best: of those that go on
+// whether enough have ended and, by early stopping, no other will still enter the pool
+//
+// best: the score of the best that goes on. ended: how many have ended. worst: the last score in the pool.
 template <typename acc_t>
 SPEAR_FAST_HOST_DEVICE inline bool cannot_improve(
-    const BeamBuffers<acc_t>& b, int64_t utterance, acc_t best, int64_t length) {
+    const Buffers<acc_t>& b, int64_t utterance, acc_t best, int64_t length, int64_t ended, acc_t worst) {
   // true of NaN too
   if (!(best > minus_infinite<acc_t>())) {
     return true;
@@ -56,7 +58,7 @@ SPEAR_FAST_HOST_DEVICE inline bool cannot_improve(
   const int64_t size = b.size_of(utterance);
   const acc_t patient = acc_t(size) * b.float_param(utterance, kPatience) + acc_t(0.5);
   int64_t enough = static_cast<int64_t>(patient < 1 ? acc_t(1) : patient > acc_t(1 << 30) ? acc_t(1 << 30) : patient);
-  if (b.ended[utterance] < enough) {
+  if (ended < enough) {
     return false;
   }
   const int mode = b.int_param(utterance, kEarlyStopping);
@@ -66,7 +68,7 @@ SPEAR_FAST_HOST_DEVICE inline bool cannot_improve(
   // sums are negative: where the penalty is positive, the longest hypothesis divides by most
   const bool longest = mode == kNever && b.float_param(utterance, kLengthPenalty) > 0;
   const acc_t divisor = length_divisor(b, utterance, longest ? b.int_param(utterance, kMaxLength) : length);
-  return best / divisor <= b.pool_scores[utterance * b.beams + size - 1];
+  return best / divisor <= worst;
 }
 
 // sorts the best 2 * size candidates into pool and `next`; for one thread
@@ -106,30 +108,44 @@ SPEAR_FAST_HOST_DEVICE inline bool sort_out(
       }
     }
   }
-  return limit || cannot_improve(b, utterance, next[0].score, steps + 1);
+  const acc_t worst = b.pool_scores[utterance * b.beams + size - 1];
+  return limit || cannot_improve(b, utterance, next[0].score, steps + 1, b.ended[utterance], worst);
 }
 
-// writes what `sort_out` decided; all threads of the group call it
+// gives each hypothesis the ancestors of its origin; all threads of the group call it
 //
-// bytes: scratch of `beams * width`, shared by the group. over: what sort_out returned.
+// bytes: scratch of `beams * width`, at most 2^31, shared by the group.
 template <typename Group, typename acc_t>
-SPEAR_FAST_HOST_DEVICE inline void move_on(
-    const Group& group, const BeamBuffers<acc_t>& b, int64_t utterance, int64_t steps, const Next<acc_t>* next,
-    bool over, uint8_t* bytes, int64_t width) {
+SPEAR_FAST_HOST_DEVICE inline void move_ancestors(
+    const Group& group, const Buffers<acc_t>& b, int64_t utterance, int64_t steps, const Next<acc_t>* next,
+    uint8_t* bytes, int64_t width) {
   const int size = b.size_of(utterance);
   for (int half = 0; half < b.halves; ++half) {
     uint8_t* table = b.ancestors + (half * b.utterances + utterance) * b.beams * b.capacity;
     for (int64_t begin = 0; begin < steps; begin += width) {
-      const int64_t count = steps - begin < width ? steps - begin : width;
-      for (int64_t i = group.thread(); i < size * count; i += group.threads()) {
+      // a division of 32 bits takes a device a fifth of one of 64
+      const int count = static_cast<int>(steps - begin < width ? steps - begin : width);
+      for (int i = group.thread(); i < size * count; i += group.threads()) {
         bytes[i] = table[next[i / count].origin * b.capacity + begin + i % count];
       }
       group.sync();
-      for (int64_t i = group.thread(); i < size * count; i += group.threads()) {
+      for (int i = group.thread(); i < size * count; i += group.threads()) {
         table[i / count * b.capacity + begin + i % count] = bytes[i];
       }
       group.sync();
     }
+  }
+}
+
+// writes the hypotheses that go on, but for the ancestors before this step; all threads of the group call it
+//
+// over: whether the search is.
+template <typename Group, typename acc_t>
+SPEAR_FAST_HOST_DEVICE inline void write_next(
+    const Group& group, const Buffers<acc_t>& b, int64_t utterance, int64_t steps, const Next<acc_t>* next, bool over) {
+  const int size = b.size_of(utterance);
+  for (int half = 0; half < b.halves; ++half) {
+    uint8_t* table = b.ancestors + (half * b.utterances + utterance) * b.beams * b.capacity;
     for (int beam = group.thread(); beam < size; beam += group.threads()) {
       // the newest input of each origin stands at its own beam index, the next one at the hypothesis' own
       table[beam * b.capacity + steps] = static_cast<uint8_t>(next[beam].origin);

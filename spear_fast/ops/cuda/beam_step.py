@@ -17,12 +17,7 @@ SOURCE, STRUCT = "beam_step.cu", "BeamStep"
 @takes(BeamState)
 def beam_step(logits: Tensor, null_logits: Tensor | None, state: BeamState) -> None:
     utterances, beams, vocab = logits.shape
-    # eight bytes a candidate, sixteen a hypothesis
-    memory = {
-        "values": logits.new_empty(utterances * 2 * beams * vocab, dtype=torch.float32),
-        "candidates": logits.new_empty(utterances * (beams + 1) * 2 * beams, dtype=torch.int64),
-        "next": logits.new_empty(utterances * beams * 2, dtype=torch.int64),
-    }
+    memory = {"values": logits.new_empty(utterances * 2 * beams * vocab, dtype=torch.float32)}
     values = state_fields(logits, state._asdict() | memory)
     values |= logits_fields("logits", logits) | logits_fields("null_logits", null_logits)
     kernel = f"spear_fast::beam_step<{SCALARS[logits.dtype]}>"
