@@ -42,10 +42,11 @@ def test_deferred_norms_are_as_near_to_float64(scale, guided, monkeypatch):
         for embedding in model.token_emb.values():
             embedding.weight.mul_(scale)
     memories = [torch.randn(n, 64, dtype=torch.bfloat16) for n in (3, 9, 1)]
-    _, truth = logits_of(copy.deepcopy(model).double(), memories, guided)
     decoder, found = logits_of(model, memories, guided)
     assert all(layer.norm_deferred for layer in decoder.layers)
+    # the truth too: it would share what is wrong
     monkeypatch.setattr(layout, "defers_norm", lambda weight: False)
+    _, truth = logits_of(copy.deepcopy(model).double(), memories, guided)
     decoder, baseline = logits_of(copy.deepcopy(model), memories, guided)
     assert not any(layer.norm_deferred for layer in decoder.layers)
     assert_within(found, truth, baseline, what="logits")
@@ -64,11 +65,11 @@ def test_the_encoder_s_deferred_norms_are_as_near_to_float64(scale, monkeypatch)
             embedding.weight.mul_(scale)
     ids, lengths = torch.randint(0, 20, (13,), generator=torch.Generator().manual_seed(0)), torch.tensor([3, 9, 1])
     with torch.inference_mode():
-        truth = copy.deepcopy(model).double().encoder("speech")(ids, lengths)
         encoder = model.encoder("speech")
         found = encoder(ids, lengths)
         assert all(layer.feed_forward_gamma is None and len(layer.projections) == 1 for layer in encoder.layers)
         monkeypatch.setattr(layout, "defers_norm", lambda weight: False)
+        truth = copy.deepcopy(model).double().encoder("speech")(ids, lengths)
         encoder = copy.deepcopy(model).encoder("speech")
         assert not any(layer.feed_forward_gamma is None for layer in encoder.layers)
         baseline = encoder(ids, lengths)
