@@ -145,8 +145,10 @@ def decode_cross_attention(
         lengths = torch.randint(source + 1, (utterances,))
     scales = None
     if scaled:
-        # of every size: each number near the largest of e4m3, or among its smallest
-        scales = 2.0 ** torch.randint(-12, 4, (2, utterances, heads)) * (1 + torch.rand(2, utterances, heads))
+        # of every size: each number near the largest of e4m3, or among its smallest; keys not so large that scores of
+        # thousands leave nothing but the last bits of the largest to be compared
+        exponents = torch.stack([torch.randint(-12, highest, (utterances, heads)) for highest in (-5, 4)])
+        scales = 2.0**exponents * (1 + torch.rand(2, utterances, heads))
         key, value = (each.to(torch.float8_e4m3fn) for each in (key * 100, value * 0.01))
     if strided:
         query, null_key, null_value = map(_strided, (query, null_key, null_value))

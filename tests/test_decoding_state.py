@@ -259,7 +259,7 @@ def test_how_sources_are_split_is_planned_once(monkeypatch):
     def noted(query, *others, arrivals, split, **more):
         assert arrivals is runner.state.memory.arrivals
         assert not arrivals.any()
-        assert len(arrivals) == 6 * decoder.heads
+        assert len(arrivals) >= 6 * decoder.heads
         counts.append(len(query))
         splits.append(split)
         return real(query, *others, arrivals=arrivals, split=split, **more)
