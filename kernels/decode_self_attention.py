@@ -97,7 +97,9 @@ def decode_self_attention_kernel(
     length = tl.load(lengths + i_utterance * s_length_utterance + i_beam * s_length_beam)
     first = length - tokens
     b_limit = tl.where(m_row, tl.minimum(length, buffer) - tokens + o_token + 1, 0).to(tl.int32)
-    b_read = b_limit
+    # what all of them read: the first token's, or what was there before the new ones
+    common = tl.minimum(length, buffer) - tokens + 1
+    b_read = tl.minimum(b_limit, common.to(tl.int32))
     if key is not None:
         b_read = tl.minimum(b_limit, tl.minimum(first, buffer).to(tl.int32))
     begin = i_split * SPLIT_SIZE
@@ -171,6 +173,24 @@ def decode_self_attention_kernel(
         b_weights, b_shrink, b_max, b_sum = softmax_step(b_scores, b_max, b_sum)
         b_out = b_out * b_shrink[:, None]
         b_out += product(b_weights.to(b_value.dtype), b_value, INTERPRETED)
+
+    if key is None:
+        # positions that later tokens alone read, one by one: what is NaN there must not reach the earlier ones
+        for i_token in range(1, tokens):
+            o_late = common + i_token - 1 + tl.zeros([1], tl.int64)
+            m_here = (o_late >= begin) & (o_late < begin + SPLIT_SIZE) & (o_late >= 0)
+            o_source = tl.load(p_ancestors + o_late * s_ancestor_position, mask=m_here, other=0).to(tl.int64)
+            o_source = tl.minimum(o_source, beams - 1)
+            m_late = m_size[None, :] & m_here[:, None]
+            p_late_key = p_cache_key + (o_source * s_key_row + o_late * s_key_position)[:, None]
+            p_late_value = p_cache_value + (o_source * s_value_row + o_late * s_value_position)[:, None]
+            b_late_key = tl.load(p_late_key, mask=m_late, other=0.0).to(tl.float32)
+            b_late_value = tl.load(p_late_value, mask=m_late, other=0.0).to(tl.float32)
+            b_score = tl.sum(b_query.to(tl.float32) * b_late_key, 1) * scale
+            b_score = tl.where(m_row & (o_token >= i_token) & m_here, b_score, float("-inf"))
+            b_weight, b_factor, b_max, b_sum = softmax_step(b_score[:, None], b_max, b_sum)
+            b_taken = tl.where(b_weight > 0.0, b_weight * b_late_value, 0.0)
+            b_out = b_out * b_factor[:, None] + b_taken
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = b_out / b_sum[:, None]
